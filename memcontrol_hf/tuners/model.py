@@ -1,0 +1,120 @@
+"""How a model gets the layers of the PEFT method MEMCONTROL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+from .config import METHODS, MemControlConfig
+from .layer import MemControlLayer, check_tunable, tuned_tensors
+
+
+class MemControlModel(BaseTuner):
+    """A model whose selected modules are tuned by one of the methods of [`MemControlConfig`].
+
+    The subset of modules is what [MemControl](https://huggingface.co/papers/2405.19458) searches for. Everything that
+    `target_modules` does not match is frozen.
+
+    Args:
+        model ([`torch.nn.Module`]): The base model.
+        config ([`MemControlConfig`]): What to tune, and where.
+        adapter_name (`str`): The adapter's name.
+        low_cpu_mem_usage (`bool`): Create the adapter's parameters on the meta device, to be loaded afterwards.
+
+    Example:
+
+        ```py
+        >>> from memcontrol_hf.tuners import MemControlConfig, tunable_modules
+        >>> from peft import get_peft_model
+
+        >>> names = tunable_modules(unet, "svdiff", prefix="mid_block.attentions.0")
+        >>> unet = get_peft_model(unet, MemControlConfig(method="svdiff", target_modules=names))
+        >>> unet.print_trainable_parameters()
+        ```
+    """
+
+    prefix: str = "memcontrol_"
+    tuner_layer_cls = MemControlLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # PEFT shortens long lists of names to ends of names, in no fixed order. The saved configuration shall say
+        # what was selected, and the same each time.
+        config = self.peft_config[adapter_name]
+        target_modules = config.target_modules
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config.target_modules = target_modules
+
+    def _prepare_adapter_config(self, peft_config: MemControlConfig, model_config: dict) -> MemControlConfig:
+        if peft_config.target_modules is None:
+            raise ValueError(
+                "target_modules=None: name the modules to tune, for instance with "
+                f"tunable_modules(model, {peft_config.method!r})."
+            )
+        return peft_config
+
+    def _prepare_model(self, peft_config: MemControlConfig, model: nn.Module) -> None:
+        # All modules are checked before the first is replaced, so that an error leaves the model as it was.
+        inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+        for name, module in model.named_modules():
+            if name and not name.startswith(inside) and self._check_target_module_exists(peft_config, name):
+                module = module.base_layer if isinstance(module, MemControlLayer) else module
+                check_tunable(module, peft_config, name)
+
+    def _create_and_replace(
+        self,
+        peft_config: MemControlConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        if isinstance(target, MemControlLayer):
+            target.update_layer(adapter_name, peft_config, current_key)
+            return
+        layer = MemControlLayer(target, adapter_name, peft_config, current_key)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # New parameters are float32 already; without autocasting they take the base layer's dtype.
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            for layer in self.model.modules():
+                if isinstance(layer, MemControlLayer):
+                    layer.cast_adapter(adapter_name, next(layer.base_layer.parameters()).dtype)
+
+
+def tunable_modules(
+    model: nn.Module, method: str, prefix: str = "", scale_modules: Sequence[str] | None = None
+) -> list[str]:
+    """The full names, in the model's order, of the modules that a method can tune.
+
+    Args:
+        model: A base model, without adapters.
+        method: A method of [`MemControlConfig`].
+        prefix: Only the module of this name and those inside it, for instance `"down_blocks.0.attentions.0"`.
+        scale_modules: DiffFit: as in [`MemControlConfig`].
+
+    Returns:
+        Names for `target_modules`.
+
+    Raises:
+        ValueError: If `method` is unknown.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown, it must be one of: {', '.join(METHODS)}.")
+    if scale_modules is None:
+        scale_modules = MemControlConfig().scale_modules
+    return [
+        name
+        for name, module in model.named_modules()
+        if name
+        and (not prefix or name == prefix or name.startswith(f"{prefix}."))
+        and tuned_tensors(module, method, name, scale_modules)
+    ]
