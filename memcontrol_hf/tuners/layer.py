@@ -59,9 +59,8 @@ def tuned_tensors(module: nn.Module, method: str, name: str, scale_modules: Sequ
         return biases
     if is_norm:
         return own
-    scaled = (
-        isinstance(module, nn.Linear) and is_linear_map and f".{name}".endswith(tuple(f".{s}" for s in scale_modules))
-    )
+    ends = tuple(f".{end}" for end in scale_modules)
+    scaled = isinstance(module, nn.Linear) and is_linear_map and f".{name}".endswith(ends)
     return (("gamma",) if scaled else ()) + biases
 
 
@@ -86,7 +85,9 @@ class SVDFactors:
         self.u, self.s, self.vh = u.float(), s.float(), vh.float()
 
     def difference(self, delta: torch.Tensor, scale: float) -> torch.Tensor:
-        """`U diag(relu(s + scale * delta) - s) V^T`, all zeros at `delta = 0` ([SV-DIFF](https://huggingface.co/papers/2303.11305)).
+        """`U diag(relu(s + scale * delta) - s) V^T`, all zeros at `delta = 0`.
+
+        The formula is that of [SV-DIFF](https://huggingface.co/papers/2303.11305).
 
         Args:
             delta: `[k]`, the trained shift.
@@ -94,7 +95,7 @@ class SVDFactors:
 
         Returns:
             `[out, in * kernel]`, what is added to the flattened weight.
-        """  # noqa: E501
+        """
         if self.u.device != delta.device:
             self.u, self.s, self.vh = (factor.to(delta.device) for factor in (self.u, self.s, self.vh))
         return (self.u * (torch.relu(self.s + scale * delta.float()) - self.s)) @ self.vh
@@ -226,7 +227,7 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Give the base layer its own tensors back, bit for bit."""
         if not self.merged:
-            warnings.warn("No adapter is merged into this layer, so there is nothing to undo.")
+            warnings.warn("No adapter is merged into this layer, so there is nothing to undo.", stacklevel=2)
             return
         for kind, original in self._originals.items():
             parameter = getattr(self.base_layer, kind)
