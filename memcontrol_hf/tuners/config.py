@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from peft import PeftConfig
 
 METHODS = ("svdiff", "difffit", "weights", "norm", "bias")
+
+
+class MemControlType(str, Enum):
+    """The method's name. PEFT and transformers read `peft_type.value`, and PEFT's own `PeftType` is closed."""
+
+    MEMCONTROL = "MEMCONTROL"
 
 
 @dataclass
@@ -80,8 +87,7 @@ class MemControlConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # PeftType is a closed enum; PEFT's tables take the plain string just as well.
-        self.peft_type = "MEMCONTROL"
+        self.peft_type = MemControlType.MEMCONTROL
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is unknown, it must be one of: {', '.join(METHODS)}.")
         if not self.scale > 0:

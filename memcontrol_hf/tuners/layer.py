@@ -80,9 +80,11 @@ class SVDFactors:
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
-        matrix = weight.detach().to("cpu", torch.float64).flatten(1)
-        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-        self.u, self.s, self.vh = u.float(), s.float(), vh.float()
+        # The first call may come from inference mode, whose tensors could not be used in training afterwards.
+        with torch.inference_mode(False), torch.no_grad():
+            matrix = weight.detach().to("cpu", torch.float64).flatten(1)
+            u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+            self.u, self.s, self.vh = u.float(), s.float(), vh.float()
 
     def difference(self, delta: torch.Tensor, scale: float) -> torch.Tensor:
         """`U diag(relu(s + scale * delta) - s) V^T`, all zeros at `delta = 0`.
@@ -97,7 +99,8 @@ class SVDFactors:
             `[out, in * kernel]`, what is added to the flattened weight.
         """
         if self.u.device != delta.device:
-            self.u, self.s, self.vh = (factor.to(delta.device) for factor in (self.u, self.s, self.vh))
+            with torch.inference_mode(False):
+                self.u, self.s, self.vh = (factor.to(delta.device) for factor in (self.u, self.s, self.vh))
         return (self.u * (torch.relu(self.s + scale * delta.float()) - self.s)) @ self.vh
 
 
@@ -155,6 +158,8 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MemControlConfig, name: str) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.in_features = getattr(base_layer, "in_features", getattr(base_layer, "in_channels", None))
+        self.out_features = getattr(base_layer, "out_features", getattr(base_layer, "out_channels", None))
         self.memcontrol_delta = nn.ParameterDict()  # [k], shift of the singular values
         self.memcontrol_gamma = nn.ParameterDict()  # [out], scale of the output
         self.memcontrol_weight = nn.ParameterDict()  # as the weight, added to it
@@ -192,6 +197,7 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
         gamma = self._gamma(self.active_adapters)
         return output if gamma is None else output * gamma.to(output.dtype)
 
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the tuned tensors in the place of the base layer's own, which are kept for [`unmerge`].
 
@@ -215,7 +221,7 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
                 tensor = original if tensor is None else tensor
                 tensor = tensor * gamma.reshape(-1, *[1] * (tensor.dim() - 1))
             if tensor is not None:
-                merged[kind] = tensor.detach().to(original.dtype)
+                merged[kind] = tensor.to(original.dtype)
         if safe_merge and not all(tensor.isfinite().all() for tensor in merged.values()):
             raise ValueError(f"NaN or infinity in the merged weights: the adapter {', '.join(names)} seems broken.")
         for kind, tensor in merged.items():
@@ -295,6 +301,15 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
 
     def _device_type(self) -> str:
         return next(self.base_layer.parameters()).device.type
+
+    def __getattr__(self, name: str) -> Any:
+        """What the layer itself lacks is the base layer's: `stride`, `eps`, `num_groups`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
 
     def __repr__(self) -> str:
         return "memcontrol." + super().__repr__()
