@@ -1,0 +1,33 @@
+# Each target works alone on a fresh clone: it makes .venv and installs what it needs.
+.PHONY: quickstart test quality style clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+# The stamps are rebuilt when what they install from has changed.
+.venv/core: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e .
+	touch $@
+
+.venv/dev: .venv/core
+	$(BIN)/pip install -q -c constraints.txt -e '.[test,quality]'
+	touch $@
+
+quickstart: .venv/core  ## search, fine-tune, measure and save an adapter, on the demo that ships in the package
+	$(BIN)/accelerate launch --num_processes 1 training_scripts/train_memcontrol.py
+
+test: .venv/dev  ## the tests, on CPU and without the network
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests
+
+quality: .venv/dev  ## what CI checks of the style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: .venv/dev  ## mend the style in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv outputs build *.egg-info

@@ -1,0 +1,45 @@
+"""Fine-tune diffusion models on images that must not leak.
+
+Importing the package registers its PEFT method, so that `PeftModel.from_pretrained` can load its adapters.
+"""
+
+from typing import TYPE_CHECKING
+
+from .demo import demo_dataset, demo_pipeline
+from .tuners import MemControlConfig
+
+if TYPE_CHECKING:
+    from .report import MemorizationReport
+    from .search_space import SearchSpace
+    from .selection import select_run
+    from .trainer import MemControlTrainer, MemControlTrainingArguments
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "MemControlConfig",
+    "MemControlTrainer",
+    "MemControlTrainingArguments",
+    "MemorizationReport",
+    "SearchSpace",
+    "demo_dataset",
+    "demo_pipeline",
+    "select_run",
+]
+
+_HOMES = {
+    "MemControlTrainer": "trainer",
+    "MemControlTrainingArguments": "trainer",
+    "MemorizationReport": "report",
+    "SearchSpace": "search_space",
+    "select_run": "selection",
+}
+
+
+def __getattr__(name: str):
+    """Load what is heavy only when it is asked for: whoever only loads an adapter waits for nothing else."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,262 @@
+"""From images and captions to three disjoint splits, and to latents and text embeddings that are computed once.
+
+`train` is trained on; `validation` is what the search's rewards may use; `held_out` is seen by nothing before the
+final measurement.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import (
+    Array2D,
+    Array3D,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+)
+from datasets import config as datasets_config
+from datasets.fingerprint import Hasher
+from PIL import Image as PILImage
+from PIL import ImageOps
+from torch import nn
+
+from .diffusion import StableDiffusionFamily, seeded_generator
+
+SPLITS = ("train", "validation", "held_out")
+_ALIASES = {"val": "validation", "valid": "validation", "dev": "validation", "test": "held_out"}
+
+
+def load_images(
+    dataset_name: str | None = None,
+    train_data_dir: str | None = None,
+    image_column: str = "image",
+    caption_column: str = "text",
+    group_column: str | None = None,
+    seed: int = 0,
+) -> DatasetDict:
+    """Load images with captions and split them.
+
+    Args:
+        dataset_name (`str`, *optional*):
+            A Hub id or a folder that `datasets.load_dataset` reads.
+        train_data_dir (`str`, *optional*):
+            A folder of images with a `metadata.jsonl` (or `.csv`) beside them, as `imagefolder` reads it.
+        image_column, caption_column (`str`):
+            Their columns. Without the caption column every caption is empty only if `caption_column` is `""`.
+        group_column (`str`, *optional*):
+            Rows of one group (a patient, say) go to one split. Exact copies of an image always do.
+        seed (`int`):
+            Of the split.
+
+    Returns:
+        `DatasetDict`: [`SPLITS`] with the columns `image`, `text`, and `group` where a group column is given.
+
+    Raises:
+        ValueError: for a missing folder, column or image, an image that cannot be read, a caption that is no text,
+            an empty split, and groups that are in more than one of the given splits.
+    """
+    if train_data_dir is not None:
+        if not Path(train_data_dir).is_dir():
+            raise ValueError(f"--train_data_dir {train_data_dir!r} is no folder")
+        loaded = load_dataset("imagefolder", data_dir=train_data_dir)
+    else:
+        loaded = load_dataset(dataset_name)
+    splits = {}
+    for name, dataset in loaded.items():
+        name = _ALIASES.get(name, name)
+        if name not in SPLITS:
+            raise ValueError(f"unknown split {name!r}: use train, and where given validation and held_out (or test)")
+        splits[name] = _columns(dataset, name, image_column, caption_column, group_column)
+    if "train" not in splits:
+        raise ValueError(f"the data has no train split, only {', '.join(splits)}")
+    return split(DatasetDict(splits), seed)
+
+
+def _columns(
+    dataset: Dataset, split_name: str, image_column: str, caption_column: str, group_column: str | None
+) -> Dataset:
+    wanted = {"image": image_column, "text": caption_column, "group": group_column}
+    wanted = {new: old for new, old in wanted.items() if old is not None}
+    for old in wanted.values():
+        if old not in dataset.column_names:
+            raise ValueError(
+                f"the {split_name} split has no column {old!r}; it has: {', '.join(dataset.column_names)}. "
+                "Choose with --image_column, --caption_column, --group_column"
+            )
+    dataset = dataset.select_columns(list(wanted.values()))
+    return dataset.rename_columns({old: new for new, old in wanted.items() if old != new})
+
+
+def check_images(data: DatasetDict) -> None:
+    """Read every image and caption once.
+
+    Raises:
+        ValueError: names the first image that cannot be read, or row whose caption is no text, and an empty split.
+    """
+    for name, dataset in data.items():
+        if len(dataset) == 0:
+            raise ValueError(f"the {name} split is empty")
+        for row, text in enumerate(dataset["text"]):
+            if not isinstance(text, str):
+                raise ValueError(f"the caption of row {row} of the {name} split is no text but {type(text).__name__}")
+        undecoded = dataset.cast_column("image", Image(decode=False))
+        for row in range(len(undecoded)):
+            _read_image(undecoded[row]["image"], name, row)
+
+
+def _read_image(stored: dict, split_name: str, row: int) -> PILImage.Image:
+    path = stored.get("path")
+    try:
+        image = Image().decode_example(stored)
+        image.load()
+        return image
+    except Exception as error:  # PIL raises many kinds, down to SyntaxError
+        where = f"{Path(path).name} (row {row} of the {split_name} split)" if path else f"row {row} of {split_name}"
+        raise ValueError(f"cannot read the image {where}: {error}") from None
+
+
+def split(data: DatasetDict, seed: int = 0, fractions: tuple[float, float] = (0.2, 0.2)) -> DatasetDict:
+    """Fill up to the three splits: those that are missing are taken out of `train`, whole groups at a time.
+
+    Args:
+        data (`DatasetDict`): with `train`, and possibly `validation` and `held_out`; columns `image`, `text` and
+            possibly `group`.
+        seed (`int`): of the draw.
+        fractions: shares of the rows of `train` that become `validation` and `held_out`, where missing.
+
+    Raises:
+        ValueError: when a group or an exact copy of an image lies in more than one of the given splits, or there are
+            too few groups.
+    """
+    check_images(data)
+    groups = {name: _groups(dataset) for name, dataset in data.items()}
+    owner: dict[str, str] = {}
+    for name, of_rows in groups.items():
+        for group in of_rows:
+            if owner.setdefault(group, name) != name:
+                what = "the same group" if "group" in data[name].column_names else "the same image"
+                raise ValueError(f"{what} is in the {owner[group]} and the {name} split: they must be disjoint")
+    missing = [name for name in SPLITS[1:] if name not in data]
+    if not missing:
+        return DatasetDict({name: data[name] for name in SPLITS})
+    train, of_rows = data["train"], groups["train"]
+    names = sorted(set(of_rows))
+    if len(names) < 2 * (len(missing) + 1):
+        raise ValueError(
+            f"{len(names)} different images or groups in train are too few to split into train and "
+            f"{' and '.join(missing)}: give at least {2 * (len(missing) + 1)}, or the splits themselves"
+        )
+    order = torch.randperm(len(names), generator=seeded_generator(seed)).tolist()
+    sizes = dict.fromkeys(names, 0)
+    for group in of_rows:
+        sizes[group] += 1
+    assigned, position = {}, 0
+    for name in missing:
+        target, filled = max(2, round(fractions[SPLITS.index(name) - 1] * len(train))), 0
+        while filled < target and position < len(order) - 2:
+            group = names[order[position]]
+            assigned[group], filled, position = name, filled + sizes[group], position + 1
+    rows = {name: [i for i, g in enumerate(of_rows) if assigned.get(g, "train") == name] for name in SPLITS}
+    result = DatasetDict({name: data.get(name) or train.select(rows[name]) for name in SPLITS})
+    for name, dataset in result.items():
+        if len(dataset) == 0:
+            raise ValueError(f"the {name} split would be empty: the groups of {len(train)} rows are too large")
+    return result
+
+
+def _groups(dataset: Dataset) -> list[str]:
+    """For each row its group: of the group column, else a digest of the pixels (never stored)."""
+    if "group" in dataset.column_names:
+        return [str(group) for group in dataset["group"]]
+    return [_digest(row["image"]).hex() for row in dataset]
+
+
+def _digest(image: PILImage.Image) -> bytes:
+    """Of the pixels, so that exact copies are found; it stays in memory and in the local cache."""
+    return hashlib.blake2b(image.convert("RGB").tobytes(), digest_size=8).digest()
+
+
+def to_pixels(images: Sequence[PILImage.Image], resolution: int) -> torch.Tensor:
+    """PIL images -> `[N, 3, resolution, resolution]` in [0, 1]: RGB, shorter side resized, centre cropped."""
+    arrays = [
+        np.asarray(ImageOps.fit(image.convert("RGB"), (resolution, resolution), PILImage.Resampling.LANCZOS))
+        for image in images
+    ]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+
+
+def encode(dataset: Dataset, family: StableDiffusionFamily, resolution: int, batch_size: int = 32) -> Dataset:
+    """Latents and text embeddings of a dataset, computed once and kept on disk by `datasets`.
+
+    They are found again under a fingerprint of the rows, the weights of the autoencoder and the text encoder, and the
+    resolution.
+
+    Args:
+        dataset (`Dataset`): columns `image`, `text`.
+        family: the pipeline's (`memcontrol_hf.diffusion.family_of`).
+        resolution (`int`): in pixels.
+
+    Returns:
+        `Dataset`: columns `latents` `[C, h, w]`, `prompt_embeds` `[L, D]`, `pixels` (equal for exact copies of an
+        image) and `row`; in torch format.
+    """
+    pipeline = family.pipeline
+    fingerprint = Hasher.hash(
+        [dataset._fingerprint, weights_digest(pipeline.vae), weights_digest(pipeline.text_encoder), resolution]
+    )
+    folder = Path(datasets_config.HF_DATASETS_CACHE) / "memcontrol_hf"
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = family.encode_images(torch.zeros(1, 3, resolution, resolution))
+    embeds = family.encode_prompts([""])
+    features = Features(
+        {
+            "latents": Array3D(tuple(probe.shape[1:]), "float32"),
+            "prompt_embeds": Array2D(tuple(embeds.shape[1:]), "float32"),
+            "pixels": Value("int64"),
+        }
+    )
+
+    def encode_batch(batch: dict[str, list]) -> dict[str, np.ndarray]:
+        return {
+            "latents": family.encode_images(to_pixels(batch["image"], resolution)).cpu().numpy(),
+            "prompt_embeds": family.encode_prompts(batch["text"]).cpu().numpy(),
+            "pixels": [int.from_bytes(_digest(image), "little", signed=True) for image in batch["image"]],
+        }
+
+    encoded = dataset.map(
+        encode_batch,
+        batched=True,
+        batch_size=batch_size,
+        remove_columns=dataset.column_names,
+        features=features,
+        new_fingerprint=fingerprint,
+        cache_file_name=str(folder / f"{fingerprint}.arrow"),
+        load_from_cache_file=True,
+        desc="Encoding images and captions",
+    )
+    rows = Dataset.from_dict({"row": list(range(len(encoded)))})
+    return concatenate_datasets([encoded.with_format(None), rows], axis=1).with_format("torch")
+
+
+def weights_digest(module: nn.Module) -> str:
+    """A digest of a module's parameters and buffers, by value."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def unique_rows(encoded: Dataset) -> list[int]:
+    """The first row of each distinct image of an encoded dataset: exact repeats count once."""
+    first: dict[int, int] = {}
+    for row, pixels in enumerate(encoded["pixels"]):
+        first.setdefault(int(pixels), row)
+    return sorted(first.values())

@@ -1,0 +1,170 @@
+"""The memorization report: figures of the tuned model beside those of the frozen base and of the all-on mask.
+
+It holds aggregates only: no image, caption, file name or id of the data.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .search import is_frozen_base
+
+if TYPE_CHECKING:
+    import optuna
+
+SCHEMA_VERSION = 1
+FROZEN_BASE, ALL_ON, SELECTED = "frozen base", "all blocks", "selected mask"
+_PACKAGES = ("memcontrol_hf", "torch", "diffusers", "transformers", "peft", "optuna")
+
+
+@dataclass
+class MemorizationReport:
+    """What was tuned, how it was found, and what was measured.
+
+    Args:
+        base_model (`str`): name of the pipeline that was tuned.
+        method (`str`): the PEFT method.
+        mask (`dict[str, bool]`): of the selected blocks.
+        figures (`dict[str, dict[str, float]]`):
+            For `"frozen base"`, `"all blocks"` and `"selected mask"`, each trained equally long: `trainable_percent`,
+            `trainable_parameters`, and what [`MemControlTrainer.evaluate`] returns, against held-out images.
+        training (`dict`): learning rate, steps, batch size, resolution, seed, ...
+        images (`dict[str, int]`): rows and different images of each split.
+        encoder (`str`): whose features `fid` and `amd` use.
+        search (`dict`, *optional*): the study; `None` when the mask was given.
+        versions (`dict[str, str]`): of the packages.
+    """
+
+    base_model: str
+    method: str
+    mask: dict[str, bool]
+    figures: dict[str, dict[str, float]]
+    training: dict[str, Any]
+    images: dict[str, int]
+    encoder: str
+    search: dict[str, Any] | None = None
+    versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in _PACKAGES})
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the report."""
+        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "MemorizationReport":
+        """Read a report.
+
+        Raises:
+            ValueError: when the file holds a report of another version, or none.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is no memorization report: {error}") from None
+        found = content.get("schema_version") if isinstance(content, dict) else None
+        if found != SCHEMA_VERSION:
+            raise ValueError(f"{path} has report version {found!r}, but this package reads {SCHEMA_VERSION}")
+        return cls(**content)
+
+    def table(self) -> list[list[str]]:
+        """The figures as rows of text, the head first."""
+        head = ["", "trainable %", "fid ↓", "amd ↑ (held-out)", "membership AUC ↓ (95 %)", "noise norm (held-out)"]
+        rows = [
+            [
+                name,
+                f"{f['trainable_percent']:.3g}",
+                f"{f['fid']:.2f}",
+                f"{f['amd']:.4f} ({f['amd_held_out']:.4f})",
+                f"{f['membership_auc']:.3f} ({f['membership_auc_low']:.3f} to {f['membership_auc_high']:.3f})",
+                f"{f['noise_norm']:.3f} ({f['noise_norm_held_out']:.3f})",
+            ]
+            for name, f in self.figures.items()
+        ]
+        return [head, *rows]
+
+    def summary(self) -> str:
+        """The figures as an aligned table."""
+        rows = self.table()
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def search_summary(study: "optuna.Study", sampler: str, objectives: list[str]) -> dict[str, Any]:
+    """A study as the report holds it: its objectives, and mask size and values of every finished trial."""
+    front = {trial.number for trial in study.best_trials}
+    trials = [
+        {
+            "number": trial.number,
+            "values": trial.values,
+            "learning_rate": trial.user_attrs["hyperparameters"]["learning_rate"],
+            "blocks": sum(trial.user_attrs["hyperparameters"]["mask"].values()),
+            "trainable_percent": trial.user_attrs["trainable_percent"],
+            "on_front": trial.number in front,
+        }
+        for trial in study.trials
+        if trial.state.name == "COMPLETE"
+    ]
+    failed = sum(trial.state.name == "FAIL" for trial in study.trials)
+    return {
+        "study_name": study.study_name,
+        "sampler": sampler,
+        "objectives": objectives,
+        "directions": [d.name.lower() for d in study.directions],
+        "failed_trials": failed,
+        "trials": trials,
+    }
+
+
+def plot_front(study: "optuna.Study", objectives: list[str], path: str | Path, selected: int | None = None) -> None:
+    """Draw the trials in the plane of the two objectives, with the Pareto front, as a PNG.
+
+    Args:
+        selected (`int`, *optional*): number of the trial that was chosen.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    trials = [t for t in study.trials if t.state.name == "COMPLETE"]
+    front = sorted(study.best_trials, key=lambda t: t.values)
+    figure = Figure(figsize=(7, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    y = [t.values[min(1, len(objectives) - 1)] for t in trials]
+    x = [t.values[0] if len(objectives) > 1 else t.number for t in trials]
+    place = {t.number: (a, b) for t, a, b in zip(trials, x, y)}
+    if len(objectives) > 1:
+        axes.plot(*zip(*(place[t.number] for t in front)), color="tab:blue", lw=1, zorder=1, label="Pareto front")
+    sizes = [t.user_attrs["trainable_percent"] for t in trials]
+    points = axes.scatter(x, y, c=sizes, cmap="viridis_r", s=55, zorder=2, edgecolor="black", linewidth=0.5)
+    figure.colorbar(points, label="trainable parameters (%)")
+    for trial in trials:
+        mask = trial.user_attrs["hyperparameters"]["mask"]
+        name = FROZEN_BASE if is_frozen_base(trial) else ALL_ON if all(mask.values()) else None
+        if name:
+            axes.annotate(name, place[trial.number], xytext=(7, 7), textcoords="offset points", fontsize=9)
+    if selected is not None:
+        axes.scatter(*place[selected], s=190, facecolor="none", edgecolor="tab:red", linewidth=2, zorder=3)
+        axes.annotate(
+            "selected", place[selected], xytext=(9, -14), textcoords="offset points", fontsize=9, color="tab:red"
+        )
+    directions = [d.name.lower() for d in study.directions]
+    better = {"minimize": "lower is better", "maximize": "higher is better"}
+    if len(objectives) > 1:
+        axes.set_xlabel(f"{objectives[0]} ({better[directions[0]]})")
+        axes.legend(loc="best", fontsize=9)
+    else:
+        axes.set_xlabel("trial")
+    axes.set_ylabel(f"{objectives[-1]} ({better[directions[-1]]})")
+    axes.set_title(f"{len(trials)} trials of {study.study_name}")
+    axes.margins(0.12)
+    axes.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+def selected_blocks(mask: Mapping[str, bool]) -> list[str]:
+    """Names of the blocks that a mask has on."""
+    return [name for name, on in mask.items() if on]

@@ -1,0 +1,66 @@
+"""Images from a pipeline, one generator for each image."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from .diffusion import family_of, seeded_generator
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+@contextmanager
+def denoiser_in_place(pipeline: "DiffusionPipeline", denoiser: nn.Module) -> Iterator[None]:
+    """Let a pipeline sample with `denoiser` (say, one with an adapter) in evaluation mode, then restore its own."""
+    name = family_of(pipeline).denoiser_name
+    original, training = getattr(pipeline, name), denoiser.training
+    setattr(pipeline, name, denoiser.eval())
+    try:
+        yield
+    finally:
+        setattr(pipeline, name, original)
+        denoiser.train(training)
+
+
+@torch.no_grad()
+def generate(
+    pipeline: "DiffusionPipeline",
+    prompts: Sequence[str],
+    keys: Sequence[tuple[int, ...]],
+    resolution: int,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 7.5,
+    batch_size: int = 16,
+) -> torch.Tensor:
+    """Generate one image for each prompt.
+
+    Args:
+        prompts (list of `str`): `N` prompts.
+        keys (list of tuples of `int`): for each image, what its noise is seeded with.
+        resolution (`int`): height and width in pixels.
+        batch_size (`int`): only a matter of speed.
+
+    Returns:
+        `torch.Tensor`: `[N, 3, H, W]` in [0, 1] on the CPU.
+    """
+    if len(prompts) != len(keys):
+        raise ValueError(f"{len(prompts)} prompts but {len(keys)} seeds")
+    images = []
+    pipeline.set_progress_bar_config(disable=True)
+    for start in range(0, len(prompts), batch_size):
+        batch = slice(start, start + batch_size)
+        output = pipeline(
+            list(prompts[batch]),
+            height=resolution,
+            width=resolution,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=[seeded_generator(*key) for key in keys[batch]],
+            output_type="pt",
+        )
+        images.append(output.images.float().cpu())
+    return torch.cat(images) if images else torch.empty(0, 3, resolution, resolution)

@@ -1,0 +1,165 @@
+"""The search space: a denoiser's named blocks, and a mask of them applied to any `PeftConfig`.
+
+A mask `{block name: bool}` says in which blocks the parameters of a PEFT method may move; whatever lies outside is
+frozen (the ω of MemControl, https://huggingface.co/papers/2405.19458).
+"""
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from .tuners import METHODS, MemControlConfig, tunable_modules
+
+if TYPE_CHECKING:
+    import optuna
+
+# UNets: each attention site (16 in Stable Diffusion 1.5). Transformers (DiT): each block.
+_BLOCK = re.compile(r"^(?:.+\.)?attentions\.\d+$|^(?:single_)?transformer_blocks\.\d+$")
+_SITE = re.compile(r"\.(?:attn\d*|ff(?:_context)?)$")
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The blocks of a denoiser that a mask switches on and off.
+
+    Args:
+        blocks (`dict[str, list[str]]`):
+            Block name -> full names of the modules in it that hold parameters of their own, in the model's order.
+        tunable (`dict[str, frozenset[str]]`):
+            Method of [`MemControlConfig`] -> full names of the modules that it can tune; and `"linear"` -> the linear
+            layers, for PEFT's own methods.
+    """
+
+    blocks: dict[str, list[str]]
+    tunable: dict[str, frozenset[str]]
+
+    @classmethod
+    def from_model(cls, denoiser: nn.Module, granularity: str | Sequence[str] = "block") -> "SearchSpace":
+        """Name the blocks of a denoiser.
+
+        Args:
+            denoiser (`nn.Module`):
+                A diffusers UNet or transformer, without an adapter.
+            granularity (`str` or list of `str`, *optional*, defaults to `"block"`):
+                `"block"`: each attention site of a UNet, each block of a transformer. `"site"`: each `attn1`, `attn2`
+                and `ff` inside them. A list of regular expressions: one block for each, holding the modules whose
+                full name it finds (`re.search`).
+
+        Raises:
+            ValueError: for an unknown granularity, an expression that is invalid or matches nothing, a module that two
+                expressions match, and a model without attention blocks.
+        """
+        modules = [name for name, m in denoiser.named_modules() if next(m.parameters(recurse=False), None) is not None]
+        if granularity in ("block", "site"):
+            names = sorted((name for name, _ in denoiser.named_modules() if _BLOCK.search(name)), key=_stage)
+            if not names:
+                raise ValueError(
+                    f"{type(denoiser).__name__} has no attention blocks: pass `granularity` as a list of regular "
+                    "expressions over its module names"
+                )
+            if granularity == "site":
+                sites = [name for name, _ in denoiser.named_modules() if _SITE.search(name)]
+                inside = {block: [s for s in sites if s.startswith(block + ".")] for block in names}
+                names = [name for block in names for name in inside[block] or [block]]
+            blocks = {name: [m for m in modules if m == name or m.startswith(name + ".")] for name in names}
+        elif isinstance(granularity, str):
+            raise ValueError(f"unknown granularity {granularity!r}: use 'block', 'site' or a list of expressions")
+        else:
+            blocks = {pattern: _matching(pattern, modules) for pattern in granularity}
+            seen: dict[str, str] = {}
+            for pattern, found in blocks.items():
+                for module in found:
+                    if module in seen:
+                        raise ValueError(f"module {module!r} is matched by both {seen[module]!r} and {pattern!r}")
+                    seen[module] = pattern
+        tunable = {method: frozenset(tunable_modules(denoiser, method)) for method in METHODS}
+        tunable["linear"] = frozenset(name for name, m in denoiser.named_modules() if isinstance(m, nn.Linear))
+        return cls(blocks, tunable)
+
+    def mask(self, on: bool) -> dict[str, bool]:
+        """The mask with every block on, or every block off."""
+        return dict.fromkeys(self.blocks, on)
+
+    def suggest(self, trial: "optuna.Trial") -> dict[str, bool]:
+        """Draw a mask: one categorical parameter `mask.<block name>` for each block."""
+        return {name: trial.suggest_categorical(f"mask.{name}", [False, True]) for name in self.blocks}
+
+    def check(self, mask: Mapping[str, bool]) -> dict[str, bool]:
+        """The mask over all blocks, in the model's order; blocks that it does not name are off.
+
+        Raises:
+            ValueError: when the mask names a block that the model lacks, or holds something else than booleans.
+        """
+        unknown = sorted(set(mask) - set(self.blocks))
+        if unknown:
+            raise ValueError(
+                f"the mask names {len(unknown)} block(s) that the model lacks: {', '.join(unknown)}; "
+                f"it has: {', '.join(self.blocks)}"
+            )
+        wrong = {name: value for name, value in mask.items() if value not in (False, True)}
+        if wrong:
+            raise ValueError(f"a mask holds booleans, but got {wrong}")
+        return {name: bool(mask.get(name, False)) for name in self.blocks}
+
+    def apply(self, config: PeftConfig, mask: Mapping[str, bool]) -> PeftConfig:
+        """Restrict a PEFT method to the blocks that a mask selects.
+
+        Args:
+            config (`PeftConfig`):
+                Any config with `target_modules`, left as it is. When it names target modules already (as PEFT matches
+                them), only those inside the selected blocks remain; otherwise all that its method can tune: for
+                [`MemControlConfig`] by its `method`, for PEFT's own methods every linear layer.
+            mask (`dict[str, bool]`):
+                Over the block names; blocks that it does not name are off.
+
+        Returns:
+            `PeftConfig`: a copy whose `target_modules` are full module names. They are empty for the all-off mask,
+            which stands for the frozen base: PEFT has no adapter without modules.
+
+        Raises:
+            ValueError: when the mask names a block that the model lacks, or selects blocks in which the method finds
+                nothing to tune.
+        """
+        if not hasattr(config, "target_modules"):
+            raise ValueError(f"{type(config).__name__} has no `target_modules`, so a mask cannot restrict it")
+        mask = self.check(mask)
+        inside = [module for name, modules in self.blocks.items() if mask[name] for module in modules]
+        method = config.method if isinstance(config, MemControlConfig) else "linear"
+        restricted = config.target_modules not in (None, "all-linear")
+        if restricted:
+            selected = [module for module in inside if check_target_module_exists(config, module)]
+        else:
+            selected = [module for module in inside if module in self.tunable[method]]
+        if inside and not selected:
+            on = ", ".join(name for name in mask if mask[name])
+            raise ValueError(f"{type(config).__name__} ({method}) finds no module to tune in the blocks {on}")
+        config = copy.deepcopy(config)
+        if getattr(config, "feedforward_modules", None):  # IA3 asks that they be among the target modules
+            feedforward = copy.copy(config)
+            feedforward.target_modules = config.feedforward_modules
+            config.feedforward_modules = {m for m in selected if check_target_module_exists(feedforward, m)}
+        config.target_modules = selected
+        if isinstance(config, MemControlConfig):
+            config.mask = mask
+        return config
+
+
+def _stage(name: str) -> int:
+    """A UNet registers its middle block last: down, middle, up is the way of the data."""
+    return ("down_blocks", "mid_block", "up_blocks").index(name.split(".")[0]) if "_block" in name.split(".")[0] else 0
+
+
+def _matching(pattern: str, modules: Sequence[str]) -> list[str]:
+    try:
+        found = [module for module in modules if re.search(pattern, module)]
+    except re.error as error:
+        raise ValueError(f"granularity {pattern!r} is no regular expression: {error}") from None
+    if not found:
+        raise ValueError(f"granularity {pattern!r} matches no module; names look like {', '.join(modules[:3])}")
+    return found

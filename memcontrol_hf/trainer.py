@@ -1,0 +1,540 @@
+"""The inner level: a `transformers.Trainer` that fine-tunes the selected blocks of a denoiser and measures the result.
+
+The loop, checkpoints, resuming, mixed precision, distribution, schedulers and trackers are the Trainer's own.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import BestRun
+
+from . import metrics as measures
+from .data import encode, to_pixels, unique_rows
+from .diffusion import family_of, seeded_generator
+from .features import Encoder, load_encoder
+from .sampling import denoiser_in_place, generate
+from .search import run_search
+from .search_space import SearchSpace
+
+if TYPE_CHECKING:
+    import optuna
+    from diffusers import DiffusionPipeline
+
+METRICS = {
+    "fid": "minimize",
+    "amd": "maximize",
+    "membership_auc": "minimize",
+    "noise_norm": "minimize",
+    "loss": "minimize",
+}
+"""What [`MemControlTrainer.evaluate`] can measure, and which way is better."""
+
+# The purposes that random draws are seeded for; part of every key, so that no two purposes share noise.
+_TRAINING, _SUBSET, _MEMBERS, _NONMEMBERS, _EVAL_IMAGES, _TRAIN_IMAGES = range(6)
+
+
+@dataclass
+class MemControlTrainingArguments(TrainingArguments):
+    """The arguments of transformers' Trainer, and those of a diffusion model's fine-tune and its measures.
+
+    Args:
+        resolution (`int`):
+            Side of the images in pixels.
+        snr_gamma (`float`, *optional*):
+            Min-SNR weighting of the loss (https://huggingface.co/papers/2303.09556); 5 is usual, none by default.
+        caption_dropout (`float`):
+            Share of the captions that training replaces by the empty one, so that guidance keeps working.
+        search_fraction (`float`):
+            Share of the training rows that each trial of a search is trained on.
+        search_max_steps (`int`, *optional*):
+            Steps of a trial; `max_steps` when not given.
+        objectives (`list[str]`):
+            The search's objectives: names out of `memcontrol_hf.trainer.METRICS`, quality first.
+        eval_num_images (`int`):
+            How many images are generated for `fid` and as many for `amd`, at most one for each caption.
+        eval_inference_steps (`int`):
+            Sampling steps of these images.
+        eval_guidance_scale (`float`):
+            Their guidance scale.
+        eval_num_timesteps (`int`):
+            How many fixed timesteps the membership attack and the noise norm use.
+    """
+
+    resolution: int = field(default=512, metadata={"help": "Side of the images in pixels."})
+    snr_gamma: float | None = field(default=None, metadata={"help": "Min-SNR weighting of the loss; 5 is usual."})
+    caption_dropout: float = field(default=0.0, metadata={"help": "Share of captions replaced by the empty one."})
+    search_fraction: float = field(default=1.0, metadata={"help": "Share of the training rows used in a trial."})
+    search_max_steps: int | None = field(default=None, metadata={"help": "Steps of a trial of the search."})
+    objectives: list[str] = field(
+        default_factory=lambda: ["fid", "membership_auc"],
+        metadata={"help": "Objectives of the search, quality first."},
+    )
+    eval_num_images: int = field(default=128, metadata={"help": "Images generated for fid and for amd."})
+    eval_inference_steps: int = field(default=20, metadata={"help": "Sampling steps of these images."})
+    eval_guidance_scale: float = field(default=7.5, metadata={"help": "Guidance scale of these images."})
+    eval_num_timesteps: int = field(default=5, metadata={"help": "Timesteps of the membership attack."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The denoiser's inputs are made here."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "All adapter parts are used."})
+
+    def __post_init__(self) -> None:
+        check_objectives(self.objectives)
+        for name in ("caption_dropout", "search_fraction"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1 or (name == "search_fraction" and value == 0):
+                raise ValueError(f"{name} must be a share between 0 and 1, but got {value}")
+        for name in ("eval_num_images", "eval_inference_steps", "eval_num_timesteps", "resolution"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, but got {getattr(self, name)}")
+        super().__post_init__()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+
+
+def check_objectives(objectives: list[str]) -> None:
+    """Raise `ValueError` for an objective that is no metric, one named twice, and none at all."""
+    unknown = [name for name in objectives if name not in METRICS]
+    if unknown or not objectives:
+        raise ValueError(f"unknown objective(s) {', '.join(unknown) or '(none)'}: use some of {', '.join(METRICS)}")
+    if len(set(objectives)) < len(objectives):
+        raise ValueError(f"an objective is named twice: {', '.join(objectives)}")
+
+
+class _LossProgressCallback(ProgressCallback):
+    """The Trainer's progress bar with the loss in it, instead of a printed line for each log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=logs["loss"])
+
+
+class MemControlTrainer(Trainer):
+    """Fine-tunes the blocks of a pipeline's denoiser that a mask selects, and searches that mask.
+
+    Args:
+        pipeline (`DiffusionPipeline`):
+            Its weights stay as they are; the denoiser gets an adapter.
+        peft_config (`PeftConfig`):
+            Any method with `target_modules`; the mask restricts it.
+        args ([`MemControlTrainingArguments`]):
+            As of transformers, and those of this package.
+        train_dataset (`Dataset`):
+            Columns `image`, `text`.
+        eval_dataset (`Dataset`):
+            Likewise: the validation images that the search's rewards may use.
+        search_space ([`SearchSpace`], *optional*):
+            The attention blocks by default.
+        mask (`dict[str, bool]`, *optional*):
+            Of the first fine-tune; every block by default.
+        encoder (`str` or `nn.Module`):
+            For `fid` and `amd`; see [`~memcontrol_hf.features.load_encoder`].
+        callbacks (list of `TrainerCallback`, *optional*):
+            As of transformers.
+    """
+
+    def __init__(
+        self,
+        pipeline: "DiffusionPipeline",
+        peft_config: PeftConfig,
+        args: MemControlTrainingArguments,
+        train_dataset: Dataset,
+        eval_dataset: Dataset,
+        search_space: SearchSpace | None = None,
+        mask: Mapping[str, bool] | None = None,
+        encoder: str | nn.Module = "demo",
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        self.family = family_of(pipeline)
+        self.family.check_resolution(args.resolution)
+        self.pipeline = pipeline
+        self.denoiser: nn.Module = getattr(pipeline, self.family.denoiser_name).requires_grad_(False)
+        self.peft_config = peft_config
+        self.search_space = search_space or SearchSpace.from_model(self.denoiser)
+        self.mask = self.search_space.check(self.search_space.mask(True) if mask is None else mask)
+        self._encoder: str | nn.Module | Encoder = encoder
+        self._adapted: PeftModel | None = None
+        self._features: dict[str, torch.Tensor] = {}
+        self._denoiser_size = sum(p.numel() for p in self.denoiser.parameters())
+        gradient_checkpointing, args.gradient_checkpointing = args.gradient_checkpointing, False
+        if gradient_checkpointing:  # diffusers has its own switch, which the Trainer does not know
+            self.denoiser.enable_gradient_checkpointing()
+        for part in ("vae", "text_encoder"):
+            getattr(pipeline, part).requires_grad_(False).to(args.device)
+        self._null = self.family.encode_prompts([""])
+        train_dataset = encode_with_images(train_dataset, self.family, args.resolution)
+        self._full_train_dataset = train_dataset
+        super().__init__(
+            args=args,
+            model_init=self._init_model,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=_collate,
+            callbacks=callbacks,
+        )
+        self.loss_is_scaled_for_ga = False
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(_LossProgressCallback)
+
+    # ---- the model ----
+
+    def _init_model(self) -> nn.Module:
+        """The denoiser with a new adapter for the current mask; the bare, frozen denoiser for the all-off mask."""
+        if self._adapted is not None:
+            self._adapted.unload()
+            self._adapted = None
+        config = self.search_space.apply(self.peft_config, self.mask)
+        if not config.target_modules:
+            return self.denoiser
+        self._adapted = get_peft_model(self.denoiser, config)
+        return self._adapted
+
+    def set_mask(self, mask: Mapping[str, bool]) -> None:
+        """Start again from the base with a new adapter in the blocks that `mask` selects."""
+        self.mask = self.search_space.check(mask)
+        self.model = self.model_wrapped = self._init_model()
+        self._move_model_to_device(self.model, self.args.device)
+
+    @property
+    def trainable_parameters(self) -> int:
+        """How many parameters the current mask trains."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    @property
+    def trainable_percent(self) -> float:
+        """The same in percent of the denoiser's own parameters."""
+        return 100 * self.trainable_parameters / self._denoiser_size
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
+        """As of transformers. The all-off mask has nothing to train.
+
+        Raises:
+            ValueError: for the all-off mask.
+        """
+        if not any(self.mask.values()):
+            raise ValueError("the mask selects no block: the frozen base can be evaluated, but not trained")
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """The mean denoising loss of a batch.
+
+        Timestep, noise and caption dropout of a row depend on the seed, the epoch and the row alone: the same rows give
+        the same loss at any batch size, on any number of processes, and after resuming.
+        """
+        latents, embeds, rows = inputs["latents"], inputs["prompt_embeds"], inputs["row"].tolist()
+        epoch = int(self.state.epoch or 0)
+        total = self.family.scheduler.config.num_train_timesteps
+        noise, timesteps, dropped = [], [], []
+        for row in rows:
+            generator = seeded_generator(self.args.seed, _TRAINING, epoch, row)
+            timesteps.append(torch.randint(total, (), generator=generator))
+            dropped.append(torch.rand((), generator=generator) < self.args.caption_dropout)
+            noise.append(torch.randn(latents.shape[1:], generator=generator))
+        if any(dropped):
+            embeds = torch.where(torch.stack(dropped).to(embeds.device)[:, None, None], self._null.to(embeds), embeds)
+        losses = self.family.losses(
+            model,
+            latents,
+            embeds,
+            torch.stack(timesteps).to(latents.device),
+            torch.stack(noise).to(latents.device),
+            self.args.snr_gamma,
+        )
+        return losses.mean()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # The adapter alone: no pickled arguments, and none of the pipeline's other parts.
+        if self.args.should_save and self._adapted is not None:
+            self._adapted.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
+
+    # ---- measuring ----
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        metrics: list[str] | None = None,
+    ) -> dict[str, float]:
+        """Measure the model as it is.
+
+        Args:
+            eval_dataset (`Dataset`, *optional*):
+                Columns `image`, `text`: the images that the training images are compared with. The validation images
+                by default; give the held-out ones for final figures.
+            metric_key_prefix (`str`):
+                Of the names of the figures.
+            metrics (list of `str`, *optional*):
+                Out of `METRICS`; the objectives by default.
+
+        Returns:
+            `dict[str, float]`: the figures, and for some their companions:
+
+            - `loss` (on `eval_dataset`), `loss_train` (on the training images, each once)
+            - `membership_auc`, `membership_auc_low`, `membership_auc_high` (95 %)
+            - `noise_norm` (of the training images), `noise_norm_held_out` (of `eval_dataset`)
+            - `fid`: images generated from the captions of `eval_dataset`, against its images
+            - `amd`: images generated from training captions, against training images; `amd_held_out`: the same
+              images, against those of `eval_dataset`
+        """
+        wanted = self.args.objectives if metrics is None else metrics
+        check_objectives(wanted)
+        others = encode_with_images(eval_dataset or self.eval_dataset, self.family, self.args.resolution)
+        train = self.train_dataset
+        training, _ = self.model.training, self.model.eval()
+        with self.accelerator.autocast():
+            figures = self._measure(set(wanted), train, others)
+        self.model.train(training)
+        figures = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        self.log(dict(figures))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+        return figures
+
+    def _measure(self, wanted: set[str], train: "EncodedImages", others: "EncodedImages") -> dict[str, float]:
+        figures: dict[str, float] = {}
+        if {"loss", "membership_auc"} & wanted:
+            member_losses = self._losses(train, _MEMBERS)
+            other_losses = self._losses(others, _NONMEMBERS)
+            figures["loss"], figures["loss_train"] = other_losses.mean().item(), member_losses.mean().item()
+            if "membership_auc" in wanted:
+                result = measures.membership(-member_losses, -other_losses)
+                figures["membership_auc"] = result.auc
+                figures["membership_auc_low"], figures["membership_auc_high"] = result.interval
+        if "noise_norm" in wanted:
+            figures["noise_norm"] = self._noise_norms(train, _MEMBERS).mean().item()
+            figures["noise_norm_held_out"] = self._noise_norms(others, _NONMEMBERS).mean().item()
+        if "fid" in wanted:
+            generated = self._generated_features(others, _EVAL_IMAGES)
+            figures["fid"] = measures.fid(generated, self._real_features(others))
+        if "amd" in wanted:
+            generated = self._generated_features(train, _TRAIN_IMAGES)
+            figures.update(self._amd(generated, train, others))
+        return figures
+
+    def _amd(self, generated: torch.Tensor, train: "EncodedImages", others: "EncodedImages") -> dict[str, float]:
+        """Against as many held-out images as training images, since a larger set has nearer neighbours."""
+        train_features, other_features = self._real_features(train), self._real_features(others)
+        count = min(len(train_features), len(other_features))
+        pick = [
+            torch.randperm(len(f), generator=seeded_generator(self.args.seed, _SUBSET, i))[:count]
+            for i, f in enumerate((train_features, other_features))
+        ]
+        return {
+            "amd": measures.amd(generated, train_features[pick[0]]),
+            "amd_held_out": measures.amd(generated, other_features[pick[1]]),
+        }
+
+    def _losses(self, data: "EncodedImages", purpose: int) -> torch.Tensor:
+        """Mean denoising loss of each distinct image at the fixed timesteps: `[N]`."""
+        timesteps = self.family.timesteps(self.args.eval_num_timesteps)
+
+        def of(rows: list[int]) -> torch.Tensor:
+            batch = data.encoded[rows]
+            return measures.denoising_losses(
+                self.family,
+                self.model,
+                batch["latents"],
+                batch["prompt_embeds"],
+                timesteps,
+                [(self.args.seed, purpose, row) for row in batch["row"].tolist()],
+                self.args.per_device_eval_batch_size,
+            ).mean(1)
+
+        return self._over_processes(of, data.unique)
+
+    def _noise_norms(self, data: "EncodedImages", purpose: int) -> torch.Tensor:
+        """Noise norm of each distinct image, averaged over the fixed timesteps: `[N]`."""
+        timesteps = self.family.timesteps(self.args.eval_num_timesteps)
+
+        def of(rows: list[int]) -> torch.Tensor:
+            batch = data.encoded[rows]
+            return measures.noise_norm(
+                self.model,
+                batch["latents"],
+                batch["prompt_embeds"],
+                self._null,
+                self.family.scheduler,
+                timesteps,
+                [(self.args.seed, purpose, row) for row in batch["row"].tolist()],
+                self.args.per_device_eval_batch_size,
+            ).mean(1)
+
+        return self._over_processes(of, data.unique)
+
+    def _generated_features(self, data: "EncodedImages", purpose: int) -> torch.Tensor:
+        """Features of images generated from the captions of distinct images, at most `eval_num_images`: `[N, D]`."""
+        order = torch.randperm(len(data.unique), generator=seeded_generator(self.args.seed, purpose)).tolist()
+        rows = [data.unique[i] for i in order[: self.args.eval_num_images]]
+
+        def of(rows: list[int]) -> torch.Tensor:
+            with denoiser_in_place(self.pipeline, self.model):
+                images = generate(
+                    self.pipeline,
+                    data.images[rows]["text"],
+                    [(self.args.seed, purpose, row) for row in data.encoded[rows]["row"].tolist()],
+                    self.args.resolution,
+                    self.args.eval_inference_steps,
+                    self.args.eval_guidance_scale,
+                    self.args.per_device_eval_batch_size,
+                )
+            return self.encoder(images)
+
+        return self._over_processes(of, rows)
+
+    def _real_features(self, data: "EncodedImages") -> torch.Tensor:
+        """Features of the distinct images themselves, computed once: `[N, D]`."""
+        key = data.encoded._fingerprint
+        if key not in self._features:
+            rows = data.unique
+            batches = [rows[i : i + 64] for i in range(0, len(rows), 64)]
+            features = [self.encoder(to_pixels(data.images[b]["image"], self.args.resolution)) for b in batches]
+            self._features[key] = torch.cat(features)
+        return self._features[key]
+
+    @property
+    def encoder(self) -> Encoder:
+        """The image encoder, loaded when it is first needed."""
+        if not isinstance(self._encoder, Encoder):
+            self._encoder = load_encoder(self._encoder, self.args.device)
+        return self._encoder
+
+    def _over_processes(self, of: Callable[[list[int]], torch.Tensor], rows: list[int]) -> torch.Tensor:
+        """Share rows among the processes; the results, in the order of `rows`, on each of them."""
+        world, rank = self.args.world_size, self.args.process_index
+        if world == 1:
+            return of(rows)
+        mine = rows[rank::world]
+        parts = gather_object([of(mine) if mine else None])
+        result: list[Any] = [None] * len(rows)
+        for first, part in enumerate(parts):
+            for i, value in enumerate(part if part is not None else []):
+                result[first + i * world] = value
+        return torch.stack(result)
+
+    # ---- the outer level ----
+
+    def hyperparameter_search(
+        self,
+        hp_space: "Callable[[optuna.Trial], dict[str, Any]] | None" = None,
+        compute_objective: Callable[[dict[str, float]], list[float]] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] | None = None,
+        backend: str = "optuna",
+        hp_name: "Callable[[optuna.Trial], str] | None" = None,
+        **kwargs: Any,
+    ) -> BestRun | list[BestRun]:
+        """Search the mask and the learning rate.
+
+        Args:
+            hp_space (`Callable`, *optional*):
+                From a trial to a dictionary of hyperparameters: `mask`, and any field of the arguments. By default the
+                mask over all blocks, and `learning_rate` within `learning_rate_range`.
+            compute_objective (`Callable`, *optional*):
+                From the figures of [`~MemControlTrainer.evaluate`] to the objectives; `args.objectives` by default.
+            n_trials (`int`):
+                Finished trials that the study shall hold in the end: a search that was interrupted goes on.
+            direction (`str` or list of `str`, *optional*):
+                `"minimize"` or `"maximize"` for each objective; by default as each metric is better.
+            backend (`str`):
+                `"optuna"`.
+            hp_name (`Callable`, *optional*):
+                From a trial to the name of its run in trackers.
+            **kwargs:
+                `learning_rate_range`, `sampler`, `storage`, `study_name`, `settings`, `enqueue`: see
+                [`~memcontrol_hf.search.run_search`].
+
+        Returns:
+            [`~transformers.trainer_utils.BestRun`] or a list of them: the best run, or with several objectives those of
+            the Pareto front. `run_summary` holds the Optuna study. The model is left without an adapter's training:
+            go on with [`~MemControlTrainer.apply_hyperparameters`].
+        """
+        if backend != "optuna":
+            raise ValueError(f"backend {backend!r} is not supported: use 'optuna'")
+        if direction is None:
+            direction = [METRICS[name] for name in self.args.objectives]
+        return run_search(self, hp_space, compute_objective, n_trials, direction, hp_name, **kwargs)
+
+    def train_and_evaluate(self) -> dict[str, float]:
+        """One trial: the current mask and arguments, on the search's share of the data, measured on validation."""
+        full, args = self._full_train_dataset, self.args
+        saved = {name: getattr(args, name) for name in ("max_steps", "save_strategy", "eval_strategy")}
+        count = max(1, math.ceil(args.search_fraction * len(full)))
+        rows = torch.randperm(len(full), generator=seeded_generator(args.seed, _SUBSET))[:count]
+        self.train_dataset = full if count == len(full) else full.select(sorted(rows.tolist()))
+        args.max_steps = args.search_max_steps or args.max_steps
+        args.save_strategy = args.eval_strategy = "no"
+        try:
+            if any(self.mask.values()):
+                self.train()
+            return self.evaluate()
+        finally:
+            self.train_dataset = full
+            for name, value in saved.items():
+                setattr(args, name, value)
+
+    def apply_hyperparameters(self, hyperparameters: Mapping[str, Any], final_model: bool = False) -> None:
+        """Set the mask and the arguments of a run.
+
+        Args:
+            hyperparameters (`dict[str, Any]`):
+                `mask`, and fields of the arguments.
+            final_model (`bool`):
+                Ready the model for the final fine-tune on all of the data: the next `train()` starts from the base.
+
+        Raises:
+            ValueError: for a name that is neither `mask` nor a field of the arguments.
+        """
+        known = {f.name for f in fields(self.args)}
+        for name, value in hyperparameters.items():
+            if name == "mask":
+                continue
+            if name not in known:
+                raise ValueError(f"unknown hyperparameter {name!r}: use 'mask' or a field of the training arguments")
+            setattr(self.args, name, value)
+        if final_model:
+            self.train_dataset = self._full_train_dataset
+        self.set_mask(hyperparameters.get("mask", self.mask))
+
+
+class EncodedImages(torch.utils.data.Dataset):
+    """A dataset beside its cached latents and text embeddings; what training reads are the latter."""
+
+    def __init__(self, images: Dataset, encoded: Dataset):
+        self.images = images
+        self.encoded = encoded
+        self.unique = unique_rows(encoded)
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        return self.encoded[row]
+
+    def __getitems__(self, rows: list[int]) -> list[dict[str, torch.Tensor]]:
+        batch = self.encoded[rows]  # one read for a whole batch
+        return [{name: column[i] for name, column in batch.items()} for i in range(len(rows))]
+
+    def select(self, rows: list[int]) -> "EncodedImages":
+        """Some of the rows; each keeps its number, and with it its noise."""
+        return EncodedImages(self.images.select(rows), self.encoded.select(rows))
+
+
+def encode_with_images(images: "Dataset | EncodedImages", family: Any, resolution: int) -> EncodedImages:
+    """The dataset beside its latents and text embeddings, from the cache where they are there."""
+    return images if isinstance(images, EncodedImages) else EncodedImages(images, encode(images, family, resolution))
+
+
+def _collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {key: torch.stack([example[key] for example in examples]) for key in ("latents", "prompt_embeds", "row")}

@@ -1,0 +1,112 @@
+"""Tiny random models and small real images; nothing is fetched and nothing is mocked."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import pytest
+import torch
+from datasets import Dataset
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+RESOLUTION = 16
+
+
+@pytest.fixture(scope="session", autouse=True)
+def datasets_cache(tmp_path_factory):
+    """Latents of the tests do not go to the user's cache."""
+    import datasets.config
+
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    yield
+    datasets.config.HF_DATASETS_CACHE = before
+
+
+def tiny_unet(**kwargs) -> UNet2DConditionModel:
+    """Five attention sites, 2 levels."""
+    torch.manual_seed(0)
+    defaults = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 8,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+    }
+    return UNet2DConditionModel(**{**defaults, **kwargs})
+
+
+@pytest.fixture
+def unet() -> UNet2DConditionModel:
+    return tiny_unet()
+
+
+def tiny_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=RESOLUTION,
+    )
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    vocab = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
+    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(vocab)}, merges=[], model_max_length=8)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(vocab),
+            hidden_size=8,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=8,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    )
+    return StableDiffusionPipeline(
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=tiny_unet().eval(),
+        scheduler=DDIMScheduler(prediction_type=prediction_type),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+@pytest.fixture
+def pipeline() -> StableDiffusionPipeline:
+    return tiny_pipeline()
+
+
+def images_of(count: int, seed: int = 0) -> Dataset:
+    """Pictures of a few coloured tiles, with captions."""
+    generator = torch.Generator().manual_seed(seed)
+    tiles = torch.randint(0, 256, (count, 4, 4, 3), generator=generator, dtype=torch.uint8)
+    images = [Image.fromarray(t.numpy()).resize((RESOLUTION, RESOLUTION), Image.Resampling.NEAREST) for t in tiles]
+    texts = ["".join(chr(97 + c) for c in torch.randint(0, 26, (3,), generator=generator)) for _ in range(count)]
+    return Dataset.from_dict({"image": images, "text": texts})
+
+
+@pytest.fixture
+def train_images() -> Dataset:
+    return images_of(10, seed=1)
+
+
+@pytest.fixture
+def validation_images() -> Dataset:
+    return images_of(8, seed=2)

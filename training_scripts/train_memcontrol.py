@@ -1,0 +1,472 @@
+"""Search the parameters to tune, fine-tune them, measure what was memorized, and save the adapter with its report.
+
+With no flags it runs the demo that ships in the package:
+
+    accelerate launch training_scripts/train_memcontrol.py
+
+Your own images, in a folder with a `metadata.jsonl` (`{"file_name": "1.png", "text": "a caption"}` a line):
+
+    accelerate launch training_scripts/train_memcontrol.py \
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
+        --train_data_dir my_images --method svdiff --n_trials 20 --output_dir my_adapter
+
+The same command goes on where it was interrupted.
+"""
+
+import dataclasses
+import json
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from datasets import DatasetDict
+from peft import PeftConfig
+from transformers import HfArgumentParser
+from transformers import logging as transformers_logging
+
+from memcontrol_hf import (
+    MemControlConfig,
+    MemControlTrainer,
+    MemControlTrainingArguments,
+    MemorizationReport,
+    SearchSpace,
+    demo_dataset,
+    demo_pipeline,
+    select_run,
+)
+from memcontrol_hf.data import load_images
+from memcontrol_hf.diffusion import family_of
+from memcontrol_hf.features import encoder_name, load_encoder
+from memcontrol_hf.model_card import push, render_card
+from memcontrol_hf.report import ALL_ON, FROZEN_BASE, SELECTED, plot_front, search_summary
+from memcontrol_hf.search import check_sampler, check_study
+from memcontrol_hf.trainer import METRICS, check_objectives
+
+# method -> its config, and the learning rates that are searched
+METHODS: dict[str, tuple[PeftConfig, tuple[float, float]]] = {
+    "svdiff": (MemControlConfig(method="svdiff"), (1e-2, 1e-1)),
+    "difffit": (MemControlConfig(method="difffit"), (3e-4, 3e-2)),
+    "attention": (MemControlConfig(method="weights"), (1e-5, 1e-3)),
+    "weights": (MemControlConfig(method="weights"), (1e-5, 1e-3)),
+    "norm": (MemControlConfig(method="norm"), (3e-4, 3e-2)),
+    "bias": (MemControlConfig(method="bias"), (3e-4, 3e-2)),
+    "lora": (
+        peft.LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]),
+        (1e-4, 1e-2),
+    ),
+}
+DEMO = {"resolution": 64, "eval_guidance_scale": 3.0, "eval_inference_steps": 15, "train_batch_size": 32}
+OTHER = {"resolution": 512, "eval_guidance_scale": 7.5, "eval_inference_steps": 25, "train_batch_size": 4}
+
+
+@dataclass
+class ScriptArguments:
+    """What is tuned, on which images, how it is searched, and where the result goes."""
+
+    pretrained_model_name_or_path: str = field(
+        default="demo", metadata={"help": "Pipeline to tune: a Hub id or a folder. `demo`: the one in the package."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Of the pipeline on the Hub."})
+    variant: str | None = field(default=None, metadata={"help": "Of the pipeline's weights, say fp16."})
+    dataset_name: str = field(
+        default="demo",
+        metadata={"help": "Images: a Hub id or a folder that `load_dataset` reads. `demo`: those in the package."},
+    )
+    train_data_dir: str | None = field(
+        default=None, metadata={"help": "Images instead: a folder with a metadata.jsonl beside the files."}
+    )
+    image_column: str = field(default="image", metadata={"help": "Column with the images."})
+    caption_column: str = field(default="text", metadata={"help": "Column with the captions."})
+    group_column: str | None = field(
+        default=None, metadata={"help": "Column that must not be torn apart by the splits: a patient's id, say."}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where the result goes. outputs/quickstart for the demo."}
+    )
+
+    method: str = field(
+        default="svdiff", metadata={"help": f"What is tuned in a selected block: {', '.join(METHODS)}."}
+    )
+    peft_config: str | None = field(
+        default=None,
+        metadata={"help": "Any other PEFT method: a JSON file as save_pretrained writes it (adapter_config.json)."},
+    )
+    granularity: str = field(
+        default="block", metadata={"help": "What a bit of the mask stands for: block, or site (attn1, attn2, ff)."}
+    )
+    mask_from: str | None = field(
+        default=None,
+        metadata={"help": "Take the mask of this adapter folder or JSON file instead of searching."},
+    )
+
+    n_trials: int = field(default=8, metadata={"help": "Trials of the search, all in all; 0 with --mask_from."})
+    objectives: str = field(
+        default="fid,membership_auc",
+        metadata={"help": f"Two of {', '.join(METRICS)}, quality first, with a comma between."},
+    )
+    memorization_budget: float | None = field(
+        default=None, metadata={"help": "Worst second objective that is allowed. Without it: the front's knee."}
+    )
+    sampler: str = field(default="tpe", metadata={"help": "Of the search: tpe, nsga2, gp, random."})
+    search_fraction: float = field(default=1.0, metadata={"help": "Share of the training rows in a trial."})
+    search_max_steps: int | None = field(default=None, metadata={"help": "Steps of a trial."})
+    storage: str | None = field(
+        default=None, metadata={"help": "Of the study: a journal file or a database's address."}
+    )
+    study_name: str = field(default="memcontrol", metadata={"help": "Name of the study in its storage."})
+
+    resolution: int | None = field(default=None, metadata={"help": "Side of the images in pixels."})
+    train_batch_size: int | None = field(default=None, metadata={"help": "Images a step on each device."})
+    eval_batch_size: int = field(default=32, metadata={"help": "Images at once in measuring and sampling."})
+    max_train_steps: int = field(default=150, metadata={"help": "Steps of the final fine-tune."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches for one step."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Less memory for more time."})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "A fixed learning rate. Without it, it is searched with the mask."}
+    )
+    lr_scheduler: str = field(default="constant", metadata={"help": "As transformers calls it: cosine, ..."})
+    lr_warmup_steps: int = field(default=0, metadata={"help": "Steps until the full learning rate."})
+    snr_gamma: float | None = field(default=None, metadata={"help": "Min-SNR weighting of the loss; 5 is usual."})
+    caption_dropout: float = field(default=0.1, metadata={"help": "Share of captions replaced by the empty one."})
+    mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16."})
+    trainer_args: str = field(
+        default="{}",
+        metadata={"help": 'Any other argument of transformers\' Trainer as JSON: {"optim": "adamw_bnb_8bit"}.'},
+    )
+
+    encoder: str = field(
+        default="demo", metadata={"help": "Image encoder of fid and amd: demo, or a Hub id or folder of a model."}
+    )
+    eval_num_images: int = field(default=96, metadata={"help": "Images generated for fid and for amd."})
+    eval_inference_steps: int | None = field(default=None, metadata={"help": "Sampling steps of these images."})
+    eval_guidance_scale: float | None = field(default=None, metadata={"help": "Guidance scale of these images."})
+    validation_prompt: str | None = field(
+        default=None, metadata={"help": "Prompt in the card's loading snippet. It is published."}
+    )
+
+    seed: int = field(default=0, metadata={"help": "Of everything."})
+    checkpointing_steps: int | None = field(
+        default=None, metadata={"help": "Save the state of the final fine-tune each so many steps."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "Go on with the final fine-tune: a checkpoint's folder, or latest."}
+    )
+    report_to: str = field(default="none", metadata={"help": "wandb, tensorboard, trackio, all or none."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Upload the public files, to a private repository."})
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "The repository; the folder's name if not given."}
+    )
+    hub_revision: str | None = field(default=None, metadata={"help": "Branch to push to."})
+
+    def __post_init__(self) -> None:
+        demo_data = self.dataset_name == "demo" and self.train_data_dir is None
+        self.output_dir = self.output_dir or ("outputs/quickstart" if demo_data else "outputs/memcontrol")
+        for name, value in (DEMO if self.pretrained_model_name_or_path == "demo" else OTHER).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        self.storage = self.storage or str(Path(self.output_dir) / "study.journal")
+
+
+def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[str, bool] | None]:
+    """Everything that can be seen to be wrong before anything is loaded.
+
+    Returns:
+        The PEFT config, the learning rates to search, and the mask that was given.
+
+    Raises:
+        ValueError: says the value, what was allowed, and what to do.
+    """
+    if args.peft_config is not None:
+        config, rates = peft_config_from(args.peft_config), (1e-5, 1e-3)
+    elif args.method in METHODS:
+        config, rates = METHODS[args.method]
+    else:
+        raise ValueError(f"unknown method {args.method!r}: use one of {', '.join(METHODS)}, or --peft_config")
+    if args.learning_rate is not None:
+        if args.learning_rate <= 0:
+            raise ValueError(f"--learning_rate must be positive, but is {args.learning_rate}")
+        rates = (args.learning_rate, args.learning_rate)
+    check_objectives(args.objectives.split(","))
+    check_sampler(args.sampler)
+    if args.granularity not in ("block", "site"):
+        raise ValueError(f"unknown granularity {args.granularity!r}: use block or site")
+    if args.mixed_precision not in ("no", "fp16", "bf16"):
+        raise ValueError(f"unknown mixed precision {args.mixed_precision!r}: use no, fp16 or bf16")
+    if args.n_trials < 1:
+        raise ValueError(f"--n_trials must be at least 1, but is {args.n_trials}")
+    if args.train_data_dir is not None and not Path(args.train_data_dir).is_dir():
+        raise ValueError(f"--train_data_dir {args.train_data_dir!r} is no folder")
+    if args.train_data_dir is not None and args.dataset_name != "demo":
+        raise ValueError("give --dataset_name or --train_data_dir, not both")
+    mask = mask_from(args.mask_from) if args.mask_from else None
+    if mask is None:
+        check_study(args.storage, args.study_name, settings(args))
+    return config, rates, mask
+
+
+def peft_config_from(path: str) -> PeftConfig:
+    """A PEFT config from a JSON file or an adapter folder."""
+    file = Path(path) / "adapter_config.json" if Path(path).is_dir() else Path(path)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return PeftConfig.from_peft_type(**content)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"--peft_config {path!r} is no PEFT config: {type(error).__name__}: {error}") from None
+
+
+def mask_from(path: str) -> dict[str, bool]:
+    """The mask in an adapter folder's config, or in a JSON file."""
+    file = Path(path) / "adapter_config.json" if Path(path).is_dir() else Path(path)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"--mask_from {path!r} cannot be read: {error}") from None
+    mask = content.get("mask", content)
+    if not isinstance(mask, dict) or not all(isinstance(value, bool) for value in mask.values()):
+        raise ValueError(f"--mask_from {path!r} holds no mask, which is an object of block names and booleans")
+    if not any(mask.values()):
+        raise ValueError(f"--mask_from {path!r} selects no block: the frozen base has nothing to train")
+    return mask
+
+
+def settings(args: ScriptArguments) -> dict[str, Any]:
+    """What a study depends on: going on with another value is refused."""
+    free = [
+        "output_dir",
+        "storage",
+        "study_name",
+        "n_trials",
+        "memorization_budget",
+        "mask_from",
+        "max_train_steps",
+        "checkpointing_steps",
+        "resume_from_checkpoint",
+        "report_to",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_revision",
+        "validation_prompt",
+        "eval_batch_size",
+    ]
+    chosen = {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
+    chosen["search_max_steps"] = args.search_max_steps or args.max_train_steps
+    return chosen
+
+
+def load(args: ScriptArguments) -> tuple[Any, DatasetDict]:
+    """The pipeline and the images, checked against each other."""
+    if args.pretrained_model_name_or_path == "demo":
+        pipeline = demo_pipeline()
+    else:
+        from diffusers import DiffusionPipeline
+
+        try:
+            pipeline = DiffusionPipeline.from_pretrained(
+                args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant
+            )
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"cannot load the pipeline {args.pretrained_model_name_or_path!r}: {reason}") from None
+    family_of(pipeline).check_resolution(args.resolution)
+    if args.train_data_dir is None and args.dataset_name == "demo":
+        return pipeline, demo_dataset()
+    data = load_images(
+        None if args.train_data_dir else args.dataset_name,
+        args.train_data_dir,
+        args.image_column,
+        args.caption_column,
+        args.group_column,
+        args.seed,
+    )
+    return pipeline, data
+
+
+def training_arguments(args: ScriptArguments) -> MemControlTrainingArguments:
+    """The Trainer's own arguments."""
+    steps = args.checkpointing_steps
+    return MemControlTrainingArguments(
+        output_dir=args.output_dir,
+        run_name=f"{args.study_name}-final",
+        resolution=args.resolution,
+        per_device_train_batch_size=args.train_batch_size,
+        per_device_eval_batch_size=args.eval_batch_size,
+        max_steps=args.max_train_steps,
+        search_max_steps=args.search_max_steps,
+        search_fraction=args.search_fraction,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        gradient_checkpointing=args.gradient_checkpointing,
+        learning_rate=args.learning_rate or 1e-4,
+        lr_scheduler_type=args.lr_scheduler,
+        warmup_steps=args.lr_warmup_steps,
+        snr_gamma=args.snr_gamma,
+        caption_dropout=args.caption_dropout,
+        fp16=args.mixed_precision == "fp16",
+        bf16=args.mixed_precision == "bf16",
+        objectives=args.objectives.split(","),
+        eval_num_images=args.eval_num_images,
+        eval_inference_steps=args.eval_inference_steps,
+        eval_guidance_scale=args.eval_guidance_scale,
+        save_strategy="steps" if steps else "no",
+        save_steps=steps or 500,
+        logging_steps=25,
+        report_to=args.report_to,
+        seed=args.seed,
+        **json.loads(args.trainer_args),
+    )
+
+
+def prepare(argv: list[str] | None) -> tuple[ScriptArguments, MemControlTrainer, DatasetDict, tuple, dict | None]:
+    """Parse, check and load."""
+    (args,) = HfArgumentParser(ScriptArguments, description=__doc__).parse_args_into_dataclasses(argv)
+    config, rates, mask = check(args)
+    trainer_args = training_arguments(args)
+    pipeline, data = load(args)
+    space = SearchSpace.from_model(getattr(pipeline, family_of(pipeline).denoiser_name), args.granularity)
+    config.base_model_name_or_path = model_name(args)
+    trainer = MemControlTrainer(
+        pipeline=pipeline,
+        peft_config=config,
+        args=trainer_args,
+        train_dataset=data["train"],
+        eval_dataset=data["validation"],
+        search_space=space,
+        mask=mask,
+        encoder=load_encoder(args.encoder, trainer_args.device),
+    )
+    return args, trainer, data, rates, mask
+
+
+def model_name(args: ScriptArguments) -> str:
+    """What is published of the base model's address: of a local folder only its name."""
+    name = args.pretrained_model_name_or_path
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def fine_tune_and_measure(trainer: MemControlTrainer, data: DatasetDict, resume: str | bool | None = None) -> dict:
+    """Train the current mask, if it has a block on, and measure it against the held-out images."""
+    if any(trainer.mask.values()):
+        trainer.train(resume_from_checkpoint=resume)
+    figures = trainer.evaluate(data["held_out"], metric_key_prefix="final", metrics=list(METRICS))
+    return {
+        "trainable_parameters": trainer.trainable_parameters,
+        "trainable_percent": trainer.trainable_percent,
+        **{name.removeprefix("final_"): value for name, value in figures.items()},
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, load, search, select, fine-tune, measure, save, push."""
+    transformers_logging.set_verbosity_error()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("memcontrol_hf").setLevel(logging.INFO)
+    try:
+        args, trainer, data, rates, mask = prepare(argv)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+    study = selected = None
+    if mask is None:
+        runs = trainer.hyperparameter_search(
+            n_trials=args.n_trials,
+            learning_rate_range=rates,
+            sampler=args.sampler,
+            storage=args.storage,
+            study_name=args.study_name,
+            settings=settings(args),
+        )
+        run = select_run(runs, args.memorization_budget)
+        study, selected, hyperparameters = run.run_summary, int(run.run_id), run.hyperparameters
+        config_search = {"study_name": args.study_name, "trial": selected, "sampler": args.sampler}
+        trainer.peft_config.search = config_search if isinstance(trainer.peft_config, MemControlConfig) else None
+    else:
+        rate = args.learning_rate or (rates[0] * rates[1]) ** 0.5
+        hyperparameters = {"mask": trainer.mask, "learning_rate": rate}
+
+    figures = {}
+    everything, nothing = trainer.search_space.mask(True), trainer.search_space.mask(False)
+    for name, blocks in ((FROZEN_BASE, nothing), (ALL_ON, everything), (SELECTED, hyperparameters["mask"])):
+        trainer.apply_hyperparameters({**hyperparameters, "mask": blocks}, final_model=True)
+        resume = args.resume_from_checkpoint if name == SELECTED else None
+        figures[name] = fine_tune_and_measure(trainer, data, True if resume == "latest" else resume)
+
+    if trainer.is_world_process_zero():
+        save(args, trainer, data, figures, study, selected)
+
+
+def save(
+    args: ScriptArguments,
+    trainer: MemControlTrainer,
+    data: DatasetDict,
+    figures: dict[str, dict[str, float]],
+    study: Any,
+    selected: int | None,
+) -> None:
+    """The adapter, the report, the plot and the card; and the push, when asked."""
+    folder = Path(args.output_dir)
+    trainer.save_model(args.output_dir)
+    report = MemorizationReport(
+        base_model=model_name(args),
+        method=args.method if args.peft_config is None else str(trainer.peft_config.peft_type),
+        mask=trainer.mask,
+        figures=figures,
+        training={
+            "learning_rate": trainer.args.learning_rate,
+            "max_steps": trainer.args.max_steps,
+            "batch_size": trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps,
+            "world_size": trainer.args.world_size,
+            "resolution": args.resolution,
+            "seed": args.seed,
+        },
+        images=count_images(trainer, data),
+        encoder=encoder_name(args.encoder),
+        search=None if study is None else search_summary(study, args.sampler, trainer.args.objectives),
+    )
+    report.to_json(folder / "memorization_report.json")
+    if study is not None:
+        plot_front(study, trainer.args.objectives, folder / "pareto_front.png", selected)
+    location = args.hub_model_id or (folder.name if folder.is_absolute() else args.output_dir)
+    prompt = args.validation_prompt or ("grinning face" if args.pretrained_model_name_or_path == "demo" else "")
+    command = "accelerate launch training_scripts/train_memcontrol.py " + public_flags(args)
+    card = render_card(report, location, command.strip(), example_prompt=prompt)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    print("\n" + report.summary() + f"\n\nadapter, card and report: {args.output_dir}")
+    if args.push_to_hub:
+        try:
+            print("pushed:", push(folder, args.hub_model_id or folder.name, revision=args.hub_revision))
+        except Exception as error:
+            print(f"error: the push failed ({error}); everything is in {args.output_dir}", file=sys.stderr)
+            raise SystemExit(1) from None
+
+
+def count_images(trainer: MemControlTrainer, data: DatasetDict) -> dict[str, int]:
+    """Rows of each split, and how many different images they hold."""
+    different = {"train": len(trainer.train_dataset.unique)}
+    for name in ("validation", "held_out"):
+        different[name] = trainer.count_different(data[name])
+    rows = {name: len(split) for name, split in data.items()}
+    return rows | {f"{name}_different": count for name, count in different.items()}
+
+
+def public_flags(args: ScriptArguments) -> str:
+    """The flags that differ from the defaults, without what names a place or a person's data."""
+    private = {"train_data_dir", "dataset_name", "output_dir", "storage", "mask_from", "peft_config", "trainer_args",
+               "resume_from_checkpoint", "pretrained_model_name_or_path", "hub_model_id"}  # fmt: skip
+    default = ScriptArguments()
+    if args.train_data_dir is None and args.dataset_name == "demo" and args.pretrained_model_name_or_path == "demo":
+        private -= {"output_dir"} if not Path(args.output_dir).is_absolute() else set()
+    flags = []
+    for name, value in dataclasses.asdict(args).items():
+        if name in private or value == getattr(default, name):
+            continue
+        flags.append(f"--{name}" if value is True else f"--{name} {json.dumps(value) if ' ' in str(value) else value}")
+    return " ".join(flags)
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("high")
+    main()
