@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -49,7 +50,7 @@ class MemControlConfig(PeftConfig):
             Further modules to train as a whole and to save with the adapter.
 
     Raises:
-        ValueError: If `method` is unknown or `scale` is not above 0.
+        ValueError: If `method` is unknown, `scale` is not above 0, or `mask` or `search` is not JSON-able.
     """  # noqa: E501
 
     method: str = field(
@@ -92,3 +93,7 @@ class MemControlConfig(PeftConfig):
             raise ValueError(f"method={self.method!r} is unknown, it must be one of: {', '.join(METHODS)}.")
         if not self.scale > 0:
             raise ValueError(f"scale={self.scale!r} must be above 0.")
+        try:
+            json.dumps([self.mask, self.search])
+        except TypeError as error:
+            raise ValueError(f"mask and search are saved as JSON, which cannot hold them: {error}.") from error

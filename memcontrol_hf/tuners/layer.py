@@ -262,7 +262,7 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Unlike PEFT's own version, this keeps the dtype: through half precision a float32 adapter would lose digits.
-        device = next(self.base_layer.parameters()).device if device is None else device
+        device = self._device() if device is None else device
         for parameters in self._parameters_of(adapter_name):
             if not parameters[adapter_name].is_meta:
                 parameters[adapter_name].data = parameters[adapter_name].data.to(device)
@@ -275,7 +275,7 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
         original = self._original(kind)
         differences = getattr(self, f"memcontrol_{kind}")
         # Autocast would multiply the SVD factors in half precision.
-        with torch.autocast(device_type=self._device_type(), enabled=False):
+        with torch.autocast(device_type=self._device().type, enabled=False):
             tensor = None
             for adapter in adapters:
                 if adapter in differences:
@@ -299,8 +299,8 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
                 gamma = self.memcontrol_gamma[adapter] if gamma is None else gamma * self.memcontrol_gamma[adapter]
         return gamma
 
-    def _device_type(self) -> str:
-        return next(self.base_layer.parameters()).device.type
+    def _device(self) -> torch.device:
+        return next(self.base_layer.parameters()).device
 
     def __getattr__(self, name: str) -> Any:
         """What the layer itself lacks is the base layer's: `stride`, `eps`, `num_groups`."""
