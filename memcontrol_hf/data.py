@@ -25,6 +25,8 @@ from datasets import config as datasets_config
 from datasets.fingerprint import Hasher
 from PIL import Image as PILImage
 from PIL import ImageOps
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import nn
 
 from .diffusion import StableDiffusionFamily, seeded_generator
@@ -136,13 +138,13 @@ def split(data: DatasetDict, seed: int = 0, fractions: tuple[float, float] = (0.
             too few groups.
     """
     check_images(data)
-    groups = {name: _groups(dataset) for name, dataset in data.items()}
-    owner: dict[str, str] = {}
+    groups = _groups(data)
+    owner: dict[int, str] = {}
     for name, of_rows in groups.items():
         for group in of_rows:
             if owner.setdefault(group, name) != name:
-                what = "the same group" if "group" in data[name].column_names else "the same image"
-                raise ValueError(f"{what} is in the {owner[group]} and the {name} split: they must be disjoint")
+                what = "an image or a group" if "group" in data[name].column_names else "an image"
+                raise ValueError(f"{what} is in the {owner[group]} and in the {name} split: they must be disjoint")
     missing = [name for name in SPLITS[1:] if name not in data]
     if not missing:
         return DatasetDict({name: data[name] for name in SPLITS})
@@ -164,18 +166,30 @@ def split(data: DatasetDict, seed: int = 0, fractions: tuple[float, float] = (0.
             group = names[order[position]]
             assigned[group], filled, position = name, filled + sizes[group], position + 1
     rows = {name: [i for i, g in enumerate(of_rows) if assigned.get(g, "train") == name] for name in SPLITS}
-    result = DatasetDict({name: data.get(name) or train.select(rows[name]) for name in SPLITS})
+    taken = ("train", *missing)
+    result = DatasetDict({name: train.select(rows[name]) if name in taken else data[name] for name in SPLITS})
     for name, dataset in result.items():
         if len(dataset) == 0:
             raise ValueError(f"the {name} split would be empty: the groups of {len(train)} rows are too large")
     return result
 
 
-def _groups(dataset: Dataset) -> list[str]:
-    """For each row its group: of the group column, else a digest of the pixels (never stored)."""
-    if "group" in dataset.column_names:
-        return [str(group) for group in dataset["group"]]
-    return [_digest(row["image"]).hex() for row in dataset]
+def _groups(data: DatasetDict) -> dict[str, list[int]]:
+    """For each row of each split a number, the same for rows that belong together.
+
+    These are exact copies of an image, the rows of one group, and what is joined through several of these.
+    """
+    pixels = [_digest(row["image"]).hex() for dataset in data.values() for row in dataset]
+    named = ["group" in dataset.column_names for dataset in data.values()]
+    names = [str(group) for dataset in data.values() for group in dataset["group"]] if all(named) else pixels
+    images = np.unique(pixels, return_inverse=True)[1]
+    groups = np.unique(names, return_inverse=True)[1] + images.max() + 1
+    links = coo_array((np.ones(len(images)), (images, groups)), shape=(groups.max() + 1,) * 2)
+    numbers = connected_components(links, directed=False)[1][images].tolist()
+    result = {}
+    for name, dataset in data.items():
+        result[name], numbers = numbers[: len(dataset)], numbers[len(dataset) :]
+    return result
 
 
 def _digest(image: PILImage.Image) -> bytes:

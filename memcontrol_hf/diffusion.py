@@ -22,7 +22,8 @@ def seeded_generator(*key: int) -> torch.Generator:
     Each image of each purpose gets one, so that no number depends on the batch, on the order of the draws, or on how
     many processes share the work.
     """
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    sequence = np.random.SeedSequence((len(key), *key))  # the length, since numpy takes (1,) and (1, 0) for the same
+    return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
 
 
 class StableDiffusionFamily:

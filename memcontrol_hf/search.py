@@ -11,6 +11,7 @@ import socket
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +47,13 @@ def open_storage(storage: str) -> BaseStorage | str:
     return storage if "://" in storage else JournalStorage(JournalFileBackend(storage))
 
 
-def check_study(storage: str, study_name: str, settings: Mapping[str, Any]) -> None:
+def check_study(storage: str, study_name: str, settings: Mapping[str, Any], alone: bool = False) -> None:
     """See that a study, where there is one already, was made with these settings.
+
+    Args:
+        storage, study_name (`str`): as of [`run_search`].
+        settings (`dict`): what the study shall be made with.
+        alone (`bool`): whether the storage may hold no other study, as that of an output folder.
 
     Raises:
         ValueError: names the settings that differ, or the studies that the storage holds instead.
@@ -56,14 +62,14 @@ def check_study(storage: str, study_name: str, settings: Mapping[str, Any]) -> N
         return
     names = optuna.get_all_study_names(open_storage(storage))
     if study_name not in names:
-        if names and "://" not in storage:
+        if names and alone:
             raise ValueError(
                 f"{storage} holds another study ({', '.join(names)}), not {study_name!r}: "
-                "give another --output_dir or --storage, or that --study_name"
+                "give another --output_dir, or that --study_name"
             )
         return
     stored = optuna.load_study(study_name=study_name, storage=open_storage(storage)).user_attrs.get("settings")
-    if stored is None:
+    if not stored or not settings:
         return
     differing = [name for name in {**stored, **settings} if stored.get(name) != settings.get(name)]
     if differing:
@@ -114,7 +120,7 @@ def run_search(
     low, high = learning_rate_range
     if not 0 < low <= high:
         raise ValueError(f"the learning rates must be positive and in order, but got {low} to {high}")
-    storage = storage or str(Path(args.output_dir) / "study.journal")
+    alone, storage = storage is None, storage or str(Path(args.output_dir) / "study.journal")
     directions = [direction] if isinstance(direction, str) else list(direction)
     if isinstance(sampler, str):
         check_sampler(sampler)
@@ -130,7 +136,7 @@ def run_search(
     study = None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if args.process_index == 0:
-        check_study(storage, study_name, settings or {})
+        check_study(storage, study_name, settings or {}, alone)
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -141,9 +147,9 @@ def run_search(
                 directions=directions,
                 load_if_exists=True,
             )
-        if settings is not None and not study.trials:
-            study.set_user_attr("settings", dict(settings))
-            study.set_metric_names(args.objectives)
+            if not study.trials:
+                study.set_user_attr("settings", dict(settings or {}))
+                study.set_metric_names(args.objectives)
         _queue_again_what_died(study)
         for params in _known_masks(space, low, high) if enqueue is None else enqueue:
             study.enqueue_trial(dict(params), skip_if_exists=True)
@@ -214,17 +220,22 @@ def _ask(study: optuna.Study, n_trials: int) -> optuna.Trial | None:
 def _queue_again_what_died(study: optuna.Study) -> None:
     """Trials whose process on this machine was killed: recorded as failed, their parameters queued again."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        host, pid, created = trial.user_attrs.get("worker", (None, None, None))
-        if host != socket.gethostname():
-            continue  # another machine's: it may well be alive
-        try:
-            alive = psutil.Process(pid).create_time() == created
-        except psutil.NoSuchProcess:
-            alive = False
-        if not alive:
+        if not _alive(trial):
             study._storage.set_trial_user_attr(trial._trial_id, "failure", "its process ended")
             study.tell(trial.number, state=TrialState.FAIL)
-            study.enqueue_trial(trial.params, skip_if_exists=False)
+            study.enqueue_trial({**trial.system_attrs.get("fixed_params", {}), **trial.params})
+
+
+def _alive(trial: FrozenTrial) -> bool:
+    if "worker" not in trial.user_attrs:  # killed, or about to say who it is
+        return datetime.now() - trial.datetime_start < timedelta(seconds=10)
+    host, pid, created = trial.user_attrs["worker"]
+    if host != socket.gethostname():
+        return True  # another machine's: nothing can be known from here
+    try:
+        return psutil.Process(pid).create_time() == created
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _fail(study: optuna.Study, trial: optuna.Trial, reason: str) -> None:

@@ -152,7 +152,7 @@ class SearchSpace:
 
 def _stage(name: str) -> int:
     """A UNet registers its middle block last: down, middle, up is the way of the data."""
-    return ("down_blocks", "mid_block", "up_blocks").index(name.split(".")[0]) if "_block" in name.split(".")[0] else 0
+    return {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}.get(name.split(".")[0], 0)
 
 
 def _matching(pattern: str, modules: Sequence[str]) -> list[str]:

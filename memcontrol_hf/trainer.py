@@ -161,9 +161,9 @@ class MemControlTrainer(Trainer):
         self._adapted: PeftModel | None = None
         self._features: dict[str, torch.Tensor] = {}
         self._denoiser_size = sum(p.numel() for p in self.denoiser.parameters())
-        gradient_checkpointing, args.gradient_checkpointing = args.gradient_checkpointing, False
-        if gradient_checkpointing:  # diffusers has its own switch, which the Trainer does not know
-            self.denoiser.enable_gradient_checkpointing()
+        if args.gradient_checkpointing or args.activation_checkpointing:
+            self.denoiser.enable_gradient_checkpointing()  # diffusers' own switch, which the Trainer does not know
+            args.gradient_checkpointing = args.activation_checkpointing = False
         for part in ("vae", "text_encoder"):
             getattr(pipeline, part).requires_grad_(False).to(args.device)
         self._null = self.family.encode_prompts([""])
@@ -230,8 +230,8 @@ class MemControlTrainer(Trainer):
     ) -> torch.Tensor:
         """The mean denoising loss of a batch.
 
-        Timestep, noise and caption dropout of a row depend on the seed, the epoch and the row alone: the same rows give
-        the same loss at any batch size, on any number of processes, and after resuming.
+        Timestep, noise and caption dropout of a row depend on the seed, the epoch and the row alone: the same rows
+        give the same loss at any batch size, on any number of processes, and after resuming.
         """
         latents, embeds, rows = inputs["latents"], inputs["prompt_embeds"], inputs["row"].tolist()
         epoch = int(self.state.epoch or 0)
@@ -456,9 +456,9 @@ class MemControlTrainer(Trainer):
                 [`~memcontrol_hf.search.run_search`].
 
         Returns:
-            [`~transformers.trainer_utils.BestRun`] or a list of them: the best run, or with several objectives those of
-            the Pareto front. `run_summary` holds the Optuna study. The model is left without an adapter's training:
-            go on with [`~MemControlTrainer.apply_hyperparameters`].
+            [`~transformers.trainer_utils.BestRun`] or a list of them: the best run, or with several objectives those
+            of the Pareto front. `run_summary` holds the Optuna study. Go on with
+            [`~MemControlTrainer.apply_hyperparameters`].
         """
         if backend != "optuna":
             raise ValueError(f"backend {backend!r} is not supported: use 'optuna'")

@@ -110,3 +110,35 @@ def train_images() -> Dataset:
 @pytest.fixture
 def validation_images() -> Dataset:
     return images_of(8, seed=2)
+
+
+def tiny_trainer(output_dir, pipeline=None, config=None, train=None, validation=None, mask=None, **arguments):
+    """A trainer whose steps take milliseconds."""
+    from memcontrol_hf import MemControlConfig, MemControlTrainer, MemControlTrainingArguments
+
+    defaults = {
+        "resolution": RESOLUTION,
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "learning_rate": 1e-2,
+        "eval_num_images": 6,
+        "eval_inference_steps": 2,
+        "eval_guidance_scale": 2.0,
+        "eval_num_timesteps": 2,
+        "save_strategy": "no",
+        "disable_tqdm": False,
+    }
+    return MemControlTrainer(
+        pipeline=pipeline or tiny_pipeline(),
+        peft_config=config or MemControlConfig(method="svdiff"),
+        args=MemControlTrainingArguments(output_dir=str(output_dir), **{**defaults, **arguments}),
+        train_dataset=train or images_of(10, seed=1),
+        eval_dataset=validation or images_of(8, seed=2),
+        mask=mask,
+        encoder=torch.nn.Sequential(torch.nn.AvgPool2d(RESOLUTION), torch.nn.Flatten()),
+    )
+
+
+def adapter_of(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}

@@ -168,7 +168,6 @@ class ScriptArguments:
         for name, value in (DEMO if self.pretrained_model_name_or_path == "demo" else OTHER).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        self.storage = self.storage or str(Path(self.output_dir) / "study.journal")
 
 
 def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[str, bool] | None]:
@@ -204,7 +203,8 @@ def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[
         raise ValueError("give --dataset_name or --train_data_dir, not both")
     mask = mask_from(args.mask_from) if args.mask_from else None
     if mask is None:
-        check_study(args.storage, args.study_name, settings(args))
+        storage = args.storage or str(Path(args.output_dir) / "study.journal")
+        check_study(storage, args.study_name, settings(args), alone=args.storage is None)
     return config, rates, mask
 
 
@@ -235,24 +235,14 @@ def mask_from(path: str) -> dict[str, bool]:
 
 def settings(args: ScriptArguments) -> dict[str, Any]:
     """What a study depends on: going on with another value is refused."""
-    free = [
-        "output_dir",
-        "storage",
-        "study_name",
-        "n_trials",
-        "memorization_budget",
-        "mask_from",
-        "max_train_steps",
-        "checkpointing_steps",
-        "resume_from_checkpoint",
-        "report_to",
-        "push_to_hub",
-        "hub_model_id",
-        "hub_revision",
-        "validation_prompt",
-        "eval_batch_size",
-    ]
-    chosen = {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
+    depends_on = (
+        *("pretrained_model_name_or_path", "revision", "variant", "dataset_name", "train_data_dir", "image_column"),
+        *("caption_column", "group_column", "method", "peft_config", "granularity", "objectives", "sampler"),
+        *("search_fraction", "resolution", "train_batch_size", "gradient_accumulation_steps", "learning_rate"),
+        *("lr_scheduler", "lr_warmup_steps", "snr_gamma", "caption_dropout", "mixed_precision", "trainer_args"),
+        *("encoder", "eval_num_images", "eval_inference_steps", "eval_guidance_scale", "seed"),
+    )
+    chosen = {name: getattr(args, name) for name in depends_on}
     chosen["search_max_steps"] = args.search_max_steps or args.max_train_steps
     return chosen
 
@@ -379,7 +369,11 @@ def main(argv: list[str] | None = None) -> None:
             study_name=args.study_name,
             settings=settings(args),
         )
-        run = select_run(runs, args.memorization_budget)
+        try:
+            run = select_run(runs, args.memorization_budget)
+        except ValueError as error:
+            print(f"error: {error}. The trials are kept in {args.output_dir}", file=sys.stderr)
+            raise SystemExit(1) from None
         study, selected, hyperparameters = run.run_summary, int(run.run_id), run.hyperparameters
         config_search = {"study_name": args.study_name, "trial": selected, "sampler": args.sampler}
         trainer.peft_config.search = config_search if isinstance(trainer.peft_config, MemControlConfig) else None

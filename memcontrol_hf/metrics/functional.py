@@ -1,6 +1,7 @@
 """The measures, as functions of tensors. No result depends on the batch size or on the global random state."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -83,9 +84,15 @@ def fid(generated: torch.Tensor, real: torch.Tensor) -> float:
     for name, features in (("generated", generated), ("real", real)):
         if len(features) < 2:
             raise ValueError(f"{name}: a Fréchet distance needs at least 2 images, but got {len(features)}")
+        if len(features) <= features.shape[1]:
+            warnings.warn(
+                f"fid of {len(features)} {name} images in {features.shape[1]} features is unstable: use more images",
+                stacklevel=2,
+            )
     identity = nn.Identity()
     identity.num_features = real.shape[1]
-    metric = FrechetInceptionDistance(feature=identity)
+    # Each process holds all of the features: summing them over the processes would count them several times.
+    metric = FrechetInceptionDistance(feature=identity, sync_on_compute=False)
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
     return max(0.0, metric.compute().item())
@@ -163,8 +170,9 @@ def _auc_interval(auc: float, members: int, nonmembers: int, level: float = 0.95
         variance *= 1 + mean_size * ((1 - theta) / (2 - theta) + theta / (1 + theta))
         return abs(auc - theta) - z * math.sqrt(variance)
 
-    low = 0.0 if auc <= 0 else brentq(excess, 0.0, auc)
-    high = 1.0 if auc >= 1 else brentq(excess, auc, 1.0)
+    # 0 and 1 themselves are roots without a meaning: stay off them.
+    low = 0.0 if auc <= 0 else brentq(excess, 0.0, min(auc, 1 - 1e-9))
+    high = 1.0 if auc >= 1 else brentq(excess, max(auc, 1e-9), 1.0)
     return low, high
 
 

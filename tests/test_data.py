@@ -1,0 +1,146 @@
+import json
+
+import pytest
+import torch
+from conftest import RESOLUTION, images_of, tiny_pipeline
+from datasets import Dataset, DatasetDict
+from PIL import Image
+
+from memcontrol_hf.data import encode, load_images, split, to_pixels, unique_rows
+from memcontrol_hf.diffusion import family_of
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twenty images with captions and patients, as `imagefolder` reads them."""
+    lines = []
+    for i, row in enumerate(images_of(20, seed=3)):
+        row["image"].save(tmp_path / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": row["text"], "patient": f"p{i // 2}"}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def test_a_folder_becomes_three_splits(folder):
+    data = load_images(train_data_dir=str(folder))
+    assert {name: len(s) for name, s in data.items()} == {"train": 12, "validation": 4, "held_out": 4}
+    assert data["train"].column_names == ["image", "text"]
+
+
+def test_the_split_depends_on_the_seed_alone(folder):
+    texts = [load_images(train_data_dir=str(folder), seed=seed)["train"]["text"][:] for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_groups_stay_together(folder):
+    data = load_images(train_data_dir=str(folder), group_column="patient")
+    groups = [set(s["group"]) for s in data.values()]
+    assert sum(len(g) for g in groups) == len(set.union(*groups)) == 10
+
+
+def test_copies_of_an_image_go_to_one_split():
+    images = images_of(8)
+    repeated = Dataset.from_list([row for row in images for _ in range(3)])
+    data = split(DatasetDict(train=repeated))
+    pixels = [{row["image"].tobytes() for row in s} for s in data.values()]
+    assert sum(len(p) for p in pixels) == 8
+
+
+def test_given_splits_are_kept_and_missing_ones_come_out_of_train():
+    data = split(DatasetDict(train=images_of(20, 1), validation=images_of(5, 2)))
+    assert {name: len(s) for name, s in data.items()} == {"train": 16, "validation": 5, "held_out": 4}
+
+
+def test_an_image_in_two_splits_is_refused():
+    with pytest.raises(ValueError, match="an image is in the train and in the held_out split"):
+        split(DatasetDict(train=images_of(9, 1), held_out=images_of(3, 1), validation=images_of(3, 2)))
+
+
+def test_a_group_in_two_splits_is_refused():
+    train, held_out, validation = images_of(9, 1), images_of(3, 2), images_of(3, 3)
+    train = train.add_column("group", list("aabbccddd"))
+    held_out, validation = held_out.add_column("group", list("efd")), validation.add_column("group", list("ghi"))
+    with pytest.raises(ValueError, match="an image or a group is in the train and in the held_out split"):
+        split(DatasetDict(train=train, held_out=held_out, validation=validation))
+
+
+def test_copies_of_an_image_join_their_groups():
+    images = images_of(8)
+    rows = [{**row, "group": f"{i}{copy}"} for i, row in enumerate(images) for copy in range(2)]
+    data = split(DatasetDict(train=Dataset.from_list(rows)))
+    pixels = [{row["image"].tobytes() for row in s} for s in data.values()]
+    assert sum(len(p) for p in pixels) == 8
+
+
+def test_too_few_images_are_refused():
+    with pytest.raises(ValueError, match="4 different images or groups in train are too few"):
+        split(DatasetDict(train=images_of(4)))
+
+
+def test_an_unreadable_image_is_named(folder):
+    (folder / "7.png").write_bytes((folder / "7.png").read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"cannot read the image 7\.png"):
+        load_images(train_data_dir=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"caption_column": "caption"}, "has no column 'caption'; it has: image, text, patient"),
+        ({"image_column": "picture"}, "has no column 'picture'"),
+        ({"group_column": "subject"}, "has no column 'subject'"),
+    ],
+)
+def test_a_missing_column_is_named_with_those_that_exist(folder, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_images(train_data_dir=str(folder), **arguments)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(ValueError, match="is no folder"):
+        load_images(train_data_dir=str(tmp_path / "none"))
+
+
+def test_an_empty_split_is_refused():
+    with pytest.raises(ValueError, match="the validation split is empty"):
+        split(DatasetDict(train=images_of(9, 1), validation=images_of(3, 2).select([])))
+
+
+def test_a_caption_that_is_no_text_is_refused():
+    data = images_of(9).remove_columns("text").add_column("text", [None] * 9)
+    with pytest.raises(ValueError, match="caption of row 0 of the train split is no text"):
+        split(DatasetDict(train=data))
+
+
+def test_grayscale_and_transparent_images_become_rgb_of_one_size():
+    images = [Image.new("L", (40, 20), 255), Image.new("RGBA", (10, 30), (255, 0, 0, 255)), Image.new("I;16", (9, 9))]
+    pixels = to_pixels(images, RESOLUTION)
+    assert pixels.shape == (3, 3, RESOLUTION, RESOLUTION)
+    assert pixels.min() >= 0 and pixels.max() <= 1
+    assert (pixels[0] == 1).all() and (pixels[1][0] == 1).all()
+
+
+def test_latents_and_embeddings_are_encoded_once(pipeline, train_images, monkeypatch):
+    family = family_of(pipeline)
+    first = encode(train_images, family, RESOLUTION)
+    calls = []
+    monkeypatch.setattr(pipeline.vae, "encode", lambda *a, **k: calls.append(1))
+    monkeypatch.setattr(family, "encode_images", lambda pixels: calls.append(len(pixels)) or torch.zeros(1, 4, 8, 8))
+    second = encode(train_images, family, RESOLUTION)
+    assert calls == [1], "only the probe of the shape"
+    assert torch.equal(first[:]["latents"], second[:]["latents"])
+    expected = family_of(tiny_pipeline()).encode_images(to_pixels(train_images["image"], RESOLUTION))
+    torch.testing.assert_close(first[:]["latents"], expected)
+
+
+def test_other_weights_are_encoded_anew(pipeline, train_images):
+    first = encode(train_images, family_of(pipeline), RESOLUTION)
+    with torch.no_grad():
+        pipeline.vae.quant_conv.weight.add_(0.1)
+    second = encode(train_images, family_of(pipeline), RESOLUTION)
+    assert not torch.equal(first[:]["latents"], second[:]["latents"])
+
+
+def test_repeats_count_once(pipeline, train_images):
+    repeated = Dataset.from_list([row for row in train_images for _ in range(2)])
+    assert unique_rows(encode(repeated, family_of(pipeline), RESOLUTION)) == list(range(0, 20, 2))

@@ -1,0 +1,238 @@
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import optuna
+import pytest
+from conftest import adapter_of, tiny_trainer
+from optuna.trial import TrialState
+from transformers.trainer_utils import BestRun
+
+from memcontrol_hf import select_run
+from memcontrol_hf.search import SAMPLERS, check_study, open_storage
+
+logging.getLogger("memcontrol_hf").setLevel(logging.INFO)
+
+
+def study_in(folder, name="memcontrol") -> optuna.Study:
+    return optuna.load_study(study_name=name, storage=open_storage(str(folder / "study.journal")))
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A search of four trials, and what it returned."""
+    folder = tmp_path_factory.mktemp("search")
+    trainer = tiny_trainer(folder)
+    return folder, trainer, trainer.hyperparameter_search(n_trials=4, learning_rate_range=(1e-2, 1e-1))
+
+
+def test_all_on_and_all_off_come_first(searched):
+    _, trainer, runs = searched
+    masks = [t.user_attrs["hyperparameters"]["mask"] for t in runs[0].run_summary.trials]
+    assert masks[:2] == [trainer.search_space.mask(True), trainer.search_space.mask(False)]
+
+
+def test_the_front_comes_back_as_runs_with_the_study(searched):
+    folder, _, runs = searched
+    assert all(isinstance(run, BestRun) for run in runs)
+    study = runs[0].run_summary
+    assert {run.run_id for run in runs} == {str(t.number) for t in study.best_trials}
+    assert study.metric_names == ["fid", "membership_auc"]
+    assert len(study_in(folder).trials) == 4
+    for run in runs:
+        assert set(run.hyperparameters) == {"mask", "learning_rate"}
+        assert run.hyperparameters["learning_rate"] <= 1e-1
+
+
+def test_a_trial_holds_its_figures_and_its_size(searched):
+    trial = searched[2][0].run_summary.trials[0]
+    assert trial.user_attrs["trainable_parameters"] == 464
+    assert trial.user_attrs["figures"]["eval_fid"] == trial.values[0]
+    assert trial.user_attrs["figures"]["eval_membership_auc_low"] < trial.values[1]
+
+
+def test_a_trial_is_the_same_by_itself(searched, tmp_path):
+    """The third trial, run alone, has the values that it had in the search."""
+    trial = searched[2][0].run_summary.trials[2]
+    trainer = tiny_trainer(tmp_path)
+    trainer.apply_hyperparameters(trial.user_attrs["hyperparameters"])
+    figures = trainer.train_and_evaluate()
+    assert [figures["eval_fid"], figures["eval_membership_auc"]] == pytest.approx(trial.values, rel=1e-5)
+
+
+def test_the_same_seed_searches_the_same_masks(searched, tmp_path):
+    runs = tiny_trainer(tmp_path).hyperparameter_search(n_trials=4, learning_rate_range=(1e-2, 1e-1))
+    for a, b in zip(runs[0].run_summary.trials, searched[2][0].run_summary.trials):
+        assert a.params == b.params and a.values == pytest.approx(b.values)
+
+
+def test_the_final_fine_tune_starts_from_the_base_with_the_run(searched, tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    hyperparameters = {"mask": {"mid_block.attentions.0": True}, "learning_rate": 0.05}
+    trainer.train()
+    trainer.apply_hyperparameters(hyperparameters, final_model=True)
+    trainer.train()
+    direct = tiny_trainer(tmp_path, mask=hyperparameters["mask"], learning_rate=0.05)
+    direct.train()
+    a, b = adapter_of(trainer.model), adapter_of(direct.model)
+    assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+def test_a_finished_search_is_not_run_again(searched):
+    folder, _, runs = searched
+    again = tiny_trainer(folder).hyperparameter_search(n_trials=4, learning_rate_range=(1e-2, 1e-1))
+    assert [run.run_id for run in again] == [run.run_id for run in runs]
+    assert len(study_in(folder).trials) == 4
+
+
+_SEARCH = """
+import sys
+sys.path.insert(0, {tests!r})
+from conftest import tiny_trainer
+import datasets.config
+datasets.config.HF_DATASETS_CACHE = {cache!r}
+tiny_trainer({folder!r}, max_steps=40).hyperparameter_search(n_trials=50)
+"""
+
+
+def test_a_killed_search_goes_on_and_repeats_the_trial_it_lost(tmp_path):
+    folder = tmp_path / "out"
+    code = _SEARCH.format(tests=os.path.dirname(__file__), cache=str(tmp_path / "cache"), folder=str(folder))
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.time() + 120
+        while time.time() < deadline:
+            time.sleep(0.05)
+            if (folder / "study.journal").exists() and any(
+                t.number >= 3 and "mask.mid_block.attentions.0" in t.params for t in study_in(folder).trials
+            ):
+                break
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    before = study_in(folder).trials
+    done = [t for t in before if t.state == TrialState.COMPLETE]
+    lost = [t for t in before if t.state == TrialState.RUNNING]
+    assert len(done) >= 3 and len(lost) == 1
+    tiny_trainer(folder, max_steps=2).hyperparameter_search(n_trials=len(done) + 1)
+    after = study_in(folder).trials
+    assert [t.state for t in after[: len(done)]] == [TrialState.COMPLETE] * len(done)
+    assert after[lost[0].number].state == TrialState.FAIL
+    assert after[lost[0].number].user_attrs["failure"] == "its process ended"
+    assert after[-1].params == lost[0].params and after[-1].state == TrialState.COMPLETE
+
+
+def test_other_settings_are_refused_and_named(searched, tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    settings = {"method": "svdiff", "seed": 0}
+    trainer.hyperparameter_search(n_trials=1, settings=settings)
+    path = str(tmp_path / "study.journal")
+    check_study(path, "memcontrol", settings)
+    with pytest.raises(ValueError, match="other settings: method was 'svdiff' and is 'norm'"):
+        check_study(path, "memcontrol", {**settings, "method": "norm"})
+    with pytest.raises(ValueError, match="holds another study"):
+        check_study(path, "another", settings, alone=True)
+    check_study(path, "another", settings)
+    with pytest.raises(ValueError, match="seed was 0 and is 1"):
+        trainer.hyperparameter_search(n_trials=2, settings={**settings, "seed": 1})
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_fails_and_stays_off_the_front(tmp_path, bad):
+    values = iter([[1.0, 1.0], [bad, 0.0], [0.5, 0.5]])
+    runs = tiny_trainer(tmp_path).hyperparameter_search(compute_objective=lambda figures: next(values), n_trials=2)
+    study = runs[0].run_summary
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert "not finite" in study.trials[1].user_attrs["failure"]
+    assert [run.run_id for run in runs] == ["2"]
+
+
+def test_an_error_in_a_trial_is_recorded(tmp_path):
+    def objective(figures):
+        raise KeyError("no such figure")
+
+    with pytest.raises(KeyError):
+        tiny_trainer(tmp_path).hyperparameter_search(compute_objective=objective, n_trials=2)
+    assert "no such figure" in study_in(tmp_path).trials[0].user_attrs["failure"]
+
+
+def test_one_objective_gives_one_run(tmp_path):
+    trainer = tiny_trainer(tmp_path, objectives=["loss"])
+    run = trainer.hyperparameter_search(n_trials=3, sampler="random")
+    assert isinstance(run, BestRun) and isinstance(run.objective, float)
+    assert run.objective == min(t.value for t in run.run_summary.trials)
+
+
+def test_a_space_of_ones_own(tmp_path):
+    trainer = tiny_trainer(tmp_path, objectives=["loss"])
+    run = trainer.hyperparameter_search(
+        hp_space=lambda trial: {"weight_decay": trial.suggest_float("weight_decay", 0.1, 0.2)},
+        enqueue=[],
+        n_trials=2,
+    )
+    assert 0.1 <= run.hyperparameters["weight_decay"] <= 0.2
+
+
+def test_a_fixed_learning_rate_is_not_searched(tmp_path):
+    runs = tiny_trainer(tmp_path).hyperparameter_search(n_trials=2, learning_rate_range=(0.02, 0.02))
+    trial = runs[0].run_summary.trials[0]
+    assert "learning_rate" not in trial.params
+    assert trial.user_attrs["hyperparameters"]["learning_rate"] == 0.02
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_searches_two_objectives(tmp_path, sampler):
+    trainer = tiny_trainer(tmp_path)
+    trainer.train_and_evaluate = lambda: {
+        "eval_fid": sum(trainer.mask.values()) * 1.0,
+        "eval_membership_auc": 1.0 - sum(trainer.mask.values()) / 4,
+    }
+    runs = trainer.hyperparameter_search(n_trials=12, sampler=sampler)
+    assert len(runs[0].run_summary.trials) == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n_trials": 0}, "n_trials must be at least 1"),
+        ({"sampler": "cma"}, "unknown sampler 'cma': use one of tpe"),
+        ({"learning_rate_range": (1e-2, 1e-3)}, "must be positive and in order"),
+        ({"backend": "sigopt"}, "backend 'sigopt' is not supported"),
+    ],
+)
+def test_a_wrong_search_is_refused_before_the_first_trial(tmp_path, arguments, message):
+    trainer = tiny_trainer(tmp_path)
+    trainer.train_and_evaluate = lambda: pytest.fail("a trial was run")
+    with pytest.raises(ValueError, match=message):
+        trainer.hyperparameter_search(**arguments)
+
+
+def run(number: int, quality: float, memorization: float, blocks: int = 1) -> BestRun:
+    return BestRun(str(number), [quality, memorization], {"mask": {str(i): i < blocks for i in range(4)}})
+
+
+FRONT = [run(0, 10.0, 0.5, 0), run(1, 4.0, 0.55), run(2, 3.0, 0.8, 2), run(3, 2.0, 1.0, 4)]
+
+
+def test_the_knee_of_the_front_is_taken_without_a_budget():
+    assert select_run(FRONT).run_id == "1"
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(0.6, "1"), (0.8, "2"), (0.99, "2"), (1.0, "3")])
+def test_within_a_budget_the_best_quality_is_taken(budget, expected):
+    assert select_run(FRONT, budget).run_id == expected
+
+
+def test_a_budget_that_nothing_meets_is_refused_with_the_lowest():
+    with pytest.raises(ValueError, match=r"within the memorization budget of 0\.52: the best on the front has 0\.55"):
+        select_run(FRONT, 0.52)
+
+
+def test_the_frozen_base_is_never_selected():
+    with pytest.raises(ValueError, match="the frozen base alone is on the Pareto front"):
+        select_run(FRONT[:1])
+    assert select_run([FRONT[0], FRONT[3]]).run_id == "3"

@@ -1,0 +1,221 @@
+import math
+
+import peft
+import pytest
+import torch
+from accelerate import debug_launcher
+from conftest import RESOLUTION, adapter_of, images_of, tiny_pipeline, tiny_trainer, tiny_unet
+from diffusers import DDPMScheduler
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from memcontrol_hf import MemControlConfig
+from memcontrol_hf.diffusion import family_of, seeded_generator
+from memcontrol_hf.trainer import METRICS
+
+SITE = "mid_block.attentions.0"
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], **tolerance) -> None:
+    assert a.keys() == b.keys() and a
+    for name in a:
+        if tolerance:
+            torch.testing.assert_close(a[name], b[name], **tolerance)
+        else:
+            assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize(
+    "config", [MemControlConfig(method="svdiff"), MemControlConfig(method="weights"), peft.LoraConfig()]
+)
+def test_training_moves_the_selected_blocks_and_nothing_else(tmp_path, config):
+    trainer = tiny_trainer(tmp_path, config=config, mask={SITE: True})
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    base = tiny_unet().state_dict()
+    moved = set()
+    for name, p in trainer.model.named_parameters():
+        if p.requires_grad:
+            moved.add(name)
+            assert SITE in name
+        else:
+            original = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            assert torch.equal(p, base[original]), name
+    assert moved and any(not torch.equal(trainer.model.get_parameter(n), before[n]) for n in moved)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("snr_gamma", [None, 5.0])
+def test_the_loss_follows_its_formula(prediction_type, snr_gamma):
+    family = family_of(tiny_pipeline(prediction_type))
+    unet, generator = family.pipeline.unet, torch.Generator().manual_seed(0)
+    x, noise = torch.randn(2, 3, 4, 8, 8, generator=generator)
+    c, t = torch.randn(3, 8, 8, generator=generator), torch.tensor([10, 400, 900])
+    alpha = DDPMScheduler.from_config(family.pipeline.scheduler.config).alphas_cumprod[t].view(-1, 1, 1, 1)
+    target = {"epsilon": noise, "sample": x, "v_prediction": alpha.sqrt() * noise - (1 - alpha).sqrt() * x}
+    with torch.no_grad():
+        prediction = unet(alpha.sqrt() * x + (1 - alpha).sqrt() * noise, t, c).sample
+        losses = family.losses(unet, x, c, t, noise, snr_gamma)
+    expected = (prediction - target[prediction_type]).square().mean((1, 2, 3))
+    snr = (alpha / (1 - alpha)).flatten()
+    weight = {"epsilon": 1 / snr, "sample": torch.ones(3), "v_prediction": 1 / (snr + 1)}[prediction_type]
+    if snr_gamma:
+        expected = expected * snr.clamp(max=snr_gamma) * weight
+    torch.testing.assert_close(losses, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_an_interrupted_and_resumed_run_ends_with_the_same_weights(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 4, "max_steps": 7, "caption_dropout": 0.5}
+    whole = tiny_trainer(tmp_path / "whole", **settings)
+    whole.train()
+    resumed = tiny_trainer(tmp_path / "resumed", **settings)
+    torch.manual_seed(123)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert resumed.state.global_step == 7
+    equal(adapter_of(whole.model), adapter_of(resumed.model))
+
+
+def test_one_batch_and_its_parts_train_the_same(tmp_path):
+    runs = []
+    for size, accumulation in ((4, 1), (1, 4)):
+        trainer = tiny_trainer(
+            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
+            train=images_of(8), max_steps=4, caption_dropout=0.3,
+        )  # fmt: skip
+        trainer.train()
+        runs.append(adapter_of(trainer.model))
+    equal(*runs, atol=2e-4, rtol=1e-3)
+
+
+def test_gradient_checkpointing_trains_the_same(tmp_path):
+    runs = []
+    for checkpointing in (False, True):
+        trainer = tiny_trainer(tmp_path, gradient_checkpointing=checkpointing)
+        trainer.train()
+        runs.append(adapter_of(trainer.model))
+    equal(*runs, atol=1e-6, rtol=1e-4)
+
+
+def test_dropped_captions_are_the_empty_one(tmp_path):
+    """With every caption dropped, captions play no part in the training."""
+    runs = []
+    for letter in "xy":
+        train = images_of(10, seed=1).map(lambda row, letter=letter: {"text": letter})
+        trainer = tiny_trainer(tmp_path, train=train, caption_dropout=1.0)
+        trainer.train()
+        runs.append(adapter_of(trainer.model))
+    equal(*runs)
+
+
+def test_figures_do_not_depend_on_the_batch_size(tmp_path):
+    figures = [
+        tiny_trainer(tmp_path, per_device_eval_batch_size=size).evaluate(metrics=list(METRICS)) for size in (1, 5)
+    ]
+    assert figures[0] == pytest.approx(figures[1], rel=1e-4)
+    assert len(figures[0]) == 10 and all(math.isfinite(value) for value in figures[0].values())
+
+
+def test_figures_compare_with_the_images_that_are_given(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    members = trainer.evaluate(images_of(10, seed=1), metrics=["membership_auc", "amd"])
+    others = trainer.evaluate(metrics=["membership_auc", "amd"])
+    assert members["eval_amd"] == pytest.approx(members["eval_amd_held_out"])
+    assert others["eval_amd"] != pytest.approx(others["eval_amd_held_out"])
+
+
+def test_repeats_of_an_image_are_one_member(tmp_path):
+    once = images_of(10, seed=1)
+    repeated = once.select([*range(10), 0, 0, 0])
+    counts = [len(tiny_trainer(tmp_path, train=data).train_dataset.unique) for data in (once, repeated)]
+    assert counts == [10, 10]
+
+
+def test_the_all_off_mask_is_the_frozen_base(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    base = tiny_unet().eval()
+    trainer.set_mask({})
+    assert trainer.trainable_parameters == 0
+    x, c = torch.randn(1, 4, 8, 8), torch.randn(1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(trainer.model(x, 5, c).sample, base(x, 5, c).sample)
+    assert "eval_fid" in trainer.evaluate()
+    with pytest.raises(ValueError, match="selects no block"):
+        trainer.train()
+
+
+def test_changing_the_mask_starts_from_the_base_again(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    fresh = trainer.evaluate()
+    trainer.train()
+    assert trainer.evaluate() != fresh
+    trainer.set_mask(trainer.mask)
+    assert trainer.evaluate() == fresh
+
+
+def test_the_saved_adapter_is_the_selection_and_loads_with_peft(tmp_path):
+    trainer = tiny_trainer(tmp_path, mask={SITE: True})
+    trainer.train()
+    trainer.save_model()
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum(t.numel() for t in tensors.values()) == trainer.trainable_parameters
+    assert all(SITE in name for name in tensors)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    loaded = PeftModel.from_pretrained(tiny_unet(), tmp_path).eval()
+    x, c = torch.randn(1, 4, 8, 8), torch.randn(1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(trainer.model.eval()(x, 5, c).sample, loaded(x, 5, c).sample)
+
+
+def _train_and_measure(folder: str) -> None:
+    trainer = tiny_trainer(folder, per_device_train_batch_size=2, train=images_of(8), max_steps=3, use_cpu=True)
+    assert trainer.args.world_size == 2
+    trainer.train()
+    figures = trainer.evaluate(metrics=list(METRICS))
+    if trainer.is_world_process_zero():
+        torch.save({"adapter": adapter_of(trainer.accelerator.unwrap_model(trainer.model)), **figures}, folder + "/2")
+
+
+def test_two_processes_train_and_measure_as_one(tmp_path):
+    one = tiny_trainer(tmp_path, train=images_of(8), max_steps=3)
+    one.train()
+    figures = one.evaluate(metrics=list(METRICS))
+    debug_launcher(_train_and_measure, args=(str(tmp_path),), num_processes=2)
+    two = torch.load(tmp_path / "2")
+    equal(adapter_of(one.model), two.pop("adapter"), atol=2e-4, rtol=1e-3)
+    assert two == pytest.approx(figures, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"objectives": ["fid", "psnr"]}, "unknown objective.*psnr: use some of fid"),
+        ({"objectives": ["fid", "fid"]}, "named twice"),
+        ({"objectives": []}, "unknown objective"),
+        ({"caption_dropout": 1.5}, "caption_dropout must be a share between 0 and 1, but got 1.5"),
+        ({"search_fraction": 0}, "search_fraction must be a share"),
+        ({"resolution": RESOLUTION + 1}, "resolution 17 is not a positive multiple of 2"),
+    ],
+)
+def test_bad_arguments_are_named(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_trainer(tmp_path, **arguments)
+
+
+def test_an_unknown_hyperparameter_is_named(tmp_path):
+    with pytest.raises(ValueError, match="unknown hyperparameter 'lr'"):
+        tiny_trainer(tmp_path).apply_hyperparameters({"lr": 1.0})
+
+
+def test_an_unknown_pipeline_is_named():
+    with pytest.raises(ValueError, match="UNet2DConditionModel is no pipeline that can be tuned here"):
+        family_of(tiny_unet())
+
+
+def test_a_key_has_one_stream_of_noise():
+    draws = [torch.rand(2, generator=seeded_generator(*key)) for key in ((1, 2), (1, 2), (2, 1), (1, 2, 0))]
+    assert torch.equal(draws[0], draws[1])
+    assert not any(torch.equal(draws[0], other) for other in draws[2:])
