@@ -67,8 +67,10 @@ def tuned_tensors(module: nn.Module, method: str, name: str, scale_modules: Sequ
 class SVDFactors:
     """The reduced singular value decomposition of a weight, flattened to `[out, in * kernel]`.
 
-    It is computed on the CPU in float64 and kept in float32. So the factors are the same on every device and at any
-    number of threads, and an adapter means the same weights wherever it is loaded.
+    It is computed on the CPU in float64 and kept in float32. So the tuned weights agree to float32's last digit on
+    every device and at any number of threads; a float32 decomposition would turn close singular vectors differently
+    each time. For the same reason a shift means something else for a rounded weight: use an adapter on a base model
+    of the dtype that it was trained on, or merge it first.
 
     Args:
         weight: A weight of shape `[out, ...]`, of any floating dtype.
@@ -143,7 +145,7 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
 
     where an adapter has just the parameters of its method. Weights and biases are trained as differences, so several
     adapters add up, weight decay pulls towards the base model, and a new adapter changes no bit of the output. Sums
-    are taken in float32 and rounded once to the base layer's dtype.
+    are taken in the adapter's float32 and rounded once to the base layer's dtype.
 
     Args:
         base_layer: The module to tune.
@@ -271,7 +273,7 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
         return self._originals.get(kind, getattr(self.base_layer, kind, None))
 
     def _tuned(self, kind: str, adapters: list[str]) -> torch.Tensor | None:
-        """The base layer's weight or bias plus the adapters' differences, in float32; None if there are none."""
+        """The base layer's weight or bias plus the adapters' differences, not yet rounded; None if there are none."""
         original = self._original(kind)
         differences = getattr(self, f"memcontrol_{kind}")
         # Autocast would multiply the SVD factors in half precision.
@@ -286,9 +288,7 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
                     difference = factors.difference(self.memcontrol_delta[adapter], self.memcontrol_scale[adapter])
                 else:
                     continue
-                if tensor is None:
-                    tensor = original.to(torch.promote_types(original.dtype, torch.float32))
-                tensor = tensor + difference.view_as(tensor)
+                tensor = (original if tensor is None else tensor) + difference.view_as(original)
         return tensor
 
     def _gamma(self, adapters: list[str]) -> torch.Tensor | None:
