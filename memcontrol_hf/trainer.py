@@ -167,8 +167,7 @@ class MemControlTrainer(Trainer):
         for part in ("vae", "text_encoder"):
             getattr(pipeline, part).requires_grad_(False).to(args.device)
         self._null = self.family.encode_prompts([""])
-        train_dataset = encode_with_images(train_dataset, self.family, args.resolution)
-        self._full_train_dataset = train_dataset
+        train_dataset = self._full_train_dataset = encode_with_images(train_dataset, self.family, args.resolution)
         super().__init__(
             args=args,
             model_init=self._init_model,
@@ -192,7 +191,10 @@ class MemControlTrainer(Trainer):
         config = self.search_space.apply(self.peft_config, self.mask)
         if not config.target_modules:
             return self.denoiser
+        # PEFT would write down the folder that the denoiser was loaded from.
+        name, config.base_model_name_or_path = config.base_model_name_or_path, None
         self._adapted = get_peft_model(self.denoiser, config)
+        config.base_model_name_or_path = name
         return self._adapted
 
     def set_mask(self, mask: Mapping[str, bool]) -> None:
@@ -257,9 +259,16 @@ class MemControlTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # The adapter alone: no pickled arguments, and none of the pipeline's other parts.
         if self.args.should_save and self._adapted is not None:
-            self._adapted.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
+            # A denoiser has no vocabulary, for which PEFT would ask the Hub about the base model's name.
+            self._adapted.save_pretrained(
+                output_dir or self.args.output_dir, state_dict=state_dict, save_embedding_layers=False
+            )
 
     # ---- measuring ----
+
+    def encode(self, images: "Dataset | EncodedImages") -> "EncodedImages":
+        """A dataset beside its latents and text embeddings, from the cache where they are there."""
+        return encode_with_images(images, self.family, self.args.resolution)
 
     def evaluate(
         self,
@@ -291,7 +300,7 @@ class MemControlTrainer(Trainer):
         """
         wanted = self.args.objectives if metrics is None else metrics
         check_objectives(wanted)
-        others = encode_with_images(eval_dataset or self.eval_dataset, self.family, self.args.resolution)
+        others = self.encode(self.eval_dataset if eval_dataset is None else eval_dataset)
         train = self.train_dataset
         training, _ = self.model.training, self.model.eval()
         with self.accelerator.autocast():

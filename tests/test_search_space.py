@@ -107,7 +107,7 @@ def test_the_all_off_mask_selects_nothing(unet):
 
 
 def test_unknown_blocks_of_a_mask_are_listed(unet):
-    with pytest.raises(ValueError, match="names 2 block.*lacks: a, b; it has: down_blocks"):
+    with pytest.raises(ValueError, match=r"names 2 block.*lacks: a, b; it has: down_blocks"):
         SearchSpace.from_model(unet).apply(MemControlConfig(), {"a": True, "b": False, SITES[0]: True})
 
 

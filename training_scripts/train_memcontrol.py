@@ -258,7 +258,7 @@ def load(args: ScriptArguments) -> tuple[Any, DatasetDict]:
             pipeline = DiffusionPipeline.from_pretrained(
                 args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"cannot load the pipeline {args.pretrained_model_name_or_path!r}: {reason}") from None
     family_of(pipeline).check_resolution(args.resolution)
@@ -278,6 +278,13 @@ def load(args: ScriptArguments) -> tuple[Any, DatasetDict]:
 def training_arguments(args: ScriptArguments) -> MemControlTrainingArguments:
     """The Trainer's own arguments."""
     steps = args.checkpointing_steps
+    try:
+        other = dict(json.loads(args.trainer_args))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--trainer_args is no JSON object: {error}") from None
+    unknown = set(other) - {field.name for field in dataclasses.fields(MemControlTrainingArguments)}
+    if unknown:
+        raise ValueError(f"--trainer_args has unknown arguments: {', '.join(sorted(unknown))}")
     return MemControlTrainingArguments(
         output_dir=args.output_dir,
         run_name=f"{args.study_name}-final",
@@ -302,10 +309,11 @@ def training_arguments(args: ScriptArguments) -> MemControlTrainingArguments:
         eval_guidance_scale=args.eval_guidance_scale,
         save_strategy="steps" if steps else "no",
         save_steps=steps or 500,
-        logging_steps=25,
+        logging_steps=10,
+        disable_tqdm=False,
         report_to=args.report_to,
         seed=args.seed,
-        **json.loads(args.trainer_args),
+        **other,
     )
 
 
@@ -316,7 +324,8 @@ def prepare(argv: list[str] | None) -> tuple[ScriptArguments, MemControlTrainer,
     trainer_args = training_arguments(args)
     pipeline, data = load(args)
     space = SearchSpace.from_model(getattr(pipeline, family_of(pipeline).denoiser_name), args.granularity)
-    config.base_model_name_or_path = model_name(args)
+    on_hub = args.pretrained_model_name_or_path != "demo" and not Path(args.pretrained_model_name_or_path).exists()
+    config.base_model_name_or_path = args.pretrained_model_name_or_path if on_hub else None
     trainer = MemControlTrainer(
         pipeline=pipeline,
         peft_config=config,
@@ -439,11 +448,9 @@ def save(
 
 def count_images(trainer: MemControlTrainer, data: DatasetDict) -> dict[str, int]:
     """Rows of each split, and how many different images they hold."""
-    different = {"train": len(trainer.train_dataset.unique)}
-    for name in ("validation", "held_out"):
-        different[name] = trainer.count_different(data[name])
-    rows = {name: len(split) for name, split in data.items()}
-    return rows | {f"{name}_different": count for name, count in different.items()}
+    encoded = {name: trainer.encode(split) for name, split in data.items()}
+    rows = {name: len(split) for name, split in encoded.items()}
+    return rows | {f"{name}_different": len(split.unique) for name, split in encoded.items()}
 
 
 def public_flags(args: ScriptArguments) -> str:
@@ -455,7 +462,7 @@ def public_flags(args: ScriptArguments) -> str:
         private -= {"output_dir"} if not Path(args.output_dir).is_absolute() else set()
     flags = []
     for name, value in dataclasses.asdict(args).items():
-        if name in private or value == getattr(default, name):
+        if name in private or value == getattr(default, name) or (name == "encoder" and Path(value).exists()):
             continue
         flags.append(f"--{name}" if value is True else f"--{name} {json.dumps(value) if ' ' in str(value) else value}")
     return " ".join(flags)

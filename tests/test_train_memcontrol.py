@@ -1,0 +1,298 @@
+"""The script as people run it."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RESOLUTION, images_of, tiny_pipeline, tiny_unet
+from huggingface_hub import ModelCard
+from mini_hub import TOKEN, serve
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import ResNetConfig, ResNetModel, ViTImageProcessorPil
+
+from memcontrol_hf import MemorizationReport
+from memcontrol_hf.model_card import PUBLIC_FILES
+
+SCRIPT = Path(__file__).parent.parent / "training_scripts" / "train_memcontrol.py"
+FILES = sorted([*PUBLIC_FILES, "study.journal"])
+
+
+@pytest.fixture(scope="session")
+def script():
+    spec = importlib.util.spec_from_file_location("train_memcontrol", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_memcontrol"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory):
+    """A tiny pipeline, a tiny encoder, and twenty images of one's own, as folders."""
+    folder = tmp_path_factory.mktemp("assets")
+    tiny_pipeline().save_pretrained(folder / "tiny-sd")
+    config = ResNetConfig(embedding_size=2, hidden_sizes=[2, 3], depths=[1, 1], layer_type="basic")
+    ResNetModel(config).save_pretrained(folder / "encoder")
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder / "encoder")
+    (folder / "images").mkdir()
+    lines = []
+    for i, row in enumerate(images_of(20, seed=3)):
+        row["image"].save(folder / "images" / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": row["text"]}))
+    (folder / "images" / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def flags(assets, output_dir, **changes) -> list[str]:
+    values = {
+        "pretrained_model_name_or_path": assets / "tiny-sd",
+        "train_data_dir": assets / "images",
+        "encoder": assets / "encoder",
+        "output_dir": output_dir,
+        "resolution": RESOLUTION,
+        "train_batch_size": 4,
+        "max_train_steps": 3,
+        "n_trials": 3,
+        "eval_num_images": 4,
+        "eval_inference_steps": 2,
+        **changes,
+    }
+    return [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="session")
+def finished(script, assets, tmp_path_factory):
+    """The folder that a run leaves."""
+    folder = tmp_path_factory.mktemp("out") / "my-adapter"
+    script.main(flags(assets, folder, validation_prompt='a "quoted" prompt'))
+    return folder
+
+
+def test_it_leaves_these_files_and_no_others(finished):
+    assert sorted(p.name for p in finished.iterdir()) == FILES
+
+
+def test_the_report_is_complete_and_compares_three_models(finished):
+    report = MemorizationReport.from_json(finished / "memorization_report.json")
+    assert list(report.figures) == ["frozen base", "all blocks", "selected mask"]
+    assert report.figures["frozen base"]["trainable_parameters"] == 0
+    assert 0 < report.figures["selected mask"]["trainable_parameters"] <= 464
+    assert report.figures["all blocks"]["trainable_parameters"] == 464
+    for figures in report.figures.values():
+        assert 0 <= figures["membership_auc_low"] <= figures["membership_auc"] <= figures["membership_auc_high"] <= 1
+        assert figures["fid"] > 0 and figures["noise_norm"] > 0
+    assert len(report.search["trials"]) == 3
+    assert report.images == {
+        **{"train": 12, "validation": 4, "held_out": 4},
+        **{"train_different": 12, "validation_different": 4, "held_out_different": 4},
+    }
+    path = finished.parent / "again.json"
+    report.to_json(path)
+    assert path.read_text() == (finished / "memorization_report.json").read_text()
+
+
+def test_the_adapter_holds_the_reported_mask_and_size(finished):
+    report = MemorizationReport.from_json(finished / "memorization_report.json")
+    config = json.loads((finished / "adapter_config.json").read_text())
+    assert config["mask"] == report.mask and config["search"]["study_name"] == "memcontrol"
+    size = sum(t.numel() for t in load_file(finished / "adapter_model.safetensors").values())
+    assert size == report.figures["selected mask"]["trainable_parameters"]
+
+
+def test_nothing_published_names_the_machine_or_the_data(finished, assets):
+    captions = set(images_of(20, seed=3)["text"])
+    for name in PUBLIC_FILES:
+        if name.endswith((".png", ".safetensors")):
+            continue
+        text = (finished / name).read_text()
+        assert str(assets) not in text and str(finished.parent) not in text, name
+        assert not captions & set(re.findall(r"\w+", text)), name
+
+
+def test_the_card_has_valid_metadata_and_no_placeholder(finished):
+    card = ModelCard.load(finished / "README.md")
+    assert card.data.library_name == "peft" and "memcontrol" in card.data.tags
+    assert card.data.base_model is None, "a local folder is no base model on the Hub"
+    assert "No formal guarantee" in card.text
+    assert not re.search(r"\{\{|\}\}|None|nan|More Information Needed|undefined", card.text)
+    assert '--validation_prompt "a \\"quoted\\" prompt"' in card.text
+
+
+def test_the_snippet_of_the_card_runs(finished, assets, tmp_path):
+    snippet = re.search(r"```python\n(.*?)```", (finished / "README.md").read_text(), re.DOTALL)[1]
+    code = snippet.replace('"tiny-sd"', repr(str(assets / "tiny-sd"))) + "\nimage.save('image.png')"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=finished.parent, capture_output=True)
+    assert (finished.parent / "image.png").exists()
+    (finished.parent / "image.png").unlink()
+
+
+def test_the_same_command_again_repeats_no_trial(script, assets, finished, monkeypatch):
+    before = (finished / "memorization_report.json").read_text()
+    monkeypatch.setattr(script.MemControlTrainer, "train_and_evaluate", lambda self: pytest.fail("a trial was run"))
+    script.main(flags(assets, finished, validation_prompt='a "quoted" prompt'))
+    assert (finished / "memorization_report.json").read_text() == before
+
+
+def test_the_mask_of_an_adapter_is_tuned_without_a_search(script, assets, finished, tmp_path):
+    script.main(flags(assets, tmp_path / "out", mask_from=finished, learning_rate=0.01))
+    report = MemorizationReport.from_json(tmp_path / "out" / "memorization_report.json")
+    assert report.search is None
+    assert report.mask == json.loads((finished / "adapter_config.json").read_text())["mask"]
+    left = {p.name for p in (tmp_path / "out").iterdir()}
+    assert left == set(FILES) - {"study.journal", "pareto_front.png"}
+
+
+@pytest.mark.parametrize("method", ["difffit", "attention", "norm", "bias", "lora"])
+def test_every_method_runs_through(script, assets, tmp_path, method):
+    (tmp_path / "mask.json").write_text(json.dumps({"mid_block.attentions.0": True}))
+    script.main(flags(assets, tmp_path / "out", method=method, mask_from=tmp_path / "mask.json", max_train_steps=2))
+    loaded = PeftModel.from_pretrained(tiny_unet(), tmp_path / "out")
+    assert sum(p.numel() for p in loaded.parameters()) > sum(p.numel() for p in tiny_unet().parameters())
+
+
+def test_any_peft_config_can_be_given_as_a_file(script, assets, tmp_path):
+    (tmp_path / "loha.json").write_text(json.dumps({"peft_type": "LOHA", "r": 2, "target_modules": ["to_q"]}))
+    script.main(flags(assets, tmp_path / "out", peft_config=tmp_path / "loha.json", n_trials=2, granularity="site"))
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["peft_type"] == "LOHA"
+
+
+def test_final_fine_tune_resumes_from_a_checkpoint(script, assets, finished, tmp_path):
+    given = {"mask_from": finished, "learning_rate": 0.01, "max_train_steps": 4}
+    script.main(flags(assets, tmp_path / "whole", **given))
+    script.main(flags(assets, tmp_path / "parts", checkpointing_steps=2, **given))
+    checkpoint = tmp_path / "parts" / "checkpoint-2"
+    assert checkpoint.is_dir()
+    script.main(flags(assets, tmp_path / "parts", resume_from_checkpoint=checkpoint, **given))
+    a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "dreambooth"}, "unknown method 'dreambooth': use one of svdiff, difffit"),
+        ({"objectives": "fid,psnr"}, r"unknown objective\(s\) psnr: use some of fid"),
+        ({"sampler": "cma"}, "unknown sampler 'cma'"),
+        ({"granularity": "layer"}, "unknown granularity 'layer'"),
+        ({"mixed_precision": "fp8"}, "unknown mixed precision 'fp8'"),
+        ({"n_trials": 0}, "--n_trials must be at least 1"),
+        ({"learning_rate": -1.0}, "--learning_rate must be positive"),
+        ({"train_data_dir": "/nowhere"}, "'/nowhere' is no folder"),
+        ({"caption_column": "caption"}, "has no column 'caption'; it has: image, text"),
+        ({"resolution": RESOLUTION + 1}, "resolution 17 is not a positive multiple of 2"),
+        ({"pretrained_model_name_or_path": "/nowhere"}, "cannot load the pipeline '/nowhere'"),
+        ({"encoder": "/nowhere"}, "cannot load the image encoder '/nowhere'"),
+        ({"peft_config": "/nowhere"}, "--peft_config '/nowhere' is no PEFT config"),
+        ({"mask_from": "/nowhere"}, "--mask_from '/nowhere' cannot be read"),
+        ({"trainer_args": '{"optim": '}, "--trainer_args is no JSON object"),
+        ({"trainer_args": '{"optimizer": "adam"}'}, "--trainer_args has unknown arguments: optimizer"),
+    ],
+)
+def test_wrong_use_is_one_line_before_any_training(script, assets, tmp_path, capsys, monkeypatch, changes, message):
+    monkeypatch.setattr(script.MemControlTrainer, "train", lambda self, **kwargs: pytest.fail("training began"))
+    with pytest.raises(SystemExit) as stopped:
+        script.main(flags(assets, tmp_path / "out", **changes))
+    assert stopped.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and re.search(message, errors[0])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mask_of_another_model_is_refused_with_the_names(script, assets, tmp_path, capsys):
+    (tmp_path / "mask.json").write_text(json.dumps({"transformer_blocks.3": True}))
+    with pytest.raises(SystemExit) as stopped:
+        script.main(flags(assets, tmp_path / "out", mask_from=tmp_path / "mask.json"))
+    assert stopped.value.code == 2
+    assert "block(s) that the model lacks: transformer_blocks.3; it has: down_blocks.0" in capsys.readouterr().err
+
+
+def test_an_output_folder_with_another_study_is_refused(script, assets, finished, capsys):
+    for changes, message in (
+        ({"seed": 1}, "made with other settings: seed was 0 and is 1"),
+        ({"study_name": "another"}, "holds another study (memcontrol)"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            script.main(flags(assets, finished, **changes))
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_an_unreadable_image_is_named(script, assets, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(assets / "images", tmp_path / "images")
+    (tmp_path / "images" / "5.png").write_bytes(b"no picture")
+    with pytest.raises(SystemExit):
+        script.main(flags(assets, tmp_path / "out", train_data_dir=tmp_path / "images"))
+    assert "error: cannot read the image 5.png" in capsys.readouterr().err
+
+
+def test_a_search_that_finds_nothing_keeps_its_trials(script, assets, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script.main(flags(assets, tmp_path, memorization_budget=-1))
+    assert stopped.value.code == 1
+    assert "no run is within the memorization budget of -1" in capsys.readouterr().err
+    assert (tmp_path / "study.journal").exists()
+
+
+def _run(arguments: list[str], **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_wandb_offline_has_a_group_a_study_and_a_run_a_trial(assets, tmp_path):
+    result = _run(flags(assets, tmp_path / "out", report_to="wandb"), WANDB_MODE="offline")
+    assert result.returncode == 0, result.stderr[-2000:]
+    runs = sorted((tmp_path / "out" / "wandb").glob("offline-run-*"))
+    inspected = [
+        json.loads(
+            subprocess.check_output(
+                [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--summary", "--json", str(run)]
+            )
+        )
+        for run in runs
+    ]
+    assert len(runs) == 4, "three trials and the final fine-tune"
+    text = json.dumps(inspected)
+    assert "trial-0" in text and "trial-2" in text and "memcontrol" in text
+
+
+def test_a_push_uploads_the_public_files_and_peft_loads_them(assets, tmp_path):
+    with serve() as (hub, address):
+        environment = {
+            "HF_ENDPOINT": address,
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path / "hf"),
+        }
+        arguments = [*flags(assets, tmp_path / "out", hub_model_id="tester/adapter"), "--push_to_hub"]
+        result = _run(arguments, **environment)
+        assert result.returncode == 0, result.stderr[-3000:]
+        repo = hub.repos["tester/adapter"]
+        assert repo.private and len(repo.commits) == 1
+        assert sorted(set(repo.files) - {".gitattributes"}) == sorted(PUBLIC_FILES)
+        assert repo.files["README.md"] == (tmp_path / "out" / "README.md").read_bytes()
+        code = (
+            "import memcontrol_hf, diffusers, peft; from diffusers import UNet2DConditionModel as U;"
+            f"u = U.from_pretrained({str(assets / 'tiny-sd')!r}, subfolder='unet');"
+            "m = peft.PeftModel.from_pretrained(u, 'tester/adapter'); print(m.peft_config['default'].method)"
+        )
+        loaded = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
+        )
+        assert loaded.stdout.strip().endswith("svdiff"), loaded.stderr[-2000:]
+        refused = _run(arguments, **{**environment, "HF_TOKEN": "hf_wrong"})
+    assert refused.returncode == 1
+    assert "error: the push failed" in refused.stderr and (tmp_path / "out" / "README.md").exists()
