@@ -18,6 +18,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from memcontrol_hf.tuners import METHODS, MemControlConfig, MemControlLayer, MemControlModel, register, tunable_modules
@@ -690,17 +691,44 @@ def test_a_float32_adapter_keeps_its_digits_when_loaded_onto_half_precision(tmp_
     assert_same_tensors(get_peft_model_state_dict(loaded), saved)
 
 
-def test_distributed_training_needs_no_search_for_unused_parameters(tmp_path):
+@pytest.fixture
+def process_group(tmp_path):
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        for method in METHODS:
-            case = Case(method, "mlp")
-            model = nn.parallel.DistributedDataParallel(get_peft_model(case.base(), case.config()))
-            for _ in range(2):  # the second pass fails if the first left a parameter without a gradient
-                case.run(model).sum().backward()
-    finally:
-        torch.distributed.destroy_process_group()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_distributed_training_needs_no_search_for_unused_parameters(process_group, method):
+    case = Case(method, "mlp")
+    model = nn.parallel.DistributedDataParallel(get_peft_model(case.base(), case.config()))
+    for _ in range(2):  # the second pass fails if the first left a parameter without a gradient
+        case.run(model).sum().backward()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sharded_model_computes_learns_and_saves_the_same(process_group, method):
+    case = Case(method, "mlp")
+    model = case.adapted()
+    expected, state = case.run(model), get_peft_model_state_dict(model)
+    expected.sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+    model = FullyShardedDataParallel(case.adapted(), use_orig_params=True, device_id=torch.device("cpu"))
+    output = case.run(model)
+    output.sum().backward()
+    assert torch.equal(output, expected)
+    sharded = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    assert all(torch.equal(*pair) for pair in zip(sharded, gradients, strict=True))
+    assert_same_tensors(get_peft_model_state_dict(model), state)
+
+
+def test_a_compiled_model_computes_the_same():
+    case = Case("svdiff", "mlp")
+    model = case.adapted()
+    torch.testing.assert_close(case.run(torch.compile(model, backend="aot_eager")), case.run(model))
+    torch._dynamo.reset()
 
 
 # Selecting

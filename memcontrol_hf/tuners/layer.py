@@ -11,7 +11,6 @@ from weakref import WeakValueDictionary
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
-from torch.func import functional_call
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -105,32 +104,29 @@ class SVDFactors:
                 self.u, self.s, self.vh = (factor.to(delta.device) for factor in (self.u, self.s, self.vh))
         return (self.u * (torch.relu(self.s + scale * delta.float()) - self.s)) @ self.vh
 
+    def __deepcopy__(self, memo: dict) -> SVDFactors:
+        return self
+
 
 _FACTORS_BY_CONTENT: WeakValueDictionary[tuple, SVDFactors] = WeakValueDictionary()
-_FACTORS_BY_WEIGHT = WeakIdKeyDictionary()  # weight -> (its state, its factors); keeps the factors while it lives
+_FACTORS_BY_WEIGHT = WeakIdKeyDictionary()  # keeps the factors alive as long as the weight
 
 
-@torch.compiler.disable
-def svd_factors(weight: torch.Tensor, check_content: bool = False) -> SVDFactors:
-    """The factors of a weight, computed once per process for the same content and freed with the weight.
+def svd_factors(weight: torch.Tensor) -> SVDFactors:
+    """The factors of a weight, computed once per process for the same values and freed with the weight.
 
-    All adapters, copies of a model and trials of a search that share a base weight share its factors.
+    All adapters, copies of a model and trials of a search that share a base weight share its factors. It is the values
+    that are compared, because torch does not count changes made through `weight.data`.
 
     Args:
         weight: A weight of shape `[out, ...]`.
-        check_content: Look at the values even if the weight seems untouched. Only this notices a change made through
-            `weight.data` in place, which torch does not count.
     """
-    state = (weight.data_ptr(), weight._version, weight.dtype)
-    known_state, factors = _FACTORS_BY_WEIGHT.get(weight, (None, None))
-    if known_state == state and not check_content:
-        return factors
     values = weight.detach().cpu().contiguous()
     content = (weight.dtype, weight.shape, hashlib.sha256(values.view(torch.uint8).numpy()).digest())
     factors = _FACTORS_BY_CONTENT.get(content)
     if factors is None:
         factors = _FACTORS_BY_CONTENT[content] = SVDFactors(values)
-    _FACTORS_BY_WEIGHT[weight] = (state, factors)
+    _FACTORS_BY_WEIGHT[weight] = factors
     return factors
 
 
@@ -169,6 +165,7 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
         self.memcontrol_scale: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._originals: dict[str, torch.Tensor] = {}  # the base layer's own tensors while others are merged in
+        self._svd: tuple[Any, SVDFactors] | None = None  # the weight's state when it was last read, its factors
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, name)
 
@@ -184,7 +181,7 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
                 initial = torch.zeros(getattr(self.base_layer, kind).shape)
             getattr(self, f"memcontrol_{kind}")[adapter_name] = nn.Parameter(initial)
         self.memcontrol_scale[adapter_name] = config.scale
-        self._check_content = True
+        self._svd = None
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -195,9 +192,22 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(*args, **kwargs)
         tuned = {kind: self._tuned(kind, self.active_adapters) for kind in ("weight", "bias")}
         tuned = {kind: tensor.to(self._original(kind).dtype) for kind, tensor in tuned.items() if tensor is not None}
-        output = functional_call(self.base_layer, tuned, args, kwargs) if tuned else self.base_layer(*args, **kwargs)
+        output = self._call_base_layer(tuned, *args, **kwargs)
         gamma = self._gamma(self.active_adapters)
         return output if gamma is None else output * gamma.to(output.dtype)
+
+    def _call_base_layer(self, tensors: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        # An attribute hides the parameter of the same name. torch.func.functional_call swaps the parameters, which has
+        # no effect under FSDP: there, attributes hide them already.
+        attributes = self.base_layer.__dict__
+        hidden = {name: attributes[name] for name in tensors if name in attributes}
+        attributes.update(tensors)
+        try:
+            return self.base_layer(*args, **kwargs)
+        finally:
+            for name in tensors:
+                del attributes[name]
+            attributes.update(hidden)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -283,13 +293,20 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
                 if adapter in differences:
                     difference = differences[adapter]
                 elif kind == "weight" and adapter in self.memcontrol_delta:
-                    factors = svd_factors(original, self._check_content)
-                    self._check_content = False
-                    difference = factors.difference(self.memcontrol_delta[adapter], self.memcontrol_scale[adapter])
+                    factors, scale = self._factors(original), self.memcontrol_scale[adapter]
+                    difference = factors.difference(self.memcontrol_delta[adapter], scale)
                 else:
                     continue
                 tensor = (original if tensor is None else tensor) + difference.view_as(original)
         return tensor
+
+    @torch.compiler.disable
+    def _factors(self, weight: torch.Tensor) -> SVDFactors:
+        # FSDP puts a new view in the parameter's place for each forward pass: no state to compare.
+        state = (weight.data_ptr(), weight._version, weight.dtype) if isinstance(weight, nn.Parameter) else None
+        if self._svd is None or self._svd[0] != state:
+            self._svd = (state, svd_factors(weight))
+        return self._svd[1]
 
     def _gamma(self, adapters: list[str]) -> torch.Tensor | None:
         """The product of the adapters' output scales, `[out]`; None if there are none."""
