@@ -163,7 +163,7 @@ def run_search(
             break
         number, hyperparameters = message[0]
         name = hp_name(trial) if hp_name and trial else f"trial-{number}"
-        _start_tracking(trainer, study_name, name, hyperparameters)
+        start_tracking(trainer, study_name, name, "trial", hyperparameters)
         started = time.perf_counter()
         try:
             trainer.apply_hyperparameters(hyperparameters)
@@ -261,10 +261,13 @@ def _tell(
         _fail(study, trial, f"an objective is not finite: {values}")
 
 
-def _start_tracking(
-    trainer: "MemControlTrainer", study_name: str, name: str, hyperparameters: Mapping[str, Any]
+def start_tracking(
+    trainer: "MemControlTrainer", study_name: str, name: str, job_type: str, hyperparameters: Mapping[str, Any]
 ) -> None:
-    """In Weights & Biases a study is a group and a trial a run; the Trainer's callback then logs into that run."""
+    """Begin a run in Weights & Biases, where it is asked for; the Trainer's own callback then logs into it.
+
+    A study is a group there, and each trial a run.
+    """
     if "wandb" not in trainer.args.report_to or not trainer.is_world_process_zero():
         return
     import wandb
@@ -273,7 +276,7 @@ def _start_tracking(
         project=os.getenv("WANDB_PROJECT", "memcontrol"),
         group=study_name,
         name=name,
-        job_type="trial",
+        job_type=job_type,
         config=dict(hyperparameters),
         dir=os.getenv("WANDB_DIR", trainer.args.output_dir),
         reinit="finish_previous",

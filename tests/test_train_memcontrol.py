@@ -64,7 +64,10 @@ def flags(assets, output_dir, **changes) -> list[str]:
         "eval_inference_steps": 2,
         **changes,
     }
-    return [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
+    parts = []
+    for name, value in values.items():
+        parts += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return parts
 
 
 @pytest.fixture(scope="session")
@@ -122,7 +125,7 @@ def test_the_card_has_valid_metadata_and_no_placeholder(finished):
     assert card.data.base_model is None, "a local folder is no base model on the Hub"
     assert "No formal guarantee" in card.text
     assert not re.search(r"\{\{|\}\}|None|nan|More Information Needed|undefined", card.text)
-    assert '--validation_prompt "a \\"quoted\\" prompt"' in card.text
+    assert """--validation_prompt 'a "quoted" prompt'""" in card.text
 
 
 def test_the_snippet_of_the_card_runs(finished, assets, tmp_path):
@@ -178,9 +181,9 @@ def test_final_fine_tune_resumes_from_a_checkpoint(script, assets, finished, tmp
     ("changes", "message"),
     [
         ({"method": "dreambooth"}, "unknown method 'dreambooth': use one of svdiff, difffit"),
-        ({"objectives": "fid,psnr"}, r"unknown objective\(s\) psnr: use some of fid"),
+        ({"objectives": ["fid", "psnr"]}, r"unknown objective\(s\) psnr: use some of fid"),
         ({"sampler": "cma"}, "unknown sampler 'cma'"),
-        ({"granularity": "layer"}, "unknown granularity 'layer'"),
+        ({"granularity": ["layer", "("]}, "granularity 'layer' matches no module"),
         ({"mixed_precision": "fp8"}, "unknown mixed precision 'fp8'"),
         ({"n_trials": 0}, "--n_trials must be at least 1"),
         ({"learning_rate": -1.0}, "--learning_rate must be positive"),
@@ -252,20 +255,23 @@ def _run(arguments: list[str], **environment) -> subprocess.CompletedProcess:
 
 
 def test_wandb_offline_has_a_group_a_study_and_a_run_a_trial(assets, tmp_path):
-    result = _run(flags(assets, tmp_path / "out", report_to="wandb"), WANDB_MODE="offline")
+    arguments = flags(assets, tmp_path / "out", report_to="wandb", study_name="my-study")
+    result = _run(arguments, WANDB_MODE="offline")
     assert result.returncode == 0, result.stderr[-2000:]
-    runs = sorted((tmp_path / "out" / "wandb").glob("offline-run-*"))
-    inspected = [
-        json.loads(
-            subprocess.check_output(
-                [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--summary", "--json", str(run)]
-            )
-        )
-        for run in runs
-    ]
-    assert len(runs) == 4, "three trials and the final fine-tune"
-    text = json.dumps(inspected)
-    assert "trial-0" in text and "trial-2" in text and "memcontrol" in text
+    wandb, runs = Path(sys.executable).with_name("wandb"), {}
+    for folder in sorted((tmp_path / "out" / "wandb").glob("offline-run-*")):
+        inspected = subprocess.check_output([wandb, "leet", "inspect", "--summary", "--json", folder])
+        run = json.loads(inspected)
+        runs[run["name"]] = run
+        assert b"my-study" in next(folder.glob("*.wandb")).read_bytes(), "the group"
+    assert list(runs) == ["trial-0", "trial-1", "trial-2", "frozen base", "all blocks", "selected mask"]
+    report = MemorizationReport.from_json(tmp_path / "out" / "memorization_report.json")
+    for trial in report.search["trials"]:
+        run = runs[f"trial-{trial['number']}"]
+        assert [run["summary"]["eval/fid"], run["summary"]["eval/membership_auc"]] == trial["values"]
+        assert run["config"]["learning_rate"] == trial["learning_rate"]
+    assert runs["selected mask"]["config"]["mask"] == report.mask
+    assert runs["selected mask"]["summary"]["eval/amd"] == report.figures["selected mask"]["amd"]
 
 
 def test_a_push_uploads_the_public_files_and_peft_loads_them(assets, tmp_path):

@@ -16,6 +16,7 @@ The same command goes on where it was interrupted.
 import dataclasses
 import json
 import logging
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +44,7 @@ from memcontrol_hf.diffusion import family_of
 from memcontrol_hf.features import encoder_name, load_encoder
 from memcontrol_hf.model_card import push, render_card
 from memcontrol_hf.report import ALL_ON, FROZEN_BASE, SELECTED, plot_front, search_summary
-from memcontrol_hf.search import check_sampler, check_study
+from memcontrol_hf.search import check_sampler, check_study, start_tracking
 from memcontrol_hf.trainer import METRICS, check_objectives
 
 # method -> its config, and the learning rates that are searched
@@ -95,8 +96,12 @@ class ScriptArguments:
         default=None,
         metadata={"help": "Any other PEFT method: a JSON file as save_pretrained writes it (adapter_config.json)."},
     )
-    granularity: str = field(
-        default="block", metadata={"help": "What a bit of the mask stands for: block, or site (attn1, attn2, ff)."}
+    granularity: list[str] = field(
+        default_factory=lambda: ["block"],
+        metadata={
+            "help": "What a bit of the mask stands for: block, site (attn1, attn2, ff), or regular expressions over "
+            "the denoiser's module names, one for each bit."
+        },
     )
     mask_from: str | None = field(
         default=None,
@@ -104,9 +109,9 @@ class ScriptArguments:
     )
 
     n_trials: int = field(default=8, metadata={"help": "Trials of the search, all in all; 0 with --mask_from."})
-    objectives: str = field(
-        default="fid,membership_auc",
-        metadata={"help": f"Two of {', '.join(METRICS)}, quality first, with a comma between."},
+    objectives: list[str] = field(
+        default_factory=lambda: ["fid", "membership_auc"],
+        metadata={"help": f"Out of {', '.join(METRICS)}; quality first, memorization second."},
     )
     memorization_budget: float | None = field(
         default=None, metadata={"help": "Worst second objective that is allowed. Without it: the front's knee."}
@@ -189,10 +194,8 @@ def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[
         if args.learning_rate <= 0:
             raise ValueError(f"--learning_rate must be positive, but is {args.learning_rate}")
         rates = (args.learning_rate, args.learning_rate)
-    check_objectives(args.objectives.split(","))
+    check_objectives(args.objectives)
     check_sampler(args.sampler)
-    if args.granularity not in ("block", "site"):
-        raise ValueError(f"unknown granularity {args.granularity!r}: use block or site")
     if args.mixed_precision not in ("no", "fp16", "bf16"):
         raise ValueError(f"unknown mixed precision {args.mixed_precision!r}: use no, fp16 or bf16")
     if args.n_trials < 1:
@@ -303,7 +306,7 @@ def training_arguments(args: ScriptArguments) -> MemControlTrainingArguments:
         caption_dropout=args.caption_dropout,
         fp16=args.mixed_precision == "fp16",
         bf16=args.mixed_precision == "bf16",
-        objectives=args.objectives.split(","),
+        objectives=args.objectives,
         eval_num_images=args.eval_num_images,
         eval_inference_steps=args.eval_inference_steps,
         eval_guidance_scale=args.eval_guidance_scale,
@@ -323,7 +326,8 @@ def prepare(argv: list[str] | None) -> tuple[ScriptArguments, MemControlTrainer,
     config, rates, mask = check(args)
     trainer_args = training_arguments(args)
     pipeline, data = load(args)
-    space = SearchSpace.from_model(getattr(pipeline, family_of(pipeline).denoiser_name), args.granularity)
+    granularity = args.granularity[0] if args.granularity in (["block"], ["site"]) else args.granularity
+    space = SearchSpace.from_model(getattr(pipeline, family_of(pipeline).denoiser_name), granularity)
     on_hub = args.pretrained_model_name_or_path != "demo" and not Path(args.pretrained_model_name_or_path).exists()
     config.base_model_name_or_path = args.pretrained_model_name_or_path if on_hub else None
     trainer = MemControlTrainer(
@@ -349,11 +353,11 @@ def fine_tune_and_measure(trainer: MemControlTrainer, data: DatasetDict, resume:
     """Train the current mask, if it has a block on, and measure it against the held-out images."""
     if any(trainer.mask.values()):
         trainer.train(resume_from_checkpoint=resume)
-    figures = trainer.evaluate(data["held_out"], metric_key_prefix="final", metrics=list(METRICS))
+    figures = trainer.evaluate(data["held_out"], metrics=list(METRICS))
     return {
         "trainable_parameters": trainer.trainable_parameters,
         "trainable_percent": trainer.trainable_percent,
-        **{name.removeprefix("final_"): value for name, value in figures.items()},
+        **{name.removeprefix("eval_"): value for name, value in figures.items()},
     }
 
 
@@ -394,6 +398,7 @@ def main(argv: list[str] | None = None) -> None:
     everything, nothing = trainer.search_space.mask(True), trainer.search_space.mask(False)
     for name, blocks in ((FROZEN_BASE, nothing), (ALL_ON, everything), (SELECTED, hyperparameters["mask"])):
         trainer.apply_hyperparameters({**hyperparameters, "mask": blocks}, final_model=True)
+        start_tracking(trainer, args.study_name, name, "final", {**hyperparameters, "mask": blocks})
         resume = args.resume_from_checkpoint if name == SELECTED else None
         figures[name] = fine_tune_and_measure(trainer, data, True if resume == "latest" else resume)
 
@@ -464,7 +469,8 @@ def public_flags(args: ScriptArguments) -> str:
     for name, value in dataclasses.asdict(args).items():
         if name in private or value == getattr(default, name) or (name == "encoder" and Path(value).exists()):
             continue
-        flags.append(f"--{name}" if value is True else f"--{name} {json.dumps(value) if ' ' in str(value) else value}")
+        words = [] if value is True else value if isinstance(value, list) else [value]
+        flags.append(shlex.join([f"--{name}", *map(str, words)]))
     return " ".join(flags)
 
 
