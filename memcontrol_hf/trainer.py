@@ -4,7 +4,8 @@ The loop, checkpoints, resuming, mixed precision, distribution, schedulers and t
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from .features import Encoder, load_encoder
 from .sampling import denoiser_in_place, generate
 from .search import run_search
 from .search_space import SearchSpace
+from .tuners import MemControlConfig
 
 if TYPE_CHECKING:
     import optuna
@@ -303,13 +305,25 @@ class MemControlTrainer(Trainer):
         others = self.encode(self.eval_dataset if eval_dataset is None else eval_dataset)
         train = self.train_dataset
         training, _ = self.model.training, self.model.eval()
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), self._merged():
             figures = self._measure(set(wanted), train, others)
         self.model.train(training)
         figures = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.log(dict(figures))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
         return figures
+
+    @contextmanager
+    def _merged(self) -> Iterator[None]:
+        """Our own adapters, which unmerge exactly, are merged while nothing is trained: sampling is faster so."""
+        adapted = self._adapted if isinstance(self.peft_config, MemControlConfig) else None
+        if adapted is not None:
+            adapted.merge_adapter()
+        try:
+            yield
+        finally:
+            if adapted is not None:
+                adapted.unmerge_adapter()
 
     def _measure(self, wanted: set[str], train: "EncodedImages", others: "EncodedImages") -> dict[str, float]:
         figures: dict[str, float] = {}
