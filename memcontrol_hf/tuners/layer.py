@@ -84,8 +84,11 @@ class SVDFactors:
         # The first call may come from inference mode, whose tensors could not be used in training afterwards.
         with torch.inference_mode(False), torch.no_grad():
             matrix = weight.detach().to("cpu", torch.float64).flatten(1)
-            u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-            self.u, self.s, self.vh = u.float(), s.float(), vh.float()
+            # LAPACK is three times as fast for a tall matrix (7 s, not 21 s, for a 3x3 convolution of 1280 channels).
+            wide = matrix.shape[0] < matrix.shape[1]
+            u, s, vh = torch.linalg.svd(matrix.T if wide else matrix, full_matrices=False)
+            u, vh = (vh.T, u.T) if wide else (u, vh)
+            self.u, self.s, self.vh = (factor.float().contiguous() for factor in (u, s, vh))
 
     def difference(self, delta: torch.Tensor, scale: float) -> torch.Tensor:
         """`U diag(relu(s + scale * delta) - s) V^T`, all zeros at `delta = 0`.
