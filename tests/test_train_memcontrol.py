@@ -19,6 +19,7 @@ from transformers import ResNetConfig, ResNetModel, ViTImageProcessorPil
 
 from memcontrol_hf import MemorizationReport
 from memcontrol_hf.model_card import PUBLIC_FILES
+from memcontrol_hf.sampling import denoiser_in_place
 
 SCRIPT = Path(__file__).parent.parent / "training_scripts" / "train_memcontrol.py"
 FILES = sorted([*PUBLIC_FILES, "study.journal"])
@@ -302,3 +303,39 @@ def test_a_push_uploads_the_public_files_and_peft_loads_them(assets, tmp_path):
         refused = _run(arguments, **{**environment, "HF_TOKEN": "hf_wrong"})
     assert refused.returncode == 1
     assert "error: the push failed" in refused.stderr and (tmp_path / "out" / "README.md").exists()
+
+
+_GENERATE = """
+import sys
+import torch
+import memcontrol_hf
+from peft import PeftModel
+
+def generate(pipe):
+    generator = torch.Generator().manual_seed(0)
+    return pipe("grinning face", num_inference_steps=4, generator=generator, output_type="pt").images
+
+pipe = memcontrol_hf.demo_pipeline()
+base = generate(pipe)
+pipe.unet = PeftModel.from_pretrained(pipe.unet, sys.argv[1])
+tuned = generate(pipe)
+pipe.unet = pipe.unet.merge_and_unload()
+torch.save({"base": base, "tuned": tuned, "merged": generate(pipe)}, sys.argv[2])
+"""
+
+
+def test_an_adapter_of_the_demo_generates_in_a_new_process_what_the_trainer_generates(script, tmp_path):
+    (tmp_path / "mask.json").write_text(json.dumps({"mid_block.attentions.0": True, "up_blocks.3.attentions.2": True}))
+    arguments = ["--mask_from", str(tmp_path / "mask.json"), "--max_train_steps", "3"]
+    _, trainer, *_ = script.prepare([*arguments, "--output_dir", str(tmp_path / "out"), "--learning_rate", "0.1"])
+    trainer.train()
+    trainer.save_model()
+    with denoiser_in_place(trainer.pipeline, trainer.model):
+        generator = torch.Generator().manual_seed(0)
+        own = trainer.pipeline("grinning face", num_inference_steps=4, generator=generator, output_type="pt").images
+    code = [sys.executable, "-c", _GENERATE, str(tmp_path / "out"), str(tmp_path / "images.pt")]
+    subprocess.run(code, check=True, capture_output=True)
+    images = torch.load(tmp_path / "images.pt")
+    assert torch.equal(images["tuned"], own)
+    assert (images["tuned"] - images["base"]).abs().max() > 0.01
+    torch.testing.assert_close(images["merged"], images["tuned"], atol=1e-5, rtol=0)

@@ -60,6 +60,8 @@ METHODS: dict[str, tuple[PeftConfig, tuple[float, float]]] = {
         (1e-4, 1e-2),
     ),
 }
+logger = logging.getLogger("memcontrol_hf.script")
+
 DEMO = {"resolution": 64, "eval_guidance_scale": 3.0, "eval_inference_steps": 15, "train_batch_size": 32}
 OTHER = {"resolution": 512, "eval_guidance_scale": 7.5, "eval_inference_steps": 25, "train_batch_size": 4}
 
@@ -398,6 +400,7 @@ def main(argv: list[str] | None = None) -> None:
     everything, nothing = trainer.search_space.mask(True), trainer.search_space.mask(False)
     for name, blocks in ((FROZEN_BASE, nothing), (ALL_ON, everything), (SELECTED, hyperparameters["mask"])):
         trainer.apply_hyperparameters({**hyperparameters, "mask": blocks}, final_model=True)
+        logger.info(f"{name}: {'fine-tune on all of the data, then ' if any(blocks.values()) else ''}held-out figures")
         start_tracking(trainer, args.study_name, name, "final", {**hyperparameters, "mask": blocks})
         resume = args.resume_from_checkpoint if name == SELECTED else None
         figures[name] = fine_tune_and_measure(trainer, data, True if resume == "latest" else resume)
