@@ -547,6 +547,17 @@ def test_the_factors_of_a_weight_are_computed_once_and_shared_by_adapters_copies
     assert svd_calls == [6 * 5, 5 * 4]  # and never for the third layer, which is not selected
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_svdiff_tunes_weights_that_lie_channels_last(kernel):
+    layer = nn.Conv2d(4, 6, kernel)
+    x = torch.randn(2, 4, 5, 5)
+    expected = layer(x)
+    model = get_peft_model(
+        nn.Sequential(layer.to(memory_format=torch.channels_last)), MemControlConfig(target_modules=["0"])
+    )
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_no_method_but_svdiff_needs_an_svd(svd_calls):
     for method in METHODS[1:]:
         case = Case(method, "mlp")

@@ -125,7 +125,7 @@ def svd_factors(weight: torch.Tensor) -> SVDFactors:
         weight: A weight of shape `[out, ...]`.
     """
     values = weight.detach().cpu().contiguous()
-    content = (weight.dtype, weight.shape, hashlib.sha256(values.view(torch.uint8).numpy()).digest())
+    content = (weight.dtype, weight.shape, hashlib.sha256(values.flatten().view(torch.uint8).numpy()).digest())
     factors = _FACTORS_BY_CONTENT.get(content)
     if factors is None:
         factors = _FACTORS_BY_CONTENT[content] = SVDFactors(values)
