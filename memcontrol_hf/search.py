@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_KILLED = "its process ended"
+
 SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=4),
     "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=8),
@@ -172,7 +174,10 @@ def run_search(
         except BaseException as error:
             if trial:
                 _fail(study, trial, f"{type(error).__name__}: {error}")
-            raise
+            if args.world_size > 1 or not isinstance(error, Exception):
+                raise  # the other processes of this trial wait for this one
+            logger.warning(f"trial {number} failed: {type(error).__name__}: {error}")
+            continue
         if trial:
             values = [values] if isinstance(values, float) else list(values)
             _tell(study, trial, values, hyperparameters, figures, trainer)
@@ -196,7 +201,8 @@ def run_search(
         broadcast_object_list(message)
         runs = runs or message[0]
     if not runs:
-        raise RuntimeError(f"none of the trials of the study {study_name!r} succeeded")
+        reasons = {t.user_attrs.get("failure", "unknown") for t in study.trials} if study else set()
+        raise RuntimeError(f"no trial of the study {study_name!r} succeeded: {'; '.join(sorted(reasons))}")
     return runs[0] if len(directions) == 1 else runs
 
 
@@ -207,9 +213,14 @@ def _known_masks(space: Any, low: float, high: float) -> list[dict[str, Any]]:
 
 
 def _ask(study: optuna.Study, n_trials: int) -> optuna.Trial | None:
-    """The next trial, or `None` when enough are finished or under way."""
-    counted = (TrialState.COMPLETE, TrialState.RUNNING)
-    if len(study.get_trials(deepcopy=False, states=counted)) >= n_trials:
+    """The next trial, or `None` when enough are finished or under way; those that a kill ended do not count."""
+    trials = study.get_trials(deepcopy=False)
+    counted = [
+        t.state in (TrialState.COMPLETE, TrialState.RUNNING)
+        or (t.state == TrialState.FAIL and t.user_attrs.get("failure") != _KILLED)
+        for t in trials
+    ]
+    if sum(counted) >= n_trials:
         return None
     trial = study.ask()
     process = psutil.Process()
@@ -221,7 +232,7 @@ def _queue_again_what_died(study: optuna.Study) -> None:
     """Trials whose process on this machine was killed: recorded as failed, their parameters queued again."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if not _alive(trial):
-            study._storage.set_trial_user_attr(trial._trial_id, "failure", "its process ended")
+            study._storage.set_trial_user_attr(trial._trial_id, "failure", _KILLED)
             study.tell(trial.number, state=TrialState.FAIL)
             study.enqueue_trial({**trial.system_attrs.get("fixed_params", {}), **trial.params})
 

@@ -162,6 +162,7 @@ class MemControlTrainer(Trainer):
         self._encoder: str | nn.Module | Encoder = encoder
         self._adapted: PeftModel | None = None
         self._features: dict[str, torch.Tensor] = {}
+        self._encoded: dict[str, EncodedImages] = {}
         self._denoiser_size = sum(p.numel() for p in self.denoiser.parameters())
         if args.gradient_checkpointing or args.activation_checkpointing:
             self.denoiser.enable_gradient_checkpointing()  # diffusers' own switch, which the Trainer does not know
@@ -169,7 +170,7 @@ class MemControlTrainer(Trainer):
         for part in ("vae", "text_encoder"):
             getattr(pipeline, part).requires_grad_(False).to(args.device)
         self._null = self.family.encode_prompts([""])
-        train_dataset = self._full_train_dataset = encode_with_images(train_dataset, self.family, args.resolution)
+        train_dataset = self._full_train_dataset = self._encode(train_dataset, args.resolution)
         super().__init__(
             args=args,
             model_init=self._init_model,
@@ -269,8 +270,16 @@ class MemControlTrainer(Trainer):
     # ---- measuring ----
 
     def encode(self, images: "Dataset | EncodedImages") -> "EncodedImages":
-        """A dataset beside its latents and text embeddings, from the cache where they are there."""
-        return encode_with_images(images, self.family, self.args.resolution)
+        """A dataset beside its latents and text embeddings, which are computed once."""
+        return self._encode(images, self.args.resolution)
+
+    def _encode(self, images: "Dataset | EncodedImages", resolution: int) -> "EncodedImages":
+        if isinstance(images, EncodedImages):
+            return images
+        key = images._fingerprint
+        if key not in self._encoded:
+            self._encoded[key] = EncodedImages(images, encode(images, self.family, resolution))
+        return self._encoded[key]
 
     def evaluate(
         self,
@@ -552,11 +561,6 @@ class EncodedImages(torch.utils.data.Dataset):
     def select(self, rows: list[int]) -> "EncodedImages":
         """Some of the rows; each keeps its number, and with it its noise."""
         return EncodedImages(self.images.select(rows), self.encoded.select(rows))
-
-
-def encode_with_images(images: "Dataset | EncodedImages", family: Any, resolution: int) -> EncodedImages:
-    """The dataset beside its latents and text embeddings, from the cache where they are there."""
-    return images if isinstance(images, EncodedImages) else EncodedImages(images, encode(images, family, resolution))
 
 
 def _collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

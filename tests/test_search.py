@@ -12,7 +12,7 @@ from conftest import adapter_of, tiny_trainer
 from optuna.trial import TrialState
 from transformers.trainer_utils import BestRun
 
-from memcontrol_hf import select_run
+from memcontrol_hf import MemControlConfig, select_run
 from memcontrol_hf.search import SAMPLERS, check_study, open_storage
 
 logging.getLogger("memcontrol_hf").setLevel(logging.INFO)
@@ -106,10 +106,10 @@ def test_a_killed_search_goes_on_and_repeats_the_trial_it_lost(tmp_path):
     try:
         deadline = time.time() + 120
         while time.time() < deadline:
-            time.sleep(0.05)
-            if (folder / "study.journal").exists() and any(
-                t.number >= 3 and "mask.mid_block.attentions.0" in t.params for t in study_in(folder).trials
-            ):
+            time.sleep(0.1)
+            trials = study_in(folder).trials if (folder / "study.journal").exists() else []
+            if any(t.number >= 3 and "mask.up_blocks.1.attentions.1" in t.params for t in trials):
+                time.sleep(0.2)  # into its training
                 break
     finally:
         process.send_signal(signal.SIGKILL)
@@ -144,20 +144,43 @@ def test_other_settings_are_refused_and_named(searched, tmp_path):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_fails_and_stays_off_the_front(tmp_path, bad):
     values = iter([[1.0, 1.0], [bad, 0.0], [0.5, 0.5]])
-    runs = tiny_trainer(tmp_path).hyperparameter_search(compute_objective=lambda figures: next(values), n_trials=2)
+    runs = tiny_trainer(tmp_path).hyperparameter_search(compute_objective=lambda figures: next(values), n_trials=3)
     study = runs[0].run_summary
     assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
     assert "not finite" in study.trials[1].user_attrs["failure"]
     assert [run.run_id for run in runs] == ["2"]
 
 
-def test_an_error_in_a_trial_is_recorded(tmp_path):
+def test_a_trial_that_diverges_is_recorded_and_the_search_goes_on(tmp_path):
+    trainer = tiny_trainer(tmp_path, config=MemControlConfig(method="weights"), max_steps=3)
+    rates = iter([1e30, 1e-3, 1e-3])
+    runs = trainer.hyperparameter_search(
+        hp_space=lambda trial: {"mask": trainer.search_space.mask(True), "learning_rate": next(rates)},
+        enqueue=[],
+        n_trials=3,
+    )
+    trials = runs[0].run_summary.trials
+    assert [t.state.name for t in trials] == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert "not finite" in trials[0].user_attrs["failure"]
+    assert trials[1].values == trials[2].values, "nothing of the failure is left in the base"
+
+
+def test_a_search_in_which_every_trial_fails_says_why(tmp_path):
     def objective(figures):
         raise KeyError("no such figure")
 
-    with pytest.raises(KeyError):
+    with pytest.raises(RuntimeError, match="no trial of the study 'memcontrol' succeeded: KeyError: 'no such figure'"):
         tiny_trainer(tmp_path).hyperparameter_search(compute_objective=objective, n_trials=2)
-    assert "no such figure" in study_in(tmp_path).trials[0].user_attrs["failure"]
+    assert [t.state for t in study_in(tmp_path).trials] == [TrialState.FAIL] * 2
+
+
+def test_an_interrupt_ends_the_search(tmp_path):
+    def objective(figures):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny_trainer(tmp_path).hyperparameter_search(compute_objective=objective, n_trials=2)
+    assert study_in(tmp_path).trials[0].user_attrs["failure"].startswith("KeyboardInterrupt")
 
 
 def test_one_objective_gives_one_run(tmp_path):
