@@ -180,3 +180,102 @@ def test_the_evaluate_modules_give_what_the_functions_give():
 
     result = evaluate.load(metrics.path("noise_norm")).compute(predictions=generated, references=generated + 1)
     assert result["noise_norm"] == pytest.approx(math.sqrt(6), rel=1e-6)
+
+
+def test_auth_pct_counts_images_that_are_farther_than_training_images_among_themselves():
+    generated, train = features(30, 0).double().numpy(), features(20, 1).double().numpy()
+    authentic = 0
+    for g in generated:
+        to_train = np.linalg.norm(train - g, axis=1)
+        nearest = to_train.argmin()
+        others = np.delete(train, nearest, axis=0)
+        authentic += to_train.min() > np.linalg.norm(others - train[nearest], axis=1).min()
+    assert metrics.auth_pct(torch.tensor(generated), torch.tensor(train)) == pytest.approx(100 * authentic / 30)
+    assert metrics.auth_pct(torch.tensor(train), torch.tensor(train)) == 0
+
+
+def test_repeats_in_the_training_set_do_not_make_copies_authentic():
+    train = features(20, 1)
+    copies = train[:8] + 1e-4
+    assert metrics.auth_pct(copies, torch.cat([train, train])) == 0
+
+
+def test_c_t_follows_its_formula_and_is_negative_for_copies():
+    train, held_out, generated = features(60, 1), features(50, 2), features(40, 3)
+    d_held_out = [np.linalg.norm(train.numpy() - h, axis=1).min() for h in held_out.numpy()]
+    d_generated = [np.linalg.norm(train.numpy() - g, axis=1).min() for g in generated.numpy()]
+    u = sum((g > h) + 0.5 * (g == h) for g in d_generated for h in d_held_out)
+    expected = (u - 40 * 50 / 2) / math.sqrt(40 * 50 * (40 + 50 + 1) / 12)
+    assert metrics.c_t(generated, train, held_out) == pytest.approx(expected, abs=1e-6)
+    assert metrics.c_t(train[:40] + 1e-3, train, held_out) < -5
+    assert metrics.c_t(generated + 3, train, held_out) > 5
+    assert abs(metrics.c_t(generated, train, held_out)) < 3
+
+
+def extraction_by_hand(generated, train, threshold, size):
+    """Every subset of the images, and every tile."""
+    from itertools import combinations
+
+    def distance(a, b):
+        side = a.shape[-1] // 4
+        return max(
+            np.linalg.norm((a - b)[:, i * side : (i + 1) * side, j * side : (j + 1) * side])
+            for i in range(4)
+            for j in range(4)
+        )
+
+    memorized, extracted = [], []
+    for images, original in zip(generated.numpy(), train.numpy()):
+        cliques = [
+            subset
+            for subset in combinations(range(len(images)), size)
+            if all(distance(images[a], images[b]) <= threshold for a, b in combinations(subset, 2))
+        ]
+        memorized.append(bool(cliques))
+        extracted.append(any(distance(images[i], original) <= threshold for clique in cliques for i in clique))
+    return memorized, extracted
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("threshold", [0.5, 0.8, 1.1])
+def test_extraction_is_what_every_subset_and_tile_says(size, threshold):
+    generator = torch.Generator().manual_seed(0)
+    train = torch.rand(12, 3, 8, 8, generator=generator)
+    noise = torch.rand(12, 1, 1, 1, 1, generator=generator) * torch.randn(12, 6, 3, 8, 8, generator=generator)
+    generated = (train[:, None] + noise).clamp(0, 1)
+    result = metrics.extraction(generated, train, threshold, size)
+    memorized, extracted = extraction_by_hand(generated, train, threshold, size)
+    assert result.memorized.tolist() == memorized and result.extracted.tolist() == extracted
+    assert result.rate == pytest.approx(np.mean(extracted))
+    assert result.interval[0] <= result.rate <= result.interval[1]
+
+
+def test_a_chain_of_images_is_no_clique():
+    """Joined one to the next, but not all with each other: a connected component would count it."""
+    steps = torch.linspace(0, 1, 5)[None, :, None, None, None]
+    generated, train = steps.expand(1, 5, 1, 4, 4), torch.zeros(1, 1, 4, 4)
+    assert metrics.extraction(generated, train, threshold=0.3, clique_size=2).extracted.tolist() == [True]
+    assert metrics.extraction(generated, train, threshold=0.3, clique_size=3).memorized.tolist() == [False]
+
+
+def test_a_clique_far_from_the_training_image_is_memorized_and_not_extracted():
+    generated, train = torch.ones(2, 4, 3, 8, 8), torch.zeros(2, 3, 8, 8)
+    result = metrics.extraction(generated, train, threshold=1.0)
+    assert result.memorized.all() and not result.extracted.any()
+    assert result.rate == 0 and result.interval[0] == 0 and result.interval[1] == pytest.approx(1 - 0.025**0.5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "train_shape", "message"),
+    [
+        ((2, 4, 3, 8, 8), (2, 3, 8, 4), r"generated must be \[P, K, C, H, W\]"),
+        ((2, 4, 3, 8, 8), (3, 3, 8, 8), "2 prompts but 3 training images"),
+        ((2, 2, 3, 8, 8), (2, 3, 8, 8), "cliques of 3 need 3 images or more of each prompt, but there are 2"),
+        ((2, 4, 3, 6, 6), (2, 3, 6, 6), "cannot be cut into 4 x 4 tiles"),
+    ],
+)
+def test_wrong_images_are_refused(shape, train_shape, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.extraction(torch.rand(shape), torch.rand(train_shape))
+    with pytest.raises(ValueError, match=r"train: images must lie in \[0, 1\], but reach 2"):
+        metrics.extraction(torch.rand(2, 4, 3, 8, 8), torch.full((2, 3, 8, 8), 2.0))

@@ -10,28 +10,40 @@ evaluate.load(metrics.path("amd"))  # the module
 
 from pathlib import Path
 
-from .functional import (
+from .attacks import (
+    ExtractionResult,
     MembershipResult,
-    amd,
     denoising_losses,
-    fid,
+    extraction,
     membership,
-    nearest_distances,
     noise_norm,
     steering_norms,
+    tile_distances,
+)
+from .distances import (
+    amd,
+    auth_pct,
+    c_t,
+    fid,
+    nearest_distances,
 )
 
 __all__ = [
     "MODULES",
+    "ExtractionResult",
     "MembershipResult",
     "amd",
+    "auth_pct",
+    "c_t",
     "denoising_losses",
+    "extraction",
     "fid",
     "membership",
     "nearest_distances",
     "noise_norm",
     "path",
     "steering_norms",
+    "tile_distances",
 ]
 
 MODULES = ("amd", "fid", "membership", "noise_norm")

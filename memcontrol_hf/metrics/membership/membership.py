@@ -25,7 +25,7 @@ class Membership(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
-            citation="https://huggingface.co/papers/2302.01316",
+            citation="https://huggingface.co/papers/2301.09956",
             inputs_description=_INPUTS,
             features=datasets.Features(
                 {"predictions": datasets.Value("float64"), "references": datasets.Value("int32")}

@@ -1,101 +1,18 @@
-"""The measures, as functions of tensors. No result depends on the batch size or on the global random state."""
+"""Attacks on a denoiser or on its images. No result depends on the batch size or on the global random state."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import networkx
 import torch
 from diffusers import SchedulerMixin
 from scipy.optimize import brentq
-from scipy.stats import mannwhitneyu, norm
+from scipy.stats import binomtest, mannwhitneyu, norm
 from torch import nn
-from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_roc
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ..diffusion import StableDiffusionFamily, predict, seeded_generator
-
-
-def _check_features(**sets: torch.Tensor) -> None:
-    widths = set()
-    for name, features in sets.items():
-        if features.ndim != 2 or len(features) == 0:
-            raise ValueError(f"{name}: features must be [N, D] with N > 0, but got {list(features.shape)}")
-        if not torch.isfinite(features).all():
-            bad = int((~torch.isfinite(features).all(1)).sum())
-            raise ValueError(f"{name}: {bad} of {len(features)} rows of features are not finite")
-        widths.add(features.shape[1])
-    if len(widths) > 1:
-        raise ValueError(f"features of different widths: {sorted(widths)}; use one encoder for all sets")
-
-
-def nearest_distances(queries: torch.Tensor, references: torch.Tensor, chunk: int = 8192) -> torch.Tensor:
-    """Cosine distance of each query to its nearest reference.
-
-    Args:
-        queries (`torch.Tensor`): features `[M, D]`.
-        references (`torch.Tensor`): features `[N, D]`.
-        chunk (`int`): references compared at once; bounds the memory.
-
-    Returns:
-        `torch.Tensor`: `[M]`, in [0, 2]; 0 for a copy.
-
-    Raises:
-        ValueError: for empty, non-finite or mismatched features.
-    """
-    _check_features(queries=queries, references=references)
-    queries = F.normalize(queries.float(), dim=1)
-    best = queries.new_full((len(queries),), -1.0)
-    for part in references.split(chunk):
-        best = torch.maximum(best, (queries @ F.normalize(part.float(), dim=1).T).amax(1))
-    return (1 - best).clamp(0, 2)
-
-
-def amd(generated: torch.Tensor, train: torch.Tensor) -> float:
-    """Average minimum distance: the mean cosine distance of generated images to the nearest training image.
-
-    As in MemControl (https://huggingface.co/papers/2405.19458). Higher is safer; it means little without the same
-    distance to as many held-out images of the same domain beside it.
-
-    Args:
-        generated (`torch.Tensor`): features `[M, D]`.
-        train (`torch.Tensor`): features `[N, D]`.
-
-    Returns:
-        `float`: in [0, 2].
-    """
-    return nearest_distances(generated, train).mean().item()
-
-
-def fid(generated: torch.Tensor, real: torch.Tensor) -> float:
-    """Fréchet distance between two sets of features (https://huggingface.co/papers/1706.08500).
-
-    Biased upwards for small sets: compare figures only at equal numbers of images, and have more images than features.
-
-    Args:
-        generated (`torch.Tensor`): features `[M, D]`, M > 1.
-        real (`torch.Tensor`): features `[N, D]`, N > 1.
-
-    Returns:
-        `float`: 0 for equal sets, unbounded above.
-    """
-    _check_features(generated=generated, real=real)
-    for name, features in (("generated", generated), ("real", real)):
-        if len(features) < 2:
-            raise ValueError(f"{name}: a Fréchet distance needs at least 2 images, but got {len(features)}")
-        if len(features) <= features.shape[1]:
-            warnings.warn(
-                f"fid of {len(features)} {name} images in {features.shape[1]} features is unstable: use more images",
-                stacklevel=2,
-            )
-    identity = nn.Identity()
-    identity.num_features = real.shape[1]
-    # Each process holds all of the features: summing them over the processes would count them several times.
-    metric = FrechetInceptionDistance(feature=identity, sync_on_compute=False)
-    metric.update(real.double(), real=True)
-    metric.update(generated.double(), real=False)
-    return max(0.0, metric.compute().item())
 
 
 @dataclass(frozen=True)
@@ -199,7 +116,7 @@ def denoising_losses(
     """The unweighted denoising loss of each image at fixed timesteps under its own fixed noise.
 
     Its negative mean over the timesteps is the score of the loss-threshold membership attack
-    (https://huggingface.co/papers/2302.01316).
+    (https://huggingface.co/papers/2301.09956).
 
     Args:
         family: the pipeline's family (`memcontrol_hf.diffusion.family_of`).
@@ -279,3 +196,106 @@ def noise_norm(
             columns.append(steering_norms(conditional, unconditional))
         rows.append(torch.stack(columns, dim=1).cpu())
     return torch.cat(rows)
+
+
+TILES = 4
+"""Tiles along each side of an image in the extraction attack."""
+
+
+@dataclass(frozen=True)
+class ExtractionResult:
+    """What the extraction attack found, prompt by prompt.
+
+    Args:
+        memorized (`torch.Tensor`): bool `[P]`: the images of the prompt hold a large enough clique.
+        extracted (`torch.Tensor`): bool `[P]`: and a member of such a clique is as close to the training image.
+        rate (`float`): the share of prompts that are extracted.
+        interval (`tuple[float, float]`): of the rate, Clopper-Pearson at 95 %.
+    """
+
+    memorized: torch.Tensor
+    extracted: torch.Tensor
+    rate: float
+    interval: tuple[float, float]
+
+
+def tile_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Pairwise distance of images: the largest Euclidean distance over 4 x 4 tiles at the same place.
+
+    Of Carlini et al. (https://huggingface.co/papers/2301.13188), without their division by the number of values.
+
+    Args:
+        a (`torch.Tensor`): images `[M, C, H, W]`; H and W multiples of 4.
+        b (`torch.Tensor`): images `[N, C, H, W]`.
+
+    Returns:
+        `torch.Tensor`: `[M, N]`.
+    """
+    return torch.cdist(_tiles(a), _tiles(b)).amax(0)
+
+
+def _tiles(images: torch.Tensor) -> torch.Tensor:
+    """Images `[N, C, H, W]` -> tiles `[16, N, C * H / 4 * W / 4]`."""
+    n, c, h, w = images.shape
+    tiles = images.reshape(n, c, TILES, h // TILES, TILES, w // TILES)
+    return tiles.permute(2, 4, 0, 1, 3, 5).reshape(TILES * TILES, n, -1)
+
+
+def extraction(
+    generated: torch.Tensor, train: torch.Tensor, threshold: float = 20.0, clique_size: int = 3
+) -> ExtractionResult:
+    """The extraction attack of Carlini et al. 2023 (https://huggingface.co/papers/2301.13188).
+
+    Two images of one prompt are joined when their tile distance is at most the threshold. The prompt counts as
+    memorized when `clique_size` images are all joined with each other, and as extracted when a member of such a clique
+    is also within the threshold of the training image.
+
+    Args:
+        generated (`torch.Tensor`): images in [0, 1], `[P, K, C, H, W]`: K for each of P prompts.
+        train (`torch.Tensor`): the prompts' training images in [0, 1], `[P, C, H, W]`.
+        threshold (`float`): of the tile distance; 20 is MemControl's for RGB at 224 px, and it scales with the side.
+        clique_size (`int`): at least 2.
+
+    Returns:
+        [`ExtractionResult`]
+
+    Raises:
+        ValueError: for shapes that do not fit, fewer images than a clique needs, values outside [0, 1], and a side
+            that 4 does not divide.
+    """
+    if generated.ndim != 5 or train.ndim != 4 or generated.shape[2:] != train.shape[1:]:
+        raise ValueError(
+            f"generated must be [P, K, C, H, W] and train [P, C, H, W], but got {list(generated.shape)} and "
+            f"{list(train.shape)}"
+        )
+    if len(generated) != len(train) or len(train) == 0:
+        raise ValueError(f"{len(generated)} prompts but {len(train)} training images: give one for each, at least one")
+    if clique_size < 2 or generated.shape[1] < clique_size:
+        raise ValueError(
+            f"cliques of {clique_size} need {max(2, clique_size)} images or more of each prompt, but there are "
+            f"{generated.shape[1]}; the smallest clique is 2"
+        )
+    if generated.shape[-1] % TILES or generated.shape[-2] % TILES:
+        raise ValueError(f"images of {list(generated.shape[-2:])} pixels cannot be cut into {TILES} x {TILES} tiles")
+    for name, images in (("generated", generated), ("train", train)):
+        if not (images.min() >= 0 and images.max() <= 1):  # so that NaN is refused too
+            raise ValueError(f"{name}: images must lie in [0, 1], but reach {images.min():.4g} to {images.max():.4g}")
+    memorized, extracted = [], []
+    for images, original in zip(generated.float(), train.float()):
+        joined = tile_distances(images, images) <= threshold
+        near = (tile_distances(images, original[None])[:, 0] <= threshold).tolist()
+        graph = networkx.from_numpy_array(joined.fill_diagonal_(False).cpu().numpy())
+        members = {node for node in graph if _in_clique(graph, node, clique_size)}
+        memorized.append(bool(members))
+        extracted.append(any(near[node] for node in members))
+    found = sum(extracted)
+    interval = binomtest(found, len(train)).proportion_ci(method="exact")
+    return ExtractionResult(
+        torch.tensor(memorized), torch.tensor(extracted), found / len(train), (interval.low, interval.high)
+    )
+
+
+def _in_clique(graph: networkx.Graph, node: int, size: int) -> bool:
+    """Whether a node belongs to a clique of at least `size`: its neighbours hold one of `size - 1`."""
+    neighbours = graph.subgraph(graph[node])
+    return any(len(clique) >= size - 1 for clique in networkx.find_cliques(neighbours))
