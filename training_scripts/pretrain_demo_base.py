@@ -42,8 +42,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -332,6 +335,44 @@ def reconstruction_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (x - y).abs().mean() + (red - green).abs().mean() + (blue - (red + green) / 2).abs().mean()
 
 
+@torch.no_grad()
+def start_as_pyramid(vae: AutoencoderKL) -> None:
+    """Before training: three latent channels are the mean colours of 8x8 pixels, and the decoder paints them smoothly.
+
+    With a random start the hues come thousands of steps after the shapes. Colours travel as +RGB and -RGB in six
+    channels through blocks that start as the identity, because SiLU(x) - SiLU(-x) = x.
+    """
+    signs = torch.cat([torch.eye(3), -torch.eye(3)])
+    centre, mean, smooth = torch.zeros(3, 3), torch.zeros(3, 3), torch.tensor([0.25, 0.5, 0.25])
+    centre[1, 1], mean[:2, :2] = 1, 0.25
+
+    def carry(conv: torch.nn.Conv2d, matrix: torch.Tensor, kernel: torch.Tensor) -> None:
+        rows, columns = matrix.shape
+        conv.weight[:rows] = 0
+        conv.bias[:rows] = 0
+        conv.weight[:rows, :columns] = matrix[:, :, None, None] * kernel
+
+    one = torch.ones(1, 1)
+    for module in vae.modules():
+        if isinstance(module, ResnetBlock2D):
+            torch.nn.init.zeros_(module.conv2.weight)
+            if module.conv_shortcut is not None:
+                carry(module.conv_shortcut, torch.eye(6), one)
+        elif isinstance(module, Attention):
+            torch.nn.init.zeros_(module.to_out[0].weight)
+        elif isinstance(module, Downsample2D):
+            carry(module.conv, torch.eye(6), mean)
+        elif isinstance(module, Upsample2D):
+            carry(module.conv, torch.eye(6), torch.outer(smooth, smooth))
+    carry(vae.encoder.conv_in, signs, centre)
+    carry(vae.encoder.conv_out, signs.T / 2, centre)
+    carry(vae.quant_conv, torch.eye(3), one)
+    vae.quant_conv.bias[vae.config.latent_channels :] = -4.0  # little noise at first
+    carry(vae.post_quant_conv, torch.eye(3), one)
+    carry(vae.decoder.conv_in, signs, centre)
+    carry(vae.decoder.conv_out, signs.T / 2, centre)
+
+
 def train_vae(images: torch.Tensor, encoder: ResNetModel, args: argparse.Namespace, log: dict) -> AutoencoderKL:
     """L1, a perceptual term and a little KL; ends with latents of mean 0 and standard deviation 1 by channel."""
     torch.manual_seed(args.seed)
@@ -344,9 +385,7 @@ def train_vae(images: torch.Tensor, encoder: ResNetModel, args: argparse.Namespa
         norm_num_groups=2,  # small groups would normalize the hues away
         sample_size=SIZE,
     ).to(memory_format=torch.channels_last)
-    for module in vae.modules():
-        if isinstance(module, ResnetBlock2D):  # each block starts as the identity: quicker by far
-            torch.nn.init.zeros_(module.conv2.weight)
+    start_as_pyramid(vae)
     encoder.requires_grad_(False)
     parameters = list(vae.parameters())
     ema = EMAModel(parameters, decay=0.995, foreach=True)
@@ -394,14 +433,15 @@ def train_decoder(
     vae: AutoencoderKL, encoder: ResNetModel, images: torch.Tensor, args: argparse.Namespace, log: dict
 ) -> None:
     """Train the decoder on, alone: the latents stay what they are, so this and stage 4 do not wait for each other."""
-    with torch.no_grad():
-        moments = torch.cat([vae.encode(x).latent_dist.parameters for x in images.split(64)]).contiguous()
     parameters = [*vae.post_quant_conv.parameters(), *vae.decoder.parameters()]
     ema = EMAModel(parameters, decay=0.998, foreach=True)
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
     scheduler = get_cosine_schedule_with_warmup(optimizer, 50, args.decoder_steps)
     state = {"vae": vae, "ema": ema, "optimizer": optimizer, "scheduler": scheduler}
     first, seconds = resume(args.output_dir / "decoder.pt", state)
+    if first < args.decoder_steps:
+        with torch.no_grad():
+            moments = torch.cat([vae.encode(x).latent_dist.parameters for x in images.split(64)]).contiguous()
     start, totals = time.time() - seconds, np.zeros(2)
     for step in range(first, args.decoder_steps):
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)

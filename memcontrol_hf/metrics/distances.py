@@ -113,7 +113,7 @@ def auth_pct(generated: torch.Tensor, train: torch.Tensor) -> float:
 
 
 def c_t(generated: torch.Tensor, train: torch.Tensor, held_out: torch.Tensor) -> float:
-    """Data-copying test C_T of Meehan et al. (https://huggingface.co/papers/2004.05675), with all of space as one cell.
+    """Data-copying test C_T of Meehan et al. (https://huggingface.co/papers/2004.05675), with space as one cell.
 
     The z score of the Mann-Whitney U statistic that compares the Euclidean distance to the nearest training image of
     generated images with that of held-out ones; ties count half.
