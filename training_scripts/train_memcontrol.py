@@ -13,6 +13,7 @@ Your own images, in a folder with a `metadata.jsonl` (`{"file_name": "1.png", "t
 The same command goes on where it was interrupted.
 """
 
+import argparse
 import dataclasses
 import json
 import logging
@@ -64,6 +65,10 @@ logger = logging.getLogger("memcontrol_hf.script")
 
 DEMO = {"resolution": 64, "eval_guidance_scale": 3.0, "eval_inference_steps": 15, "train_batch_size": 32}
 OTHER = {"resolution": 512, "eval_guidance_scale": 7.5, "eval_inference_steps": 25, "train_batch_size": 4}
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults, and the commands of the docstring as they are."""
 
 
 @dataclass
@@ -324,7 +329,8 @@ def training_arguments(args: ScriptArguments) -> MemControlTrainingArguments:
 
 def prepare(argv: list[str] | None) -> tuple[ScriptArguments, MemControlTrainer, DatasetDict, tuple, dict | None]:
     """Parse, check and load."""
-    (args,) = HfArgumentParser(ScriptArguments, description=__doc__).parse_args_into_dataclasses(argv)
+    parser = HfArgumentParser(ScriptArguments, description=__doc__, formatter_class=_HelpFormatter)
+    (args,) = parser.parse_args_into_dataclasses(argv)
     config, rates, mask = check(args)
     trainer_args = training_arguments(args)
     pipeline, data = load(args)
