@@ -110,9 +110,9 @@ def test_the_adapter_holds_the_reported_mask_and_size(finished):
     assert size == report.figures["selected mask"]["trainable_parameters"]
 
 
-def test_nothing_published_names_the_machine_or_the_data(finished, assets):
+def test_nothing_that_is_left_names_the_machine_or_the_data(finished, assets):
     captions = set(images_of(20, seed=3)["text"])
-    for name in PUBLIC_FILES:
+    for name in FILES:
         if name.endswith((".png", ".safetensors")):
             continue
         text = (finished / name).read_text()

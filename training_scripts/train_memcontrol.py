@@ -1,4 +1,4 @@
-"""Search the parameters to tune, fine-tune them, measure what was memorized, and save the adapter with its report.
+r"""Search the parameters to tune, fine-tune them, measure what was memorized, and save the adapter with its report.
 
 With no flags it runs the demo that ships in the package:
 
@@ -15,6 +15,7 @@ The same command goes on where it was interrupted.
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import logging
 import shlex
@@ -252,9 +253,17 @@ def settings(args: ScriptArguments) -> dict[str, Any]:
         *("lr_scheduler", "lr_warmup_steps", "snr_gamma", "caption_dropout", "mixed_precision", "trainer_args"),
         *("encoder", "eval_num_images", "eval_inference_steps", "eval_guidance_scale", "seed"),
     )
-    chosen = {name: getattr(args, name) for name in depends_on}
+    chosen = {name: without_place(getattr(args, name)) for name in depends_on}
     chosen["search_max_steps"] = args.search_max_steps or args.max_train_steps
     return chosen
+
+
+def without_place(value: Any) -> Any:
+    """A path of this machine as its last part and a digest of the whole; anything else as it is."""
+    if not isinstance(value, str) or not Path(value).exists():
+        return value
+    path = Path(value).resolve()
+    return f"{path.name} ({hashlib.sha256(str(path).encode()).hexdigest()[:8]})"
 
 
 def load(args: ScriptArguments) -> tuple[Any, DatasetDict]:
