@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -370,38 +371,27 @@ class MemControlTrainer(Trainer):
 
     def _losses(self, data: "EncodedImages", purpose: int) -> torch.Tensor:
         """Mean denoising loss of each distinct image at the fixed timesteps: `[N]`."""
-        timesteps = self.family.timesteps(self.args.eval_num_timesteps)
-
-        def of(rows: list[int]) -> torch.Tensor:
-            batch = data.encoded[rows]
-            return measures.denoising_losses(
-                self.family,
-                self.model,
-                batch["latents"],
-                batch["prompt_embeds"],
-                timesteps,
-                [(self.args.seed, purpose, row) for row in batch["row"].tolist()],
-                self.args.per_device_eval_batch_size,
-            ).mean(1)
-
-        return self._over_processes(of, data.unique)
+        return self._of_images(partial(measures.denoising_losses, self.family, self.model), data, purpose)
 
     def _noise_norms(self, data: "EncodedImages", purpose: int) -> torch.Tensor:
-        """Noise norm of each distinct image, averaged over the fixed timesteps: `[N]`."""
-        timesteps = self.family.timesteps(self.args.eval_num_timesteps)
+        """Mean noise norm of each distinct image at the fixed timesteps: `[N]`."""
+
+        def norms(latents: torch.Tensor, embeds: torch.Tensor, *rest: Any) -> torch.Tensor:
+            return measures.noise_norm(self.model, latents, embeds, self._null, self.family.scheduler, *rest)
+
+        return self._of_images(norms, data, purpose)
+
+    def _of_images(self, measure: Callable[..., torch.Tensor], data: "EncodedImages", purpose: int) -> torch.Tensor:
+        """Mean over the fixed timesteps of `measure(latents, embeds, timesteps, seeds)`, `[n, T]`, read in batches."""
+        timesteps, size = self.family.timesteps(self.args.eval_num_timesteps), self.args.per_device_eval_batch_size
 
         def of(rows: list[int]) -> torch.Tensor:
-            batch = data.encoded[rows]
-            return measures.noise_norm(
-                self.model,
-                batch["latents"],
-                batch["prompt_embeds"],
-                self._null,
-                self.family.scheduler,
-                timesteps,
-                [(self.args.seed, purpose, row) for row in batch["row"].tolist()],
-                self.args.per_device_eval_batch_size,
-            ).mean(1)
+            values = []
+            for start in range(0, len(rows), size):
+                batch = data.encoded[rows[start : start + size]]
+                seeds = [(self.args.seed, purpose, row) for row in batch["row"].tolist()]
+                values.append(measure(batch["latents"], batch["prompt_embeds"], timesteps, seeds, size).mean(1))
+            return torch.cat(values)
 
         return self._over_processes(of, data.unique)
 
