@@ -690,7 +690,7 @@ def draw_samples(pipe: StableDiffusionPipeline, captions: list[str], path: Path,
         grid.paste(image, (x + (cell[0] - SIZE) // 2, y + 4))
         text = caption if len(caption) < 19 else caption[:17] + "…"
         ImageDraw.Draw(grid).text((x + cell[0] // 2, y + SIZE + 8), text, fill="black", font=font, anchor="ma")
-    grid.save(path, optimize=True)
+    grid.quantize(128).save(path, optimize=True)
 
 
 def draw_round_trip(originals: list[Image.Image], round_trips: list[Image.Image], path: Path) -> None:
@@ -699,7 +699,7 @@ def draw_round_trip(originals: list[Image.Image], round_trips: list[Image.Image]
     for i, pair in enumerate(zip(originals, round_trips)):
         for j, image in enumerate(pair):
             grid.paste(image, (i % 12 * (SIZE + 4), i // 12 * (2 * SIZE + 12) + j * (SIZE + 2)))
-    grid.save(path, optimize=True)
+    grid.quantize(128).save(path, optimize=True)
 
 
 def measure_demo(folder: Path, parts: dict[str, list[dict]]) -> dict:
