@@ -60,6 +60,7 @@ def flags(assets, output_dir, **changes) -> list[str]:
         "resolution": RESOLUTION,
         "train_batch_size": 4,
         "max_train_steps": 3,
+        "search_max_steps": 3,
         "n_trials": 3,
         "eval_num_images": 4,
         "eval_inference_steps": 2,

@@ -72,7 +72,7 @@ def measure(row: dict, seed: int, args: argparse.Namespace) -> dict[str, float]:
             lr_scheduler_type="constant",
             caption_dropout=0.1,
             eval_num_images=args.eval_num_images,
-            eval_inference_steps=15,
+            eval_inference_steps=10,
             eval_guidance_scale=3.0,
             save_strategy="no",
             report_to="none",
@@ -139,9 +139,9 @@ def main(argv: list[str] | None = None) -> None:
     """Run what is missing, then render."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mask_from", default="outputs/quickstart", help="folder of the adapter with the found mask")
-    parser.add_argument("--max_train_steps", type=int, default=150, help="steps of each row")
+    parser.add_argument("--max_train_steps", type=int, default=100, help="steps of each row")
     parser.add_argument("--weights_rate", type=float, default=1e-3, help="learning rate of the rows that tune weights")
-    parser.add_argument("--eval_num_images", type=int, default=96, help="images generated for fid and for amd")
+    parser.add_argument("--eval_num_images", type=int, default=144, help="images generated for fid and for amd")
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2], help="one run of each row for each")
     parser.add_argument("--results", type=Path, default=Path("docs/demo_comparison.json"), help="every run")
     args = parser.parse_args(argv)

@@ -64,8 +64,25 @@ METHODS: dict[str, tuple[PeftConfig, tuple[float, float]]] = {
 }
 logger = logging.getLogger("memcontrol_hf.script")
 
-DEMO = {"resolution": 64, "eval_guidance_scale": 3.0, "eval_inference_steps": 15, "train_batch_size": 32}
-OTHER = {"resolution": 512, "eval_guidance_scale": 7.5, "eval_inference_steps": 25, "train_batch_size": 4}
+# what a flag is when it is not given: for the demo's pipeline, which shall be done in minutes on two cores, and others
+DEMO = {
+    "resolution": 64,
+    "train_batch_size": 32,
+    "max_train_steps": 100,
+    "search_max_steps": 50,
+    "eval_num_images": 144,
+    "eval_inference_steps": 10,
+    "eval_guidance_scale": 3.0,
+}
+OTHER = {
+    "resolution": 512,
+    "train_batch_size": 4,
+    "max_train_steps": 1000,
+    "search_max_steps": 250,
+    "eval_num_images": 256,
+    "eval_inference_steps": 25,
+    "eval_guidance_scale": 7.5,
+}
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -126,7 +143,7 @@ class ScriptArguments:
     )
     sampler: str = field(default="tpe", metadata={"help": "Of the search: tpe, nsga2, gp, random."})
     search_fraction: float = field(default=1.0, metadata={"help": "Share of the training rows in a trial."})
-    search_max_steps: int | None = field(default=None, metadata={"help": "Steps of a trial."})
+    search_max_steps: int | None = field(default=None, metadata={"help": "Steps of a trial of the search."})
     storage: str | None = field(
         default=None, metadata={"help": "Of the study: a journal file or a database's address."}
     )
@@ -135,7 +152,7 @@ class ScriptArguments:
     resolution: int | None = field(default=None, metadata={"help": "Side of the images in pixels."})
     train_batch_size: int | None = field(default=None, metadata={"help": "Images a step on each device."})
     eval_batch_size: int = field(default=32, metadata={"help": "Images at once in measuring and sampling."})
-    max_train_steps: int = field(default=150, metadata={"help": "Steps of the final fine-tune."})
+    max_train_steps: int | None = field(default=None, metadata={"help": "Steps of the final fine-tune."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches for one step."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Less memory for more time."})
     learning_rate: float | None = field(
@@ -154,7 +171,7 @@ class ScriptArguments:
     encoder: str = field(
         default="demo", metadata={"help": "Image encoder of fid and amd: demo, or a Hub id or folder of a model."}
     )
-    eval_num_images: int = field(default=96, metadata={"help": "Images generated for fid and for amd."})
+    eval_num_images: int | None = field(default=None, metadata={"help": "Images generated for fid and for amd."})
     eval_inference_steps: int | None = field(default=None, metadata={"help": "Sampling steps of these images."})
     eval_guidance_scale: float | None = field(default=None, metadata={"help": "Guidance scale of these images."})
     validation_prompt: str | None = field(
@@ -250,11 +267,18 @@ def settings(args: ScriptArguments) -> dict[str, Any]:
         *("pretrained_model_name_or_path", "revision", "variant", "dataset_name", "train_data_dir", "image_column"),
         *("caption_column", "group_column", "method", "peft_config", "granularity", "objectives", "sampler"),
         *("search_fraction", "resolution", "train_batch_size", "gradient_accumulation_steps", "learning_rate"),
-        *("lr_scheduler", "lr_warmup_steps", "snr_gamma", "caption_dropout", "mixed_precision", "trainer_args"),
+        *(
+            "search_max_steps",
+            "lr_scheduler",
+            "lr_warmup_steps",
+            "snr_gamma",
+            "caption_dropout",
+            "mixed_precision",
+            "trainer_args",
+        ),
         *("encoder", "eval_num_images", "eval_inference_steps", "eval_guidance_scale", "seed"),
     )
     chosen = {name: without_place(getattr(args, name)) for name in depends_on}
-    chosen["search_max_steps"] = args.search_max_steps or args.max_train_steps
     return chosen
 
 
