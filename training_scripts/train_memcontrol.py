@@ -89,6 +89,11 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     """Defaults, and the commands of the docstring as they are."""
 
 
+def _by_pipeline(name: str, text: str) -> Any:
+    """A flag whose default depends on the pipeline."""
+    return field(default=None, metadata={"help": f"{text} {DEMO[name]} for the demo's pipeline, else {OTHER[name]}."})
+
+
 @dataclass
 class ScriptArguments:
     """What is tuned, on which images, how it is searched, and where the result goes."""
@@ -133,7 +138,7 @@ class ScriptArguments:
         metadata={"help": "Take the mask of this adapter folder or JSON file instead of searching."},
     )
 
-    n_trials: int = field(default=8, metadata={"help": "Trials of the search, all in all; 0 with --mask_from."})
+    n_trials: int = field(default=8, metadata={"help": "Trials of the search, all in all."})
     objectives: list[str] = field(
         default_factory=lambda: ["fid", "membership_auc"],
         metadata={"help": f"Out of {', '.join(METRICS)}; quality first, memorization second."},
@@ -143,16 +148,16 @@ class ScriptArguments:
     )
     sampler: str = field(default="tpe", metadata={"help": "Of the search: tpe, nsga2, gp, random."})
     search_fraction: float = field(default=1.0, metadata={"help": "Share of the training rows in a trial."})
-    search_max_steps: int | None = field(default=None, metadata={"help": "Steps of a trial of the search."})
+    search_max_steps: int | None = _by_pipeline("search_max_steps", "Steps of a trial of the search.")
     storage: str | None = field(
         default=None, metadata={"help": "Of the study: a journal file or a database's address."}
     )
     study_name: str = field(default="memcontrol", metadata={"help": "Name of the study in its storage."})
 
-    resolution: int | None = field(default=None, metadata={"help": "Side of the images in pixels."})
-    train_batch_size: int | None = field(default=None, metadata={"help": "Images a step on each device."})
+    resolution: int | None = _by_pipeline("resolution", "Side of the images in pixels.")
+    train_batch_size: int | None = _by_pipeline("train_batch_size", "Images a step on each device.")
     eval_batch_size: int = field(default=32, metadata={"help": "Images at once in measuring and sampling."})
-    max_train_steps: int | None = field(default=None, metadata={"help": "Steps of the final fine-tune."})
+    max_train_steps: int | None = _by_pipeline("max_train_steps", "Steps of the final fine-tune.")
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches for one step."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Less memory for more time."})
     learning_rate: float | None = field(
@@ -171,9 +176,9 @@ class ScriptArguments:
     encoder: str = field(
         default="demo", metadata={"help": "Image encoder of fid and amd: demo, or a Hub id or folder of a model."}
     )
-    eval_num_images: int | None = field(default=None, metadata={"help": "Images generated for fid and for amd."})
-    eval_inference_steps: int | None = field(default=None, metadata={"help": "Sampling steps of these images."})
-    eval_guidance_scale: float | None = field(default=None, metadata={"help": "Guidance scale of these images."})
+    eval_num_images: int | None = _by_pipeline("eval_num_images", "Images generated for fid and for amd.")
+    eval_inference_steps: int | None = _by_pipeline("eval_inference_steps", "Sampling steps of these images.")
+    eval_guidance_scale: float | None = _by_pipeline("eval_guidance_scale", "Guidance scale of these images.")
     validation_prompt: str | None = field(
         default=None, metadata={"help": "Prompt in the card's loading snippet. It is published."}
     )
