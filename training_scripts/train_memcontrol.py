@@ -343,7 +343,7 @@ def training_arguments(args: ScriptArguments) -> MemControlTrainingArguments:
         search_max_steps=args.search_max_steps,
         search_fraction=args.search_fraction,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        gradient_checkpointing=args.gradient_checkpointing,
+        activation_checkpointing=args.gradient_checkpointing,
         learning_rate=args.learning_rate or 1e-4,
         lr_scheduler_type=args.lr_scheduler,
         warmup_steps=args.lr_warmup_steps,
