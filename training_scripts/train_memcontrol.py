@@ -14,6 +14,7 @@ The same command goes on where it was interrupted.
 """
 
 import argparse
+import copy
 import dataclasses
 import hashlib
 import json
@@ -217,7 +218,7 @@ def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[
     if args.peft_config is not None:
         config, rates = peft_config_from(args.peft_config), (1e-5, 1e-3)
     elif args.method in METHODS:
-        config, rates = METHODS[args.method]
+        config, rates = copy.deepcopy(METHODS[args.method])
     else:
         raise ValueError(f"unknown method {args.method!r}: use one of {', '.join(METHODS)}, or --peft_config")
     if args.learning_rate is not None:
@@ -271,20 +272,11 @@ def settings(args: ScriptArguments) -> dict[str, Any]:
     depends_on = (
         *("pretrained_model_name_or_path", "revision", "variant", "dataset_name", "train_data_dir", "image_column"),
         *("caption_column", "group_column", "method", "peft_config", "granularity", "objectives", "sampler"),
-        *("search_fraction", "resolution", "train_batch_size", "gradient_accumulation_steps", "learning_rate"),
-        *(
-            "search_max_steps",
-            "lr_scheduler",
-            "lr_warmup_steps",
-            "snr_gamma",
-            "caption_dropout",
-            "mixed_precision",
-            "trainer_args",
-        ),
-        *("encoder", "eval_num_images", "eval_inference_steps", "eval_guidance_scale", "seed"),
+        *("search_fraction", "search_max_steps", "resolution", "train_batch_size", "gradient_accumulation_steps"),
+        *("learning_rate", "lr_scheduler", "lr_warmup_steps", "snr_gamma", "caption_dropout", "mixed_precision"),
+        *("trainer_args", "encoder", "eval_num_images", "eval_inference_steps", "eval_guidance_scale", "seed"),
     )
-    chosen = {name: without_place(getattr(args, name)) for name in depends_on}
-    return chosen
+    return {name: without_place(getattr(args, name)) for name in depends_on}
 
 
 def without_place(value: Any) -> Any:
@@ -434,8 +426,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"error: {error}. The trials are kept in {args.output_dir}", file=sys.stderr)
             raise SystemExit(1) from None
         study, selected, hyperparameters = run.run_summary, int(run.run_id), run.hyperparameters
-        config_search = {"study_name": args.study_name, "trial": selected, "sampler": args.sampler}
-        trainer.peft_config.search = config_search if isinstance(trainer.peft_config, MemControlConfig) else None
+        if isinstance(trainer.peft_config, MemControlConfig):
+            trainer.peft_config.search = {"study_name": args.study_name, "trial": selected, "sampler": args.sampler}
     else:
         rate = args.learning_rate or (rates[0] * rates[1]) ** 0.5
         hyperparameters = {"mask": trainer.mask, "learning_rate": rate}
