@@ -20,7 +20,7 @@ quickstart: .venv/core  ## search, fine-tune, measure and save an adapter, on th
 		training_scripts/train_memcontrol.py
 
 test: .venv/dev  ## the tests, on CPU and without the network
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -n auto --dist loadfile
 
 quality: .venv/dev  ## what CI checks of the style
 	$(BIN)/ruff check .

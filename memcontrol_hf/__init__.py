@@ -9,6 +9,7 @@ from .demo import demo_dataset, demo_pipeline
 from .tuners import MemControlConfig
 
 if TYPE_CHECKING:
+    from .audit import audit_memorization
     from .report import MemorizationReport
     from .search_space import SearchSpace
     from .selection import select_run
@@ -22,6 +23,7 @@ __all__ = [
     "MemControlTrainingArguments",
     "MemorizationReport",
     "SearchSpace",
+    "audit_memorization",
     "demo_dataset",
     "demo_pipeline",
     "select_run",
@@ -32,6 +34,7 @@ _HOMES = {
     "MemControlTrainingArguments": "trainer",
     "MemorizationReport": "report",
     "SearchSpace": "search_space",
+    "audit_memorization": "audit",
     "select_run": "selection",
 }
 

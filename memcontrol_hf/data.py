@@ -42,6 +42,7 @@ def load_images(
     caption_column: str = "text",
     group_column: str | None = None,
     seed: int = 0,
+    captions_column: str | None = None,
 ) -> DatasetDict:
     """Load images with captions and split them.
 
@@ -56,9 +57,12 @@ def load_images(
             Rows of one group (a patient, say) go to one split. Exact copies of an image always do.
         seed (`int`):
             Of the split.
+        captions_column (`str`, *optional*):
+            Of the training images, with a list of further captions in each row.
 
     Returns:
-        `DatasetDict`: [`SPLITS`] with the columns `image`, `text`, and `group` where a group column is given.
+        `DatasetDict`: [`SPLITS`] with the columns `image`, `text`, and `group` where a group column is given; `train`
+        with the column of further captions, under its own name.
 
     Raises:
         ValueError: for a missing folder, column or image, an image that cannot be read, a caption that is no text,
@@ -75,22 +79,30 @@ def load_images(
         name = _ALIASES.get(name, name)
         if name not in SPLITS:
             raise ValueError(f"unknown split {name!r}: use train, and where given validation and held_out (or test)")
-        splits[name] = _columns(dataset, name, image_column, caption_column, group_column)
+        further = captions_column if name == "train" else None
+        splits[name] = _columns(dataset, name, image_column, caption_column, group_column, further)
     if "train" not in splits:
         raise ValueError(f"the data has no train split, only {', '.join(splits)}")
     return split(DatasetDict(splits), seed)
 
 
 def _columns(
-    dataset: Dataset, split_name: str, image_column: str, caption_column: str, group_column: str | None
+    dataset: Dataset,
+    split_name: str,
+    image_column: str,
+    caption_column: str,
+    group_column: str | None,
+    captions_column: str | None,
 ) -> Dataset:
-    wanted = {"image": image_column, "text": caption_column, "group": group_column}
+    if captions_column in (image_column, caption_column, group_column) and captions_column is not None:
+        raise ValueError(f"the column {captions_column!r} cannot hold lists of captions and be another column, too")
+    wanted = {"image": image_column, "text": caption_column, "group": group_column, captions_column: captions_column}
     wanted = {new: old for new, old in wanted.items() if old is not None}
     for old in wanted.values():
         if old not in dataset.column_names:
             raise ValueError(
                 f"the {split_name} split has no column {old!r}; it has: {', '.join(dataset.column_names)}. "
-                "Choose with --image_column, --caption_column, --group_column"
+                "Choose with --image_column, --caption_column, --group_column, --mitigation multiple_captions:COLUMN"
             )
     dataset = dataset.select_columns(list(wanted.values()))
     return dataset.rename_columns({old: new for new, old in wanted.items() if old != new})
@@ -110,10 +122,10 @@ def check_images(data: DatasetDict) -> None:
                 raise ValueError(f"the caption of row {row} of the {name} split is no text but {type(text).__name__}")
         undecoded = dataset.cast_column("image", Image(decode=False))
         for row in range(len(undecoded)):
-            _read_image(undecoded[row]["image"], name, row)
+            read_image(undecoded[row]["image"], name, row)
 
 
-def _read_image(stored: dict, split_name: str, row: int) -> PILImage.Image:
+def read_image(stored: dict, split_name: str, row: int) -> PILImage.Image:
     path = stored.get("path")
     try:
         image = Image().decode_example(stored)

@@ -4,25 +4,30 @@ It holds aggregates only: no image, caption, file name or id of the data.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from .search import is_frozen_base
 
 if TYPE_CHECKING:
     import optuna
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FROZEN_BASE, ALL_ON, SELECTED = "frozen base", "all blocks", "selected mask"
 _PACKAGES = ("memcontrol_hf", "torch", "diffusers", "transformers", "peft", "optuna")
 
 
 @dataclass
 class MemorizationReport:
-    """What was tuned, how it was found, and what was measured.
+    """What was tuned, how it was found, what was measured, and what the attacks found.
+
+    A fine-tune fills all of it; an audit of somebody else's model fills `audit` alone.
 
     Args:
         base_model (`str`): name of the pipeline that was tuned.
@@ -35,23 +40,30 @@ class MemorizationReport:
         images (`dict[str, int]`): rows and different images of each split.
         encoder (`str`): whose features `fid` and `amd` use.
         search (`dict`, *optional*): the study; `None` when the mask was given.
+        audit (`dict`, *optional*): what [`audit_memorization`] found.
+        gate (`dict`, *optional*): what [`MemorizationReport.judge`] decided.
+        command (`str`, *optional*): that made it, without what names a place or a person's data.
         versions (`dict[str, str]`): of the packages.
     """
 
-    base_model: str
-    method: str
-    mask: dict[str, bool]
-    figures: dict[str, dict[str, float]]
-    training: dict[str, Any]
-    images: dict[str, int]
-    encoder: str
+    base_model: str = ""
+    method: str = ""
+    mask: dict[str, bool] = field(default_factory=dict)
+    figures: dict[str, dict[str, float]] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    images: dict[str, int] = field(default_factory=dict)
+    encoder: str = ""
     search: dict[str, Any] | None = None
+    audit: dict[str, Any] | None = None
+    gate: dict[str, Any] | None = None
+    command: str | None = None
     versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in _PACKAGES})
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self, path: str | Path) -> None:
         """Write the report."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        content = json.dumps(asdict(self), indent=2, allow_nan=False)
+        Path(path).write_text(content + "\n", encoding="utf-8")
 
     @classmethod
     def from_json(cls, path: str | Path) -> "MemorizationReport":
@@ -69,6 +81,28 @@ class MemorizationReport:
             raise ValueError(f"{path} has report version {found!r}, but this package reads {SCHEMA_VERSION}")
         return cls(**content)
 
+    def judge(self, limits: Mapping[str, Mapping[str, float]]) -> bool:
+        """Apply a release gate to the audit, and keep the verdict in `gate`.
+
+        Args:
+            limits (`dict`): as [`load_gate`] reads them.
+
+        Returns:
+            `bool`: whether every limit is kept. What could not be measured is not kept.
+        """
+        if self.audit is None:
+            raise ValueError("there is no audit to judge: run audit_memorization first")
+        measured = self.audit["measures"]
+        self.gate = {"limits": {k: dict(v) for k, v in limits.items()}, "failures": []}
+        for name, limit in limits.items():
+            figures = measured.get(name) or {}
+            for kind, bound in limit.items():
+                reason = _violation(name, kind, bound, figures)
+                if reason:
+                    self.gate["failures"].append(reason)
+        self.gate["passed"] = not self.gate["failures"]
+        return self.gate["passed"]
+
     def table(self) -> list[list[str]]:
         """The figures as rows of text, the head first."""
         head = ["", "trainable %", "fid ↓", "amd ↑ (held-out)", "membership AUC ↓ (95 %)", "noise norm (held-out)"]
@@ -85,12 +119,100 @@ class MemorizationReport:
         ]
         return [head, *rows]
 
+    def audit_table(self) -> list[list[str]]:
+        """The audit's measures as rows of text, the head first."""
+        head = ["", "model (95 %)", "frozen base", "held-out as train"]
+        return [
+            head,
+            *(
+                [name, *(_cell(of.get(who), who == "model") for who in ("model", "frozen_base", "held_out_as_train"))]
+                for name, of in self.audit["measures"].items()
+            ),
+        ]
+
     def summary(self) -> str:
-        """The figures as an aligned table."""
-        rows = self.table()
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-        return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+        """What was measured as aligned tables, with the canaries and the verdict."""
+        parts = []
+        if self.figures:
+            parts.append(_aligned(self.table()))
+        if self.audit is not None:
+            parts.append(_aligned(self.audit_table()))
+            canaries = self.audit["canaries"]
+            found = ", ".join(f"{name} {n['caught']} of {n['of']}" for name, n in canaries["caught"].items())
+            parts.append(
+                f"canaries (training images that are repeated): {found or 'none attacked'}"
+                if canaries["planted"]
+                else "no canaries: no training image is repeated, so the attacks were not seen to fire"
+            )
+        if self.gate is not None:
+            parts.append("\n".join([f"gate: {'passed' if self.gate['passed'] else 'FAILED'}", *self.gate["failures"]]))
+        return "\n\n".join(parts)
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _cell(figure: Mapping[str, Any] | None, interval: bool) -> str:
+    if figure is None:
+        return "not measured"
+    if figure["value"] is None:
+        return "not estimable"
+    text = f"{figure['value']:.3f}"
+    return f"{text} ({figure['low']:.3f} to {figure['high']:.3f})" if interval and figure["low"] is not None else text
+
+
+# ---- the release gate ----
+
+DEFAULT_GATE = Path(__file__).with_name("gate.yaml")
+LIMITS = ("max", "min", "max_above_frozen_base", "max_above_held_out_as_train")
+"""Kinds of limits; each on the bad end of the model's interval."""
+
+
+def load_gate(path: str | Path = DEFAULT_GATE) -> dict[str, dict[str, float]]:
+    """Read a gate file: YAML, for each measure of the audit its limits.
+
+    Raises:
+        ValueError: for what is no gate, an unknown kind of limit, or a limit that is no finite number.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read the gate {str(path)!r}: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict) or not content or not all(isinstance(limit, dict) for limit in content.values()):
+        raise ValueError(f"{str(path)!r} is no gate: it must name measures, each with limits such as {{max: 0.05}}")
+    for name, limit in content.items():
+        for kind, bound in limit.items():
+            if kind not in LIMITS:
+                raise ValueError(f"unknown limit {kind!r} of {name} in {str(path)!r}: use {', '.join(LIMITS)}")
+            if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not math.isfinite(bound):
+                raise ValueError(f"the limit {kind} of {name} in {str(path)!r} must be a number, but is {bound!r}")
+    return content
+
+
+def _violation(name: str, kind: str, bound: float, figures: Mapping[str, Any]) -> str | None:
+    """What is wrong, in one line."""
+    model = figures.get("model")
+    if not model or model["value"] is None:
+        return f"{name}: {(model or {}).get('note') or 'was not measured'}; what is not measured does not pass"
+    end = model["low" if kind == "min" else "high"]
+    end = model["value"] if end is None else end
+    if kind == "min":
+        return None if end >= bound else f"{name}: may be as low as {end:.3f}, below the limit {bound:g}"
+    if kind == "max":
+        return None if end <= bound else f"{name}: may be as high as {end:.3f}, above the limit {bound:g}"
+    control = kind.removeprefix("max_above_")
+    reference = figures.get(control)
+    if not reference or reference["value"] is None:
+        return f"{name}: the control {control} was not measured, so {kind} cannot be judged"
+    excess = end - reference["value"]
+    return (
+        None
+        if excess <= bound
+        else f"{name}: may be {excess:.3f} above {control} ({reference['value']:.3f}), over the limit {bound:g}"
+    )
 
 
 def search_summary(study: "optuna.Study", sampler: str, objectives: list[str]) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def test_a_killed_search_goes_on_and_repeats_the_trial_it_lost(tmp_path):
     code = _SEARCH.format(tests=os.path.dirname(__file__), cache=str(tmp_path / "cache"), folder=str(folder))
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     try:
-        deadline = time.time() + 120
+        deadline = time.time() + 400
         while time.time() < deadline:
             time.sleep(0.1)
             trials = study_in(folder).trials if (folder / "study.journal").exists() else []

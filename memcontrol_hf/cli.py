@@ -1,0 +1,157 @@
+"""The command `memcontrol`. Exit codes: 0 passed, 3 the gate failed, 2 wrong use, 1 an error."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+PASSED, ERROR, WRONG_USE, GATE_FAILED = 0, 1, 2, 3
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_USE
+    except Exception as error:
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        return ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="memcontrol", description="Audit models for memorized training images.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    audit = commands.add_parser(
+        "audit",
+        help="attack a model, or images that it generated, and apply a release gate",
+        description="Attack a model, or images that it generated, beside its controls, and apply a release gate. "
+        "Exit codes: 0 passed, 3 the gate failed, 2 wrong use, 1 an error.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    subject = audit.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--pipeline", help="diffusers pipeline: a Hub id, a folder, or demo")
+    subject.add_argument("--generated", help="instead: a folder of generated images")
+    audit.add_argument(
+        "--adapter", help="of the pipeline: a PEFT folder or Hub id, or a LoRA file of diffusers or kohya"
+    )
+    audit.add_argument("--base_pipeline", help="base of a whole fine-tuned pipeline, for the control")
+    audit.add_argument("--train", required=True, help="folder with the training images, or demo")
+    audit.add_argument("--held_out", required=True, help="folder with images of the same domain, never trained on")
+    audit.add_argument("--caption_column", default="text", help="in the folders' metadata.jsonl")
+    audit.add_argument("--output_dir", required=True, type=Path, help="the report goes there, and private/review.html")
+    audit.add_argument("--gate", type=Path, help="gate file; the package's own by default")
+    audit.add_argument("--encoder", default="demo", help="image encoder: demo, a Hub id or a folder")
+    audit.add_argument("--resolution", type=int, help="side in pixels; what the pipeline was trained at by default")
+    audit.add_argument("--num_prompts", type=int, default=100, help="training captions to sample")
+    audit.add_argument("--images_per_prompt", type=int, default=10, help="images for each of them")
+    audit.add_argument("--inference_steps", type=int, default=25, help="sampling steps")
+    audit.add_argument("--guidance_scale", type=float, default=7.5, help="of the sampling")
+    audit.add_argument("--num_timesteps", type=int, default=5, help="timesteps of the membership attacks")
+    audit.add_argument("--batch_size", type=int, default=32, help="only a matter of speed")
+    audit.add_argument("--seed", type=int, default=0, help="of all draws")
+    audit.set_defaults(run=_audit)
+    return parser
+
+
+def _audit(args: argparse.Namespace) -> int:
+    from .report import DEFAULT_GATE, load_gate
+
+    limits = load_gate(args.gate or DEFAULT_GATE)
+    if args.adapter and not args.pipeline:
+        raise ValueError("--adapter needs the --pipeline that it belongs to")
+    if args.base_pipeline and (args.adapter or not args.pipeline):
+        raise ValueError("--base_pipeline is for a whole fine-tuned --pipeline: an adapter's base is the pipeline")
+
+    from .audit import AuditSettings, audit_memorization
+
+    captions = args.caption_column if args.pipeline else None
+    train, held_out = (_images(getattr(args, name), name, captions) for name in ("train", "held_out"))
+    generated = None if args.generated is None else _images(args.generated, "generated", None)
+    pipeline, base = (_pipeline(name) for name in (args.pipeline, args.base_pipeline))
+    resolution = args.resolution
+    if resolution is None:
+        resolution = min(generated[0]["image"].size) if pipeline is None else _trained_at(pipeline)
+    settings = AuditSettings(
+        resolution=resolution,
+        **{name: getattr(args, name) for name in AuditSettings.__dataclass_fields__ if name not in ("resolution",)},
+    )
+    report = audit_memorization(
+        train=train,
+        held_out=held_out,
+        pipeline=pipeline,
+        adapter=args.adapter,
+        base_pipeline=base,
+        generated=generated,
+        encoder=args.encoder,
+        settings=settings,
+        output_dir=args.output_dir,
+    )
+    passed = report.judge(limits)
+    report.to_json(args.output_dir / "memorization_report.json")
+    print(report.summary())
+    print(f"\nreport: {args.output_dir / 'memorization_report.json'}")
+    print(f"to look through, on this machine only: {args.output_dir / 'private' / 'review.html'}")
+    return PASSED if passed else GATE_FAILED
+
+
+def _images(name: str, split: str, caption_column: str | None) -> "Dataset":
+    """The images of a folder, with their captions if a column is given; `demo`: the demo's split of that name."""
+    from datasets import Image, load_dataset
+
+    from .data import read_image
+
+    if name == "demo":
+        from .demo import demo_dataset
+
+        return demo_dataset()[split]
+    if not Path(name).is_dir():
+        raise ValueError(f"--{split} {name!r} is no folder")
+    try:
+        data = load_dataset("imagefolder", data_dir=name, split="train")
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"--{split} {name!r} holds no images: {str(error).splitlines()[0]}") from None
+    undecoded = data.cast_column("image", Image(decode=False))
+    for row in range(len(undecoded)):
+        read_image(undecoded[row]["image"], split, row)
+    if caption_column is None:
+        return data.select_columns(["image"])
+    if caption_column not in data.column_names:
+        raise ValueError(
+            f"--{split} {name!r} has no column {caption_column!r}; it has: {', '.join(data.column_names)}. "
+            "Captions stand in a metadata.jsonl beside the images; choose with --caption_column"
+        )
+    data = data.select_columns(["image", caption_column])
+    return data if caption_column == "text" else data.rename_column(caption_column, "text")
+
+
+def _pipeline(name: str | None):
+    if name is None:
+        return None
+    if name == "demo":
+        from .demo import demo_pipeline
+
+        return demo_pipeline()
+    from diffusers import DiffusionPipeline
+
+    try:
+        return DiffusionPipeline.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the pipeline {name!r}: {str(error).splitlines()[0]}") from None
+
+
+def _trained_at(pipeline) -> int:
+    from .diffusion import family_of
+
+    denoiser = getattr(pipeline, family_of(pipeline).denoiser_name)
+    return denoiser.config.sample_size * pipeline.vae_scale_factor
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,335 @@
+import json
+import math
+
+import peft
+import pytest
+import torch
+import yaml
+from conftest import RESOLUTION, images_of, tiny_pipeline
+from datasets import concatenate_datasets
+
+from memcontrol_hf import (
+    MemControlConfig,
+    MemControlTrainer,
+    MemControlTrainingArguments,
+    MemorizationReport,
+    SearchSpace,
+    audit_memorization,
+    demo_dataset,
+    demo_pipeline,
+)
+from memcontrol_hf.audit import AuditSettings, caption_markers, load_adapter
+from memcontrol_hf.cli import main
+from memcontrol_hf.report import DEFAULT_GATE, load_gate
+
+ENCODER = torch.nn.Flatten()
+SETTINGS = AuditSettings(
+    resolution=RESOLUTION, num_prompts=6, images_per_prompt=3, inference_steps=2, guidance_scale=2.0, num_timesteps=2
+)
+
+
+def audit(**arguments) -> MemorizationReport:
+    defaults = {
+        "train": images_of(10, seed=1),
+        "held_out": images_of(12, seed=2),
+        "encoder": ENCODER,
+        "settings": SETTINGS,
+    }
+    return audit_memorization(**{**defaults, **arguments})
+
+
+def value(report: MemorizationReport, measure: str, who: str = "model") -> float:
+    return report.audit["measures"][measure][who]["value"]
+
+
+def test_copies_are_found_among_images_and_fresh_ones_are_not():
+    train = images_of(30, seed=1)
+    copies = audit(train=train, held_out=images_of(40, seed=2), generated=train.select_columns(["image"]))
+    fresh = audit(train=train, held_out=images_of(40, seed=2), generated=images_of(60, seed=3))
+    assert value(copies, "copy_share") == 1 and value(copies, "nearest_share") == 1
+    assert value(copies, "amd") == pytest.approx(0, abs=1e-5) and value(copies, "auth_pct") == 0
+    assert value(copies, "c_t") < -5
+    assert value(fresh, "copy_share") < 0.1 and 0.25 < value(fresh, "nearest_share") < 0.75
+    assert abs(value(fresh, "c_t")) < 3
+    # the control never looks at the training images
+    assert value(copies, "copy_share", "held_out_as_train") < 0.2
+    gate = {"copy_share": {"max": 0.2}}
+    assert fresh.judge(gate) and not copies.judge(gate)
+    assert "copy_share: may be as high as 1.000, above the limit 0.2" in copies.summary()
+
+
+def test_what_needs_a_model_is_not_claimed_of_images():
+    report = audit(generated=images_of(6, seed=3))
+    assert "extraction_rate" not in report.audit["measures"] and report.audit["canaries"]["caught"] == {}
+    assert not report.judge({"membership_auc_loss": {"max": 1.0}})
+    assert "was not measured" in report.gate["failures"][0]
+
+
+def test_a_memorizing_fine_tune_is_caught_and_its_base_is_not(tmp_path):
+    data = demo_dataset()
+    once = data["train"].filter(lambda text, seen=set(): not (text in seen or seen.add(text)), input_columns="text")
+    train = concatenate_datasets([once.select(range(16)), once.select([0, 1] * 3)])
+    held_out = data["held_out"].select(range(64))
+    pipeline = demo_pipeline()
+    trainer = MemControlTrainer(
+        pipeline=pipeline,
+        peft_config=MemControlConfig(method="weights"),
+        args=MemControlTrainingArguments(
+            output_dir=str(tmp_path / "adapter"),
+            resolution=64,
+            max_steps=80,
+            per_device_train_batch_size=22,
+            learning_rate=1e-3,
+        ),
+        train_dataset=train,
+        eval_dataset=held_out,
+        search_space=SearchSpace.from_model(pipeline.unet, [".*"]),
+    )
+    trainer.train()
+    trainer.save_model()
+    settings = AuditSettings(resolution=64, num_prompts=4, images_per_prompt=3, inference_steps=5, guidance_scale=3.0)
+    report = audit_memorization(
+        train, held_out, pipeline=demo_pipeline(), adapter=tmp_path / "adapter", settings=settings
+    )
+    auc = report.audit["measures"]["membership_auc_loss"]
+    assert auc["model"]["value"] > 0.9 and auc["model"]["low"] > 0.75
+    assert auc["frozen_base"]["value"] < 0.65 and 0.3 < auc["held_out_as_train"]["value"] < 0.7
+    canaries = report.audit["canaries"]
+    assert canaries["planted"] == 2 and canaries["caught"]["membership_loss"] == {"caught": 2, "of": 2}
+    assert canaries["caught"]["extraction"]["of"] == 2, "canaries come first among the prompts"
+    assert not report.judge(load_gate())
+    assert any("membership_auc_loss" in failure for failure in report.gate["failures"])
+
+
+def test_figures_do_not_depend_on_the_batch_size():
+    reports = [
+        audit(pipeline=tiny_pipeline(), settings=AuditSettings(**{**vars(SETTINGS), "batch_size": size}))
+        for size in (1, 7)
+    ]
+    for measure, of in reports[0].audit["measures"].items():
+        for who in ("model", "held_out_as_train"):
+            if of[who] is not None and of[who]["value"] is not None:
+                assert of[who]["value"] == pytest.approx(value(reports[1], measure, who), rel=1e-3, abs=1e-5), measure
+    assert all(of["frozen_base"] is None for of in reports[0].audit["measures"].values())
+
+
+def test_a_rate_that_the_sample_is_too_small_for_is_not_estimable():
+    report = audit(pipeline=tiny_pipeline())
+    assert report.audit["measures"]["membership_tpr_loss"]["model"] == {
+        "value": None,
+        "low": None,
+        "high": None,
+        "note": "not estimable from 12 held-out images: it needs 100",
+    }
+    assert not report.judge({"membership_tpr_loss": {"max": 1.0}})
+    assert "not estimable" in report.summary()
+
+
+def test_adapters_of_others_and_whole_pipelines(tmp_path):
+    pipeline = tiny_pipeline()
+    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    adapted = peft.get_peft_model(pipeline.unet, config)
+    adapted.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
+    state = peft.get_peft_model_state_dict(adapted)
+    state = {name.removeprefix("base_model.model."): tensor for name, tensor in state.items()}
+    pipeline.save_lora_weights(tmp_path / "diffusers", unet_lora_layers=state)
+    pipeline.unet = adapted.merge_and_unload()
+    pipeline.save_pretrained(tmp_path / "merged")
+    x, c = torch.randn(1, 4, 8, 8), torch.randn(1, 8, 8)
+
+    def output(pipe):
+        with torch.no_grad():
+            return pipe.unet(x, 5, c).sample
+
+    expected = output(pipeline)
+    assert not torch.allclose(expected, output(tiny_pipeline()), atol=1e-3)
+    file = tmp_path / "diffusers" / "pytorch_lora_weights.safetensors"
+    for adapter in (tmp_path / "peft", tmp_path / "diffusers", file):
+        other = tiny_pipeline()
+        load_adapter(other, adapter)
+        torch.testing.assert_close(output(other), expected, atol=1e-5, rtol=1e-4)
+    of_adapter = audit(pipeline=tiny_pipeline(), adapter=tmp_path / "peft")
+    merged = type(pipeline).from_pretrained(tmp_path / "merged")
+    of_pipeline = audit(pipeline=merged, base_pipeline=tiny_pipeline())
+    for who in ("model", "frozen_base"):
+        auc = value(of_adapter, "membership_auc_loss", who)
+        assert auc == pytest.approx(value(of_pipeline, "membership_auc_loss", who), abs=0.02)
+
+
+@pytest.mark.parametrize("content", [None, "{}", "no json"])
+def test_what_is_no_adapter_is_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"cannot load the adapter .*Give a PEFT folder or Hub id, or a LoRA file"):
+        load_adapter(tiny_pipeline(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "give either a pipeline or generated images"),
+        ({"generated": images_of(4), "train": images_of(0)}, "the train set is empty"),
+        ({"generated": images_of(4), "held_out": images_of(0)}, "the held_out set is empty"),
+        ({"generated": images_of(0)}, "the generated set is empty"),
+        ({"generated": images_of(4), "held_out": images_of(5)}, "has 5 different images, but an audit needs 8"),
+        ({"generated": images_of(4), "train": images_of(1).select([0] * 9)}, "has 1 different images"),
+        ({"generated": images_of(4), "held_out": images_of(9, seed=1)}, "9 images are in train and in held_out too"),
+        ({"generated": images_of(4), "train": images_of(4).select_columns(["text"])}, "no column 'image'.*has: text"),
+        ({"pipeline": tiny_pipeline(), "held_out": images_of(9).select_columns(["image"])}, "no column 'text'"),
+    ],
+)
+def test_bad_sets_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        audit(**arguments)
+
+
+def test_too_few_images_for_a_clique_are_named():
+    with pytest.raises(ValueError, match="images_per_prompt must be at least 3, but is 2"):
+        AuditSettings(images_per_prompt=2)
+
+
+def test_features_that_are_not_finite_are_no_clean_result():
+    class Broken(torch.nn.Module):
+        def forward(self, images):
+            return images.flatten(1) * math.nan
+
+    with pytest.raises(ValueError, match="not finite"):
+        audit(generated=images_of(6, seed=3), encoder=Broken())
+
+
+def test_the_report_names_nobody_and_the_page_stays_private(tmp_path):
+    train = images_of(10, seed=1)
+    train = train.map(lambda row: {"text": f"{row['text']} <b>zebra</b> ___"})
+    report = audit(train=train, generated=train, output_dir=tmp_path)
+    report.to_json(tmp_path / "memorization_report.json")
+    text = (tmp_path / "memorization_report.json").read_text()
+    assert "zebra" not in text and not any(caption in text for caption in train["text"])
+    assert report.audit["caption_markers"] == {"blank (___)": 10}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["memorization_report.json", "private"]
+    page = (tmp_path / "private" / "review.html").read_text()
+    assert page.count("data:image/png;base64,") == 20 and "http" not in page and "zebra" not in page
+    assert MemorizationReport.from_json(tmp_path / "memorization_report.json") == report
+
+
+def test_the_fingerprint_is_keyed(tmp_path):
+    first = audit(generated=images_of(6, seed=3), output_dir=tmp_path / "a").audit["data_fingerprint"]
+    again = audit(generated=images_of(6, seed=3), output_dir=tmp_path / "a").audit["data_fingerprint"]
+    other_key = audit(generated=images_of(6, seed=3), output_dir=tmp_path / "b").audit["data_fingerprint"]
+    assert first == again != other_key
+    assert (tmp_path / "a" / "private" / "fingerprint.key").stat().st_mode & 0o077 == 0
+
+
+def test_caption_markers_are_counted():
+    captions = ["seen by Dr. Smith on 2/3/2019", "[**Name**] ___", "clear lungs", "XXXX effusion", "id 12345678"]
+    found = {"blank (___)", "placeholder ([** **])", "redaction (XXXX)", "date", "long number", "titled name"}
+    assert caption_markers(captions) == dict.fromkeys(found, 1)
+    assert caption_markers(["no finding", "x-ray of 2 lungs"]) == {}
+
+
+def report_with(**measures) -> MemorizationReport:
+    return MemorizationReport(audit={"measures": measures})
+
+
+def figure(value, low=None, high=None):
+    return {"value": value, "low": low, "high": high, "note": None}
+
+
+@pytest.mark.parametrize(
+    ("limit", "figures", "passed"),
+    [
+        ({"max": 0.5}, {"model": figure(0.4, 0.3, 0.5)}, True),
+        ({"max": 0.5}, {"model": figure(0.4, 0.3, 0.51)}, False),
+        ({"max": 0.5}, {"model": figure(0.4)}, True),
+        ({"min": 0.3}, {"model": figure(0.4, 0.3, 0.5)}, True),
+        ({"min": 0.3}, {"model": figure(0.4, 0.29, 0.5)}, False),
+        ({"max_above_frozen_base": 0.1}, {"model": figure(0.4, 0.3, 0.5), "frozen_base": figure(0.41)}, True),
+        ({"max_above_frozen_base": 0.1}, {"model": figure(0.4, 0.3, 0.5), "frozen_base": figure(0.39)}, False),
+        ({"max_above_frozen_base": 0.1}, {"model": figure(0.4, 0.3, 0.5), "frozen_base": None}, False),
+        ({"max_above_held_out_as_train": 1.0}, {"model": figure(None), "held_out_as_train": figure(0.1)}, False),
+        ({"max": 1.0, "min": 0.5}, {"model": figure(0.4)}, False),
+    ],
+)
+def test_the_gate_takes_the_bad_end_of_the_interval(limit, figures, passed):
+    report = report_with(rate=figures)
+    assert report.judge({"rate": limit}) is passed and report.gate["passed"] is passed
+    assert bool(report.gate["failures"]) is not passed
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1, 2]", "is no gate"),
+        ("", "is no gate"),
+        ("fid: 3", "is no gate"),
+        ("fid: {most: 3}", "unknown limit 'most' of fid.*use max, min"),
+        ("fid: {max: high}", "must be a number, but is 'high'"),
+        ("fid: {max: .nan}", "must be a number, but is nan"),
+        ("fid: {max: true}", "must be a number, but is True"),
+        ("fid: {max: [", "cannot read the gate"),
+    ],
+)
+def test_a_bad_gate_is_named(tmp_path, content, message):
+    (tmp_path / "gate.yaml").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_gate(tmp_path / "gate.yaml")
+
+
+def test_the_default_gate_names_measures_that_exist():
+    assert load_gate(DEFAULT_GATE).keys() <= audit(pipeline=tiny_pipeline()).audit["measures"].keys()
+
+
+# ---- the command ----
+
+
+def folder_of(images, path) -> str:
+    path.mkdir()
+    for i, row in enumerate(images):
+        row["image"].save(path / f"{i}.png")
+    return str(path)
+
+
+def test_exit_codes(tmp_path, capsys):
+    train, held_out, fresh = (images_of(n, seed=s) for n, s in ((30, 1), (40, 2), (60, 3)))
+    sets = ["--train", folder_of(train, tmp_path / "train"), "--held_out", folder_of(held_out, tmp_path / "held_out")]
+    gate = tmp_path / "gate.yaml"
+    gate.write_text(yaml.safe_dump({"amd": {"min": 0.01}}))
+    common = [*sets, "--gate", str(gate), "--output_dir", str(tmp_path / "out")]
+    assert main(["audit", "--generated", folder_of(fresh, tmp_path / "fresh"), *common]) == 0
+    assert "gate: passed" in capsys.readouterr().out
+    assert main(["audit", "--generated", folder_of(train, tmp_path / "copies"), *common]) == 3
+    assert "gate: FAILED\namd: may be as low as" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "memorization_report.json").read_text())["gate"]["passed"] is False
+    assert main(["audit", "--generated", str(tmp_path / "nowhere"), *common]) == 2
+    assert "error: --generated" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(["audit", "--generated", str(tmp_path / "fresh"), *common[:-1], str(tmp_path / "file")]) == 1
+    assert "DirectoryError: " in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["audit", *common])
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--generated", "x", "--adapter", "a"], "--adapter needs the --pipeline"),
+        (["--pipeline", "demo", "--adapter", "a", "--base_pipeline", "b"], "--base_pipeline is for a whole"),
+        (["--generated", "x", "--gate", "nowhere.yaml"], "cannot read the gate 'nowhere.yaml'"),
+        (["--pipeline", "demo"], "has no column 'text'"),
+    ],
+)
+def test_wrong_use_is_said_in_one_line(tmp_path, capsys, arguments, message):
+    sets = [folder_of(images_of(9, seed=s), tmp_path / str(s)) for s in (1, 2)]
+    code = main(["audit", "--train", sets[0], "--held_out", sets[1], "--output_dir", str(tmp_path / "o"), *arguments])
+    error = capsys.readouterr().err
+    assert code == 2 and message in error.strip().splitlines()[-1] and error.count("error: ") == 1
+    assert "Traceback" not in error
+
+
+def test_an_unreadable_image_is_named(tmp_path, capsys):
+    train, held_out = (folder_of(images_of(9, seed=s), tmp_path / str(s)) for s in (1, 2))
+    (tmp_path / "1" / "4.png").write_bytes(b"no picture")
+    code = main(
+        ["audit", "--generated", held_out, "--train", train, "--held_out", held_out, "--output_dir", str(tmp_path)]
+    )
+    assert code == 2 and "cannot read the image 4.png" in capsys.readouterr().err
