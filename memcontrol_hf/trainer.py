@@ -16,12 +16,13 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import BestRun
+from transformers.trainer_utils import BestRun, TrainOutput, get_last_checkpoint
 
 from . import metrics as measures
 from .data import encode, to_pixels, unique_rows
 from .diffusion import family_of, seeded_generator
 from .features import Encoder, load_encoder
+from .mitigations import Conditions, EarlyStopCallback, parse_mitigations
 from .sampling import denoiser_in_place, generate
 from .search import run_search
 from .search_space import SearchSpace
@@ -41,7 +42,7 @@ METRICS = {
 """What [`MemControlTrainer.evaluate`] can measure, and which way is better."""
 
 # The purposes that random draws are seeded for; part of every key, so that no two purposes share noise.
-_TRAINING, _SUBSET, _MEMBERS, _NONMEMBERS, _EVAL_IMAGES, _TRAIN_IMAGES = range(6)
+_TRAINING, _SUBSET, _MEMBERS, _NONMEMBERS, _EVAL_IMAGES, _TRAIN_IMAGES, _MITIGATIONS = range(7)
 
 
 @dataclass
@@ -55,6 +56,9 @@ class MemControlTrainingArguments(TrainingArguments):
             Min-SNR weighting of the loss (https://huggingface.co/papers/2303.09556); 5 is usual, none by default.
         caption_dropout (`float`):
             Share of the captions that training replaces by the empty one, so that guidance keeps working.
+        mitigations (`list[str]`):
+            Further means against memorization, each `NAME[:arguments]`; see `memcontrol_hf.mitigations`. They hold for
+            every training, those of a search's trials too.
         search_fraction (`float`):
             Share of the training rows that each trial of a search is trained on.
         search_max_steps (`int`, *optional*):
@@ -74,6 +78,7 @@ class MemControlTrainingArguments(TrainingArguments):
     resolution: int = field(default=512, metadata={"help": "Side of the images in pixels."})
     snr_gamma: float | None = field(default=None, metadata={"help": "Min-SNR weighting of the loss; 5 is usual."})
     caption_dropout: float = field(default=0.0, metadata={"help": "Share of captions replaced by the empty one."})
+    mitigations: list[str] = field(default_factory=list, metadata={"help": "Each NAME[:arguments]."})
     search_fraction: float = field(default=1.0, metadata={"help": "Share of the training rows used in a trial."})
     search_max_steps: int | None = field(default=None, metadata={"help": "Steps of a trial of the search."})
     objectives: list[str] = field(
@@ -89,6 +94,8 @@ class MemControlTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_objectives(self.objectives)
+        if dropout := parse_mitigations(self.mitigations).get("caption_dropout"):
+            self.caption_dropout = dropout.p
         for name in ("caption_dropout", "search_fraction"):
             value = getattr(self, name)
             if not 0 <= value <= 1 or (name == "search_fraction" and value == 0):
@@ -181,6 +188,11 @@ class MemControlTrainer(Trainer):
             callbacks=callbacks,
         )
         self.loss_is_scaled_for_ga = False
+        self._mitigations = parse_mitigations(args.mitigations)
+        numbers = train_dataset.encoded["row"][:].tolist()
+        self._conditions = Conditions(self._mitigations, self.family, train_dataset.images, numbers)
+        if "early_stop" in self._mitigations:
+            self.add_callback(EarlyStopCallback(self._mitigations["early_stop"], self))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(_LossProgressCallback)
@@ -225,6 +237,15 @@ class MemControlTrainer(Trainer):
         """
         if not any(self.mask.values()):
             raise ValueError("the mask selects no block: the frozen base can be evaluated, but not trained")
+        if "threshold" in self._mitigations:
+            self._mitigations["threshold"].dropped = 0
+        if "early_stop" in self._mitigations and resume_from_checkpoint:
+            latest = resume_from_checkpoint is True
+            checkpoint = get_last_checkpoint(self.args.output_dir) if latest else resume_from_checkpoint
+            if checkpoint and (state := self._mitigations["early_stop"].stopped(checkpoint)):
+                self._load_from_checkpoint(checkpoint)  # the Trainer would go on
+                self.state = state
+                return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def compute_loss(
@@ -236,8 +257,8 @@ class MemControlTrainer(Trainer):
     ) -> torch.Tensor:
         """The mean denoising loss of a batch.
 
-        Timestep, noise and caption dropout of a row depend on the seed, the epoch and the row alone: the same rows
-        give the same loss at any batch size, on any number of processes, and after resuming.
+        Timestep, noise, caption dropout and the mitigations' draws of a row depend on the seed, the epoch and the row
+        alone: the same rows give the same loss at any batch size, on any number of processes, and after resuming.
         """
         latents, embeds, rows = inputs["latents"], inputs["prompt_embeds"], inputs["row"].tolist()
         epoch = int(self.state.epoch or 0)
@@ -248,17 +269,29 @@ class MemControlTrainer(Trainer):
             timesteps.append(torch.randint(total, (), generator=generator))
             dropped.append(torch.rand((), generator=generator) < self.args.caption_dropout)
             noise.append(torch.randn(latents.shape[1:], generator=generator))
+        embeds = self._conditions(embeds, rows, (self.args.seed, _MITIGATIONS, epoch))
         if any(dropped):
             embeds = torch.where(torch.stack(dropped).to(embeds.device)[:, None, None], self._null.to(embeds), embeds)
-        losses = self.family.losses(
-            model,
-            latents,
-            embeds,
-            torch.stack(timesteps).to(latents.device),
-            torch.stack(noise).to(latents.device),
-            self.args.snr_gamma,
+        losses_of = partial(
+            self.family.losses,
+            latents=latents,
+            embeds=embeds,
+            timesteps=torch.stack(timesteps).to(latents.device),
+            noise=torch.stack(noise).to(latents.device),
+            snr_gamma=self.args.snr_gamma,
         )
+        threshold = self._mitigations.get("threshold")
+        losses = threshold.losses(losses_of, model, self._null) if threshold else losses_of(model)
         return losses.mean()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As of transformers; with the mitigation `threshold` also `dropped_samples`, those since the log before."""
+        threshold = self._mitigations.get("threshold")
+        if threshold and ("loss" in logs or "train_loss" in logs):
+            dropped = torch.as_tensor(threshold.dropped, device=self.args.device)
+            logs["dropped_samples"] = int(self.accelerator.reduce(dropped, "sum"))
+            threshold.dropped = 0
+        super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # The adapter alone: no pickled arguments, and none of the pipeline's other parts.
@@ -516,7 +549,8 @@ class MemControlTrainer(Trainer):
                 Ready the model for the final fine-tune on all of the data: the next `train()` starts from the base.
 
         Raises:
-            ValueError: for a name that is neither `mask` nor a field of the arguments.
+            ValueError: for a name that is neither `mask` nor a field of the arguments, and for `mitigations`, which
+                are the same for all runs of a trainer.
         """
         known = {f.name for f in fields(self.args)}
         for name, value in hyperparameters.items():
@@ -524,6 +558,8 @@ class MemControlTrainer(Trainer):
                 continue
             if name not in known:
                 raise ValueError(f"unknown hyperparameter {name!r}: use 'mask' or a field of the training arguments")
+            if name == "mitigations":
+                raise ValueError("mitigations are no hyperparameter: give them to MemControlTrainingArguments")
             setattr(self.args, name, value)
         if final_model:
             self.train_dataset = self._full_train_dataset

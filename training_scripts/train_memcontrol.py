@@ -45,6 +45,7 @@ from memcontrol_hf import (
 from memcontrol_hf.data import load_images
 from memcontrol_hf.diffusion import family_of
 from memcontrol_hf.features import encoder_name, load_encoder
+from memcontrol_hf.mitigations import MITIGATIONS, parse_mitigations
 from memcontrol_hf.model_card import push, render_card
 from memcontrol_hf.report import ALL_ON, FROZEN_BASE, SELECTED, plot_front, search_summary
 from memcontrol_hf.search import check_sampler, check_study, start_tracking
@@ -168,6 +169,14 @@ class ScriptArguments:
     lr_warmup_steps: int = field(default=0, metadata={"help": "Steps until the full learning rate."})
     snr_gamma: float | None = field(default=None, metadata={"help": "Min-SNR weighting of the loss; 5 is usual."})
     caption_dropout: float = field(default=0.1, metadata={"help": "Share of captions replaced by the empty one."})
+    mitigation: list[str] = field(
+        default_factory=list,
+        metadata={
+            "action": "extend",
+            "help": f"Further means against memorization, NAME[:arguments]: {', '.join(MITIGATIONS)}. Several "
+            "combine: rwa:n=4 threshold:q=0.9. See memcontrol_hf.mitigations.",
+        },
+    )
     mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16."})
     trainer_args: str = field(
         default="{}",
@@ -276,7 +285,8 @@ def settings(args: ScriptArguments) -> dict[str, Any]:
         *("learning_rate", "lr_scheduler", "lr_warmup_steps", "snr_gamma", "caption_dropout", "mixed_precision"),
         *("trainer_args", "encoder", "eval_num_images", "eval_inference_steps", "eval_guidance_scale", "seed"),
     )
-    return {name: without_place(getattr(args, name)) for name in depends_on}
+    values = {name: without_place(getattr(args, name)) for name in depends_on}
+    return values | ({"mitigation": sorted(args.mitigation)} if args.mitigation else {})
 
 
 def without_place(value: Any) -> Any:
@@ -304,6 +314,7 @@ def load(args: ScriptArguments) -> tuple[Any, DatasetDict]:
     family_of(pipeline).check_resolution(args.resolution)
     if args.train_data_dir is None and args.dataset_name == "demo":
         return pipeline, demo_dataset()
+    several = parse_mitigations(args.mitigation).get("multiple_captions")
     data = load_images(
         None if args.train_data_dir else args.dataset_name,
         args.train_data_dir,
@@ -311,6 +322,7 @@ def load(args: ScriptArguments) -> tuple[Any, DatasetDict]:
         args.caption_column,
         args.group_column,
         args.seed,
+        several.column if several else None,
     )
     return pipeline, data
 
@@ -341,6 +353,7 @@ def training_arguments(args: ScriptArguments) -> MemControlTrainingArguments:
         warmup_steps=args.lr_warmup_steps,
         snr_gamma=args.snr_gamma,
         caption_dropout=args.caption_dropout,
+        mitigations=args.mitigation,
         fp16=args.mixed_precision == "fp16",
         bf16=args.mixed_precision == "bf16",
         objectives=args.objectives,
@@ -468,6 +481,7 @@ def save(
             "world_size": trainer.args.world_size,
             "resolution": args.resolution,
             "seed": args.seed,
+            "mitigations": trainer.args.mitigations,
         },
         images=count_images(trainer, data),
         encoder=encoder_name(args.encoder),

@@ -1,0 +1,446 @@
+"""The mitigations: what each does in a training, combined, resumed, inside a search, and how wrong use is named."""
+
+import json
+import math
+
+import optuna
+import pytest
+import torch
+from conftest import adapter_of, images_of, tiny_trainer
+from safetensors.torch import load_file
+from test_train_memcontrol import assets, flags, script  # noqa: F401  (fixtures)
+from test_trainer import equal
+
+from memcontrol_hf import MemControlTrainingArguments, MemorizationReport
+from memcontrol_hf.metrics import steering_norms
+from memcontrol_hf.mitigations import MITIGATIONS, EarlyStopCallback, parse_mitigations
+from memcontrol_hf.search import open_storage
+
+SITE = "mid_block.attentions.0"
+LETTERS = set("abcdefghijklmnopqrstuvwxyz")
+
+
+def several_captions(count: int = 8):
+    """Images with three captions each, which say their row: `a b`, `a c`, `a d` for the first."""
+    images = images_of(count)
+    captions = [[f"{chr(97 + row)} {letter}" for letter in "bcd"] for row in range(count)]
+    return images.add_column("captions", captions)
+
+
+def read_captions(trainer) -> list[list[str]]:
+    """Train, and return the captions that the text encoder was given in each step."""
+    read, encode_prompts = [], trainer.family.encode_prompts
+    trainer.family.encode_prompts = lambda prompts: read.append(list(prompts)) or encode_prompts(prompts)
+    trainer.train()
+    trainer.family.encode_prompts = encode_prompts
+    return read
+
+
+def by_epoch(read: list[list[str]], size: int = 8) -> list[list[str]]:
+    """The captions of each epoch, sorted, since the batch size decides on the order of reading."""
+    flat = [caption for batch in read for caption in batch]
+    return [sorted(flat[start : start + size]) for start in range(0, len(flat), size)]
+
+
+def batch_of(trainer, rows=range(4)) -> dict[str, torch.Tensor]:
+    return trainer.data_collator(trainer.train_dataset.__getitems__(list(rows)))
+
+
+def trained(folder, **arguments) -> dict[str, torch.Tensor]:
+    trainer = tiny_trainer(folder, **arguments)
+    trainer.train()
+    return adapter_of(trainer.model)
+
+
+# ---- what each does ----
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> dict[str, torch.Tensor]:
+    """The adapter that a training without a mitigation ends with."""
+    return trained(tmp_path_factory.mktemp("plain"), train=several_captions(), max_steps=2)
+
+
+@pytest.mark.parametrize("mitigation", ["rwa", "multiple_captions", "gaussian_noise", "threshold"])
+def test_it_changes_the_training(plain, tmp_path, mitigation):
+    changed = trained(tmp_path, train=several_captions(), max_steps=2, mitigations=[mitigation])
+    assert any(not torch.equal(plain[name], changed[name]) for name in plain)
+
+
+def test_without_a_mitigation_no_caption_is_encoded_again(tmp_path):
+    assert read_captions(tiny_trainer(tmp_path)) == []
+    assert read_captions(tiny_trainer(tmp_path, mitigations=["gaussian_noise", "threshold", "caption_dropout"])) == []
+
+
+@pytest.mark.parametrize(("mitigation", "n"), [("rwa", 4), ("rwa:2", 2), ("rwa:n=1", 1)])
+def test_random_words_are_added_to_the_words_of_the_caption(tmp_path, mitigation, n):
+    train = images_of(8).map(lambda row, i: {"text": f"{chr(97 + i)} q z"}, with_indices=True)
+    trainer = tiny_trainer(tmp_path, train=train, mitigations=[mitigation])
+    captions = trainer._conditions.captions(range(8), (0, 6, 0))
+    places = set()
+    for row, caption in enumerate(captions):
+        words = caption.split()
+        assert len(words) == 3 + n and set(words) <= LETTERS, "tokens that are text, and no special ones"
+        rest = iter(enumerate(words))
+        places.add(tuple(next(i for i, word in rest if word == own) for own in train[row]["text"].split()))
+    assert len(places) > 1, "at random places"
+    assert len(set(captions)) == 8
+
+
+@pytest.mark.parametrize("mitigation", ["rwa", "multiple_captions"])
+def test_captions_are_drawn_afresh_at_each_read_and_alike_at_any_batch_size(tmp_path, mitigation):
+    read = {}
+    for size, accumulation in ((4, 1), (1, 4)):
+        trainer = tiny_trainer(
+            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
+            train=several_captions(), max_steps=4, mitigations=[mitigation],
+        )  # fmt: skip
+        batches = read_captions(trainer)
+        assert [len(batch) for batch in batches] == [size] * (16 // size)
+        read[size] = by_epoch(batches)
+    assert len(read[4]) == 2 and read[4] == read[1]
+    assert read[4][0] != read[4][1], "the second epoch has draws of its own"
+    for epoch in range(2):
+        alike = trainer._conditions.captions(range(8), (trainer.args.seed, 6, epoch))
+        other = trainer._conditions.captions(range(8), (trainer.args.seed + 1, 6, epoch))
+        assert sorted(alike) == read[4][epoch] != sorted(other)
+
+
+def test_one_of_a_rows_own_captions_is_read(tmp_path):
+    train = several_captions()
+    trainer = tiny_trainer(tmp_path, train=train, mitigations=["multiple_captions"])
+    drawn = [trainer._conditions.captions(range(8), (0, 6, epoch)) for epoch in range(20)]
+    for row in range(8):
+        assert {captions[row] for captions in drawn} == set(train[row]["captions"])
+
+
+@pytest.mark.parametrize("mitigations", [["rwa"], ["gaussian_noise"], ["threshold:2.0"], ["multiple_captions", "rwa"]])
+def test_one_batch_and_its_parts_train_the_same(tmp_path, mitigations):
+    runs = [
+        trained(
+            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
+            train=several_captions(), max_steps=3, mitigations=mitigations,
+        )
+        for size, accumulation in ((4, 1), (1, 4))
+    ]  # fmt: skip
+    equal(*runs, atol=2e-4, rtol=1e-3)
+
+
+def test_the_name_sets_the_caption_dropout(tmp_path):
+    named = tiny_trainer(tmp_path, mitigations=["caption_dropout:0.4"])
+    assert named.args.caption_dropout == 0.4
+    named.train()
+    equal(adapter_of(named.model), trained(tmp_path, caption_dropout=0.4))
+
+
+def test_noise_on_text_embeddings_has_its_standard_deviation_and_is_drawn_afresh(tmp_path):
+    trainer = tiny_trainer(tmp_path, mitigations=["gaussian_noise:std=0.5"])
+    embeds, rows = batch_of(trainer, range(10))["prompt_embeds"], list(range(10))
+    noise = [trainer._conditions(embeds, rows, (0, 6, epoch)) - embeds for epoch in range(40)]
+    assert torch.stack(noise).std().item() == pytest.approx(0.5, rel=0.02)
+    assert torch.stack(noise).mean().item() == pytest.approx(0, abs=0.02)
+    assert not torch.equal(noise[0], noise[1]) and not torch.equal(noise[0][0], noise[0][1])
+    alone = trainer._conditions(embeds[3:4], [3], (0, 6, 0)) - embeds[3:4]
+    assert torch.equal(alone[0], noise[0][3])
+
+
+def test_a_dropped_caption_stays_the_null_condition_under_noise(tmp_path):
+    """With every caption dropped, noise on the captions' embeddings plays no part."""
+    noisy = trained(tmp_path, mitigations=["gaussian_noise:std=3", "caption_dropout:1"])
+    equal(noisy, trained(tmp_path, caption_dropout=1.0))
+
+
+def gradients(trainer, batch) -> dict[str, torch.Tensor]:
+    trainer.model.zero_grad()
+    trainer.compute_loss(trainer.model, batch).backward()
+    return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def norms_of(trainer, batch) -> torch.Tensor:
+    """The noise norms of a batch with the timesteps and the noise of its training step, from two passes of our own."""
+    calls = []
+    hook = trainer.model.register_forward_hook(
+        lambda module, args, kwargs, output: calls.append((args, kwargs, output[0].detach())), with_kwargs=True
+    )
+    with torch.no_grad():
+        trainer.compute_loss(trainer.model, batch)
+    hook.remove()
+    (noisy, timesteps), _, conditional = calls[0]
+    with torch.no_grad():
+        null = trainer._null.expand(len(noisy), -1, -1)
+        unconditional = trainer.model(noisy, timesteps, encoder_hidden_states=null).sample
+    return steering_norms(conditional, unconditional)
+
+
+def test_samples_above_a_fixed_norm_give_no_gradient(tmp_path):
+    plain = tiny_trainer(tmp_path)
+    batch = batch_of(plain)
+    norms = norms_of(plain, batch)
+    value = norms.sort().values[1:3].mean().item()  # between the second and the third
+    kept = [row for row in range(4) if norms[row] < value]
+    assert len(kept) == 2
+    expected = gradients(plain, batch_of(plain, kept))
+    trainer = tiny_trainer(tmp_path, mitigations=[f"threshold:{value}"])
+    found = gradients(trainer, batch)
+    equal(found, {name: gradient / 2 for name, gradient in expected.items()}, atol=1e-6, rtol=1e-4)
+    assert any(gradient.abs().max() > 1e-4 for gradient in found.values())
+    assert int(trainer._mitigations["threshold"].dropped) == 2
+
+
+def test_a_batch_above_the_norm_gives_no_gradient_at_all(tmp_path):
+    trainer = tiny_trainer(tmp_path, mitigations=["threshold:1e-9"])
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients(trainer, batch_of(trainer)).values())
+
+
+@pytest.mark.parametrize(("q", "count"), [(0.9, 1), (0.5, 4), (0.01, 7)])
+def test_the_top_quantile_of_a_batch_is_left_out(tmp_path, q, count):
+    plain = tiny_trainer(tmp_path)
+    batch = batch_of(plain, range(8))
+    kept = norms_of(plain, batch).argsort()[: 8 - count].tolist()
+    expected = gradients(plain, batch_of(plain, sorted(kept)))
+    trainer = tiny_trainer(tmp_path, mitigations=[f"threshold:q={q}"])
+    found = gradients(trainer, batch)
+    equal(found, {n: g * (8 - count) / 8 for n, g in expected.items()}, atol=1e-6, rtol=1e-4)
+    assert int(trainer._mitigations["threshold"].dropped) == count
+
+
+def test_the_threshold_costs_one_forward_pass_more(tmp_path):
+    passes = []
+    for mitigations in ([], ["threshold"]):
+        trainer = tiny_trainer(tmp_path, mitigations=mitigations)
+        count = []
+        trainer.model.register_forward_hook(lambda *_, count=count: count.append(torch.is_grad_enabled()))
+        trainer.compute_loss(trainer.model, batch_of(trainer))
+        passes.append(count)
+    assert passes == [[True], [True, False]]
+
+
+def test_dropped_samples_are_counted_and_logged(tmp_path):
+    trainer = tiny_trainer(tmp_path, train=images_of(8), max_steps=5, logging_steps=2, mitigations=["threshold:q=0.5"])
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "dropped_samples" in log]
+    assert [(log["step"], log["dropped_samples"]) for log in logs] == [(2, 4), (4, 4), (5, 2)]  # 2 of each batch of 4
+
+
+@pytest.mark.parametrize("metric", ["membership_auc", "noise_norm", "amd"])
+def test_training_stops_when_the_metric_passes_the_limit(tmp_path, metric):
+    worse = 1e9 if metric == "amd" else 0.0
+    for limit, steps in ((worse, 2), (1e9 - worse, 4)):
+        trainer = tiny_trainer(
+            tmp_path, mitigations=[f"early_stop:metric={metric},limit={limit},every=2"], logging_steps=2, max_steps=4
+        )
+        trainer.train()
+        assert trainer.state.global_step == steps
+        looks = [log["step"] for log in trainer.state.log_history if f"eval_{metric}" in log]
+        assert looks == list(range(2, steps + 1, 2))
+        assert [log["step"] for log in trainer.state.log_history if "loss" in log] == looks, "the loss is still logged"
+
+
+def test_looking_at_the_metric_changes_no_weight(tmp_path):
+    looked = trained(tmp_path, mitigations=["early_stop:limit=1,every=1"], caption_dropout=0.3)
+    equal(looked, trained(tmp_path, caption_dropout=0.3))
+
+
+# ---- combined, resumed, searched ----
+
+ALL = [
+    "early_stop:limit=1,every=3", "threshold:q=0.5", "caption_dropout:0.3", "gaussian_noise:0.2", "rwa:1",
+    "multiple_captions",
+]  # fmt: skip
+
+
+def test_all_of_them_combine_with_a_mask_whatever_their_order(tmp_path):
+    assert {text.partition(":")[0] for text in ALL} == set(MITIGATIONS)
+    runs = []
+    for mitigations in (ALL, ALL[::-1]):
+        trainer = tiny_trainer(tmp_path, train=several_captions(), mitigations=mitigations, mask={SITE: True})
+        start = adapter_of(trainer.model)
+        captions = by_epoch(read_captions(trainer))[0]
+        assert all(len(caption.split()) == 3 for caption in captions), "one word more than each of the several"
+        assert all(SITE in name for name in adapter_of(trainer.model))
+        runs.append(adapter_of(trainer.model))
+        assert any(not torch.equal(start[name], runs[-1][name]) for name in start)
+        logs = trainer.state.log_history
+        assert any("eval_membership_auc" in log for log in logs)
+        dropped = sum(log.get("dropped_samples", 0) for log in logs)
+        assert 6 < dropped <= 6 * 2, "half of each batch, less where ties of dropped captions have the norm 0"
+    equal(*runs)
+
+
+@pytest.mark.parametrize("mitigations", [*([name] for name in ALL), ALL], ids=lambda names: names[0].split(":")[0])
+def test_an_interrupted_and_resumed_run_ends_with_the_same_weights(tmp_path, mitigations):
+    settings = {
+        "save_strategy": "steps", "save_steps": 2, "max_steps": 4, "mitigations": mitigations,
+        "train": several_captions(10),
+    }  # fmt: skip
+    whole = tiny_trainer(tmp_path / "whole", **settings)
+    whole.train()
+    resumed = tiny_trainer(tmp_path / "resumed", **settings)
+    torch.manual_seed(123)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert resumed.state.global_step == whole.state.global_step == 4
+    equal(adapter_of(whole.model), adapter_of(resumed.model))
+
+
+def test_a_run_that_stopped_early_stops_at_the_same_step_when_resumed(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "mitigations": ["early_stop:limit=0,every=3"]}
+    whole = tiny_trainer(tmp_path, **settings)
+    whole.train()
+    assert whole.state.global_step == 3
+    for checkpoint in (str(tmp_path / "checkpoint-2"), str(tmp_path / "checkpoint-3"), True):
+        resumed = tiny_trainer(tmp_path, **settings)
+        resumed.train(resume_from_checkpoint=checkpoint)
+        assert resumed.state.global_step == 3
+        equal(adapter_of(whole.model), adapter_of(resumed.model))
+
+
+def test_they_are_on_inside_a_searchs_trials(tmp_path):
+    """A trial has the figures of the same training alone, and other ones than without the mitigations."""
+    mitigations = ["rwa", "threshold:q=0.5", "early_stop:limit=0,every=3"]
+    trainer = tiny_trainer(tmp_path, mitigations=mitigations, search_max_steps=5)
+    dropped, read, log, encode_prompts = [], [], trainer.log, trainer.family.encode_prompts
+    trainer.log = lambda logs, *rest: (log(logs, *rest), dropped.append(logs.get("dropped_samples", 0)))
+    trainer.family.encode_prompts = lambda prompts: read.append(list(prompts)) or encode_prompts(prompts)
+    trainer.hyperparameter_search(n_trials=3, learning_rate_range=(1e-2, 1e-2))
+    study = optuna.load_study(study_name="memcontrol", storage=open_storage(str(tmp_path / "study.journal")))
+    trials = [trial for trial in study.trials if any(trial.user_attrs["hyperparameters"]["mask"].values())]
+    assert len(trials) == 2
+    assert trainer.state.global_step == 3, "stopped early"
+    assert sum(dropped) == 2 * (2 + 2 + 1), "half of the batches of 4, 4 and 2 in each trial"
+    steps = [batch for batch in read if all(len(caption.split()) == 5 for caption in batch)]
+    assert [len(batch) for batch in steps] == 2 * [4, 4, 2], "four words more than the one that each caption has"
+    hyperparameters = trials[-1].user_attrs["hyperparameters"]
+    values = []
+    for active in (mitigations, []):
+        alone = tiny_trainer(tmp_path / "alone", mitigations=active, search_max_steps=5)
+        alone.apply_hyperparameters(hyperparameters)
+        figures = alone.train_and_evaluate()
+        values.append([figures["eval_fid"], figures["eval_membership_auc"]])
+    assert values[0] == pytest.approx(trials[-1].values, rel=1e-5)
+    assert values[1] != pytest.approx(trials[-1].values, rel=1e-5)
+
+
+def test_a_trainer_has_one_early_stop_however_often_it_trains(tmp_path):
+    trainer = tiny_trainer(tmp_path, mitigations=["early_stop:limit=1,every=2"], max_steps=2)
+    trainer.train()
+    trainer.train()
+    callbacks = [c for c in trainer.callback_handler.callbacks if isinstance(c, EarlyStopCallback)]
+    assert len(callbacks) == 1
+    assert len([log for log in trainer.state.log_history if "eval_membership_auc" in log]) == 1
+
+
+# ---- wrong use ----
+
+
+@pytest.mark.parametrize(
+    ("mitigations", "message"),
+    [
+        (["blur"], "unknown mitigation 'blur': use some of multiple_captions, rwa, "),
+        (["rwa", "rwa:2"], "the mitigation 'rwa' is given twice"),
+        (["rwa:0"], "mitigation 'rwa:0': n is 0; use rwa.*at least 1"),
+        (["rwa:n=1.5"], "n is '1.5', no whole number; use rwa"),
+        (["rwa:words=4"], "cannot take 'words=4'; use rwa"),
+        (["rwa:4,5"], "cannot take '5'; use rwa"),
+        (["rwa:4,n=5"], "cannot take 'n=5'; use rwa"),
+        (["gaussian_noise:-1"], "std is -1.0; use gaussian_noise"),
+        (["gaussian_noise:nan"], "std is nan; use gaussian_noise"),
+        (["caption_dropout:1.5"], "p is 1.5; use caption_dropout.*between 0 and 1"),
+        (["threshold:q=1.5"], "'threshold:q=1.5': q is 1.5; use threshold.*quantile between 0 and 1"),
+        (["threshold:q=1"], "q is 1.0; use threshold"),
+        (["threshold:q=0"], "q is 0.0; use threshold"),
+        (["threshold:q=high"], "q is 'high', no number"),
+        (["threshold:-3"], "value is -3.0; use threshold"),
+        (["threshold:3,q=0.9"], "value is 3.0 and q is 0.9; use threshold.*not both"),
+        (["multiple_captions:column="], "cannot take 'column='; use multiple_captions"),
+        (["early_stop:metric=fid"], "metric is fid; use early_stop.*membership_auc, noise_norm or amd"),
+        (["early_stop:metric=amd"], "limit is None; use early_stop.*to be given for noise_norm and amd"),
+        (["early_stop:limit=inf"], "limit is inf; use early_stop"),
+        (["early_stop:every=0"], "every is 0; use early_stop"),
+    ],
+)
+def test_bad_arguments_are_named_before_anything_is_loaded(tmp_path, mitigations, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        MemControlTrainingArguments(output_dir=str(tmp_path), mitigations=mitigations)
+    assert "\n" not in str(raised.value)
+
+
+def test_defaults_and_ways_to_write_the_arguments():
+    assert [vars(m) for m in parse_mitigations(["threshold", "rwa"]).values()] == [
+        {"n": 4},
+        {"value": None, "q": 0.9, "dropped": 0},
+    ]
+    stop = parse_mitigations(["early_stop:membership_auc,0.55,every=10"])["early_stop"]
+    assert (stop.metric, stop.limit, stop.every) == ("membership_auc", 0.55, 10)
+    assert parse_mitigations(["early_stop"])["early_stop"].limit == 0.6
+    assert math.isclose(parse_mitigations(["threshold:2.5"])["threshold"].value, 2.5)
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        (images_of(8), "the training images have no column 'captions', only image, text"),
+        (several_captions().map(lambda row: {"captions": []}), "row 0 of the column 'captions' holds no list"),
+        (images_of(8).add_column("captions", ["a"] * 8), "row 0 of the column 'captions' holds no list"),
+    ],
+)
+def test_a_column_without_lists_of_captions_is_named(tmp_path, train, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_trainer(tmp_path, train=train, mitigations=["multiple_captions"])
+
+
+def test_mitigations_are_no_hyperparameter_of_a_trial(tmp_path):
+    with pytest.raises(ValueError, match="mitigations are no hyperparameter"):
+        tiny_trainer(tmp_path).apply_hyperparameters({"mitigations": ["rwa"]})
+
+
+# ---- the script ----
+
+
+@pytest.fixture(scope="module")
+def own_images(assets, tmp_path_factory):  # noqa: F811
+    """The images of the script's tests, with a list of captions each."""
+    folder = tmp_path_factory.mktemp("several")
+    lines = []
+    for file in sorted((assets / "images").glob("*.png")):
+        (folder / file.name).write_bytes(file.read_bytes())
+        lines.append(json.dumps({"file_name": file.name, "text": "a", "short": ["b", "c"]}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_the_script_takes_them_names_them_and_refuses_to_go_on_without(script, assets, own_images, tmp_path, capsys):  # noqa: F811
+    given = ["--mitigation", "multiple_captions:short", "rwa:n=2", "--mitigation", "threshold:q=0.5"]
+    plain = flags(assets, tmp_path / "out", train_data_dir=own_images, objectives=["fid", "amd"], n_trials=3)
+    script.main([*plain, *given])
+    report = MemorizationReport.from_json(tmp_path / "out" / "memorization_report.json")
+    assert report.training["mitigations"] == ["multiple_captions:short", "rwa:n=2", "threshold:q=0.5"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "--mitigation multiple_captions:short rwa:n=2 threshold:q=0.5" in card
+    assert load_file(tmp_path / "out" / "adapter_model.safetensors")
+    study = optuna.load_study(study_name="memcontrol", storage=open_storage(str(tmp_path / "out" / "study.journal")))
+    assert study.user_attrs["settings"]["mitigation"] == sorted(report.training["mitigations"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        script.main(plain)
+    assert stopped.value.code == 2
+    assert "mitigation was ['multiple_captions:short', 'rwa:n=2', 'threshold:q=0.5']" in capsys.readouterr().err
+
+
+def test_the_settings_of_a_study_without_mitigations_are_as_before(script, tmp_path):  # noqa: F811
+    assert "mitigation" not in script.settings(script.ScriptArguments(output_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("mitigation", "message"),
+    [
+        ("threshold:q=2", "mitigation 'threshold:q=2': q is 2.0; use threshold"),
+        ("multiple_captions:long", "the train split has no column 'long'; it has: image, text, short"),
+        ("multiple_captions:text", "the column 'text' cannot hold lists of captions and be another column, too"),
+    ],
+)
+def test_wrong_use_of_the_script_is_one_line(script, assets, own_images, tmp_path, capsys, mitigation, message):  # noqa: F811
+    with pytest.raises(SystemExit) as stopped:
+        script.main([*flags(assets, tmp_path / "out", train_data_dir=own_images), "--mitigation", mitigation])
+    assert stopped.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and message in errors[0]
