@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import optuna
 
 SCHEMA_VERSION = 2
+REPORT_SCHEMA = Path(__file__).with_name("report_schema.json")
+"""The JSON Schema of a report."""
 FROZEN_BASE, ALL_ON, SELECTED = "frozen base", "all blocks", "selected mask"
 _PACKAGES = ("memcontrol_hf", "torch", "diffusers", "transformers", "peft", "optuna")
 

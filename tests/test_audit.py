@@ -1,6 +1,8 @@
+import dataclasses
 import json
 import math
 
+import jsonschema
 import peft
 import pytest
 import torch
@@ -20,7 +22,7 @@ from memcontrol_hf import (
 )
 from memcontrol_hf.audit import AuditSettings, caption_markers, load_adapter
 from memcontrol_hf.cli import main
-from memcontrol_hf.report import DEFAULT_GATE, load_gate
+from memcontrol_hf.report import DEFAULT_GATE, REPORT_SCHEMA, load_gate
 
 ENCODER = torch.nn.Flatten()
 SETTINGS = AuditSettings(
@@ -209,6 +211,18 @@ def test_the_report_names_nobody_and_the_page_stays_private(tmp_path):
     page = (tmp_path / "private" / "review.html").read_text()
     assert page.count("data:image/png;base64,") == 20 and "http" not in page and "zebra" not in page
     assert MemorizationReport.from_json(tmp_path / "memorization_report.json") == report
+
+
+def test_reports_follow_the_published_schema():
+    schema = json.loads(REPORT_SCHEMA.read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    report = audit(pipeline=tiny_pipeline())
+    report.judge(load_gate())
+    content = json.loads(json.dumps(dataclasses.asdict(report)))
+    jsonschema.validate(content, schema)
+    for wrong in ({"schema_version": 1}, {"caption": "zebra"}, {"gate": {"passed": True}}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(content | wrong, schema)
 
 
 def test_the_fingerprint_is_keyed(tmp_path):
