@@ -47,7 +47,7 @@ def batch_of(trainer, rows=range(4)) -> dict[str, torch.Tensor]:
 
 
 def trained(folder, **arguments) -> dict[str, torch.Tensor]:
-    trainer = tiny_trainer(folder, **arguments)
+    trainer = tiny_trainer(folder, **{"max_steps": 3, **arguments})
     trainer.train()
     return adapter_of(trainer.model)
 
@@ -58,12 +58,12 @@ def trained(folder, **arguments) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> dict[str, torch.Tensor]:
     """The adapter that a training without a mitigation ends with."""
-    return trained(tmp_path_factory.mktemp("plain"), train=several_captions(), max_steps=2)
+    return trained(tmp_path_factory.mktemp("plain"), train=several_captions())
 
 
 @pytest.mark.parametrize("mitigation", ["rwa", "multiple_captions", "gaussian_noise", "threshold"])
 def test_it_changes_the_training(plain, tmp_path, mitigation):
-    changed = trained(tmp_path, train=several_captions(), max_steps=2, mitigations=[mitigation])
+    changed = trained(tmp_path, train=several_captions(), mitigations=[mitigation])
     assert any(not torch.equal(plain[name], changed[name]) for name in plain)
 
 
@@ -114,12 +114,12 @@ def test_one_of_a_rows_own_captions_is_read(tmp_path):
         assert {captions[row] for captions in drawn} == set(train[row]["captions"])
 
 
-@pytest.mark.parametrize("mitigations", [["rwa"], ["gaussian_noise"], ["threshold:2.0"], ["multiple_captions", "rwa"]])
+@pytest.mark.parametrize("mitigations", [["multiple_captions", "rwa", "gaussian_noise"], ["threshold:2.0"]])
 def test_one_batch_and_its_parts_train_the_same(tmp_path, mitigations):
     runs = [
         trained(
             tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
-            train=several_captions(), max_steps=3, mitigations=mitigations,
+            train=several_captions(), mitigations=mitigations,
         )
         for size, accumulation in ((4, 1), (1, 4))
     ]  # fmt: skip
@@ -127,7 +127,7 @@ def test_one_batch_and_its_parts_train_the_same(tmp_path, mitigations):
 
 
 def test_the_name_sets_the_caption_dropout(tmp_path):
-    named = tiny_trainer(tmp_path, mitigations=["caption_dropout:0.4"])
+    named = tiny_trainer(tmp_path, mitigations=["caption_dropout:0.4"], max_steps=3)
     assert named.args.caption_dropout == 0.4
     named.train()
     equal(adapter_of(named.model), trained(tmp_path, caption_dropout=0.4))
@@ -222,7 +222,7 @@ def test_dropped_samples_are_counted_and_logged(tmp_path):
     assert [(log["step"], log["dropped_samples"]) for log in logs] == [(2, 4), (4, 4), (5, 2)]  # 2 of each batch of 4
 
 
-@pytest.mark.parametrize("metric", ["membership_auc", "noise_norm", "amd"])
+@pytest.mark.parametrize("metric", ["membership_auc", "amd"])
 def test_training_stops_when_the_metric_passes_the_limit(tmp_path, metric):
     worse = 1e9 if metric == "amd" else 0.0
     for limit, steps in ((worse, 2), (1e9 - worse, 4)):
@@ -267,7 +267,7 @@ def test_all_of_them_combine_with_a_mask_whatever_their_order(tmp_path):
     equal(*runs)
 
 
-@pytest.mark.parametrize("mitigations", [*([name] for name in ALL), ALL], ids=lambda names: names[0].split(":")[0])
+@pytest.mark.parametrize("mitigations", [ALL[2:], ["threshold"], ["early_stop:limit=1,every=3"], ALL])
 def test_an_interrupted_and_resumed_run_ends_with_the_same_weights(tmp_path, mitigations):
     settings = {
         "save_strategy": "steps", "save_steps": 2, "max_steps": 4, "mitigations": mitigations,
@@ -371,6 +371,7 @@ def test_defaults_and_ways_to_write_the_arguments():
     ]
     stop = parse_mitigations(["early_stop:membership_auc,0.55,every=10"])["early_stop"]
     assert (stop.metric, stop.limit, stop.every) == ("membership_auc", 0.55, 10)
+    assert [stop.passed(value) for value in (0.54, 0.55, 0.56)] == [False, False, True]
     assert parse_mitigations(["early_stop"])["early_stop"].limit == 0.6
     assert math.isclose(parse_mitigations(["threshold:2.5"])["threshold"].value, 2.5)
 
@@ -409,21 +410,23 @@ def own_images(assets, tmp_path_factory):  # noqa: F811
 
 
 def test_the_script_takes_them_names_them_and_refuses_to_go_on_without(script, assets, own_images, tmp_path, capsys):  # noqa: F811
-    given = ["--mitigation", "multiple_captions:short", "rwa:n=2", "--mitigation", "threshold:q=0.5"]
+    names = ["multiple_captions:short", "rwa:n=2", "threshold:q=0.5", "early_stop:limit=0,every=2"]
+    given = ["--mitigation", *names[:2], "--mitigation", *names[2:]]
     plain = flags(assets, tmp_path / "out", train_data_dir=own_images, objectives=["fid", "amd"], n_trials=3)
     script.main([*plain, *given])
     report = MemorizationReport.from_json(tmp_path / "out" / "memorization_report.json")
-    assert report.training["mitigations"] == ["multiple_captions:short", "rwa:n=2", "threshold:q=0.5"]
+    assert report.training["stopped_at_step"] == 2
+    assert report.training["mitigations"] == names
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "--mitigation multiple_captions:short rwa:n=2 threshold:q=0.5" in card
+    assert f"--mitigation {' '.join(names)}" in card
     assert load_file(tmp_path / "out" / "adapter_model.safetensors")
     study = optuna.load_study(study_name="memcontrol", storage=open_storage(str(tmp_path / "out" / "study.journal")))
-    assert study.user_attrs["settings"]["mitigation"] == sorted(report.training["mitigations"])
+    assert study.user_attrs["settings"]["mitigation"] == sorted(names)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         script.main(plain)
     assert stopped.value.code == 2
-    assert "mitigation was ['multiple_captions:short', 'rwa:n=2', 'threshold:q=0.5']" in capsys.readouterr().err
+    assert f"mitigation was {sorted(names)}" in capsys.readouterr().err
 
 
 def test_the_settings_of_a_study_without_mitigations_are_as_before(script, tmp_path):  # noqa: F811

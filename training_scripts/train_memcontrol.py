@@ -469,6 +469,7 @@ def save(
     """The adapter, the report, the plot and the card; and the push, when asked."""
     folder = Path(args.output_dir)
     trainer.save_model(args.output_dir)
+    early = any(trainer.mask.values()) and trainer.state.global_step < trainer.args.max_steps
     report = MemorizationReport(
         base_model=model_name(args),
         method=args.method if args.peft_config is None else str(trainer.peft_config.peft_type),
@@ -482,6 +483,7 @@ def save(
             "resolution": args.resolution,
             "seed": args.seed,
             "mitigations": trainer.args.mitigations,
+            **({"stopped_at_step": trainer.state.global_step} if early else {}),
         },
         images=count_images(trainer, data),
         encoder=encoder_name(args.encoder),
