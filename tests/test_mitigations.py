@@ -1,5 +1,6 @@
 """The mitigations: what each does in a training, combined, resumed, inside a search, and how wrong use is named."""
 
+import gc
 import json
 import math
 
@@ -18,6 +19,14 @@ from memcontrol_hf.search import open_storage
 
 SITE = "mid_block.attentions.0"
 LETTERS = set("abcdefghijklmnopqrstuvwxyz")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_stay_uncollected():
+    """Each training begins with a garbage collection, most of whose time goes to what was imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def several_captions(count: int = 8):
