@@ -3,7 +3,9 @@
 A family is one short class; [`family_of`] picks it from the pipeline's own class.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +26,18 @@ def seeded_generator(*key: int) -> torch.Generator:
     """
     sequence = np.random.SeedSequence((len(key), *key))  # the length, since numpy takes (1,) and (1, 0) for the same
     return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
+
+
+@contextmanager
+def captions_kept_out_of_logs(pipeline: "DiffusionPipeline") -> Iterator[None]:
+    """A pipeline warns of a caption that is too long by printing the end of it; captions may be reports of patients."""
+    logger = logging.getLogger(type(pipeline).__module__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class StableDiffusionFamily:
@@ -59,10 +73,11 @@ class StableDiffusionFamily:
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> torch.Tensor:
         """`N` prompts -> text embeddings `[N, L, D]`; the empty prompt is the null condition."""
-        embeds, _ = self.pipeline.encode_prompt(
-            list(prompts), device=self.pipeline.text_encoder.device, num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-        )  # fmt: skip
+        with captions_kept_out_of_logs(self.pipeline):
+            embeds, _ = self.pipeline.encode_prompt(
+                list(prompts), device=self.pipeline.text_encoder.device, num_images_per_prompt=1,
+                do_classifier_free_guidance=False,
+            )  # fmt: skip
         return embeds.float()
 
     def timesteps(self, count: int) -> list[int]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .diffusion import family_of, seeded_generator
+from .diffusion import captions_kept_out_of_logs, family_of, seeded_generator
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -53,14 +53,15 @@ def generate(
     pipeline.set_progress_bar_config(disable=True)
     for start in range(0, len(prompts), batch_size):
         batch = slice(start, start + batch_size)
-        output = pipeline(
-            list(prompts[batch]),
-            height=resolution,
-            width=resolution,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            generator=[seeded_generator(*key) for key in keys[batch]],
-            output_type="pt",
-        )
+        with captions_kept_out_of_logs(pipeline):
+            output = pipeline(
+                list(prompts[batch]),
+                height=resolution,
+                width=resolution,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                generator=[seeded_generator(*key) for key in keys[batch]],
+                output_type="pt",
+            )
         images.append(output.images.float().cpu())
     return torch.cat(images) if images else torch.empty(0, 3, resolution, resolution)

@@ -1,4 +1,5 @@
 import json
+import logging
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from PIL import Image
 
 from memcontrol_hf.data import encode, load_images, split, to_pixels, unique_rows
 from memcontrol_hf.diffusion import family_of
+from memcontrol_hf.sampling import generate
 
 
 @pytest.fixture
@@ -144,3 +146,18 @@ def test_other_weights_are_encoded_anew(pipeline, train_images):
 def test_repeats_count_once(pipeline, train_images):
     repeated = Dataset.from_list([row for row in train_images for _ in range(2)])
     assert unique_rows(encode(repeated, family_of(pipeline), RESOLUTION)) == list(range(0, 20, 2))
+
+
+def test_the_ends_of_long_captions_are_not_logged(pipeline, caplog, capfd):
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    secret = "abc " * 20 + "zzzsecret"
+    try:
+        family_of(pipeline).encode_prompts([secret])
+        generate(pipeline, [secret], [(0,)], RESOLUTION, num_inference_steps=1)
+        quiet = caplog.text + "".join(capfd.readouterr())
+        pipeline.encode_prompt(secret, "cpu", 1, False)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "secret" not in quiet.replace(" ", "")
+    assert "zzzsecret" in caplog.text.replace(" ", ""), "the pipeline itself does print it"
