@@ -30,7 +30,7 @@ def seeded_generator(*key: int) -> torch.Generator:
 
 @contextmanager
 def captions_kept_out_of_logs(pipeline: "DiffusionPipeline") -> Iterator[None]:
-    """A pipeline warns of a caption that is too long by printing the end of it; captions may be reports of patients."""
+    """Silence a pipeline that prints the ends of captions that are too long: they may be reports of patients."""
     logger = logging.getLogger(type(pipeline).__module__)
     level = logger.level
     logger.setLevel(logging.ERROR)
