@@ -7,6 +7,7 @@ canaries: a clean result counts only when the attacks are seen to fire on them, 
 """
 
 import base64
+import copy
 import hashlib
 import hmac
 import io
@@ -68,6 +69,8 @@ class AuditSettings:
             Training captions whose images are generated; the canaries' come first.
         images_per_prompt (`int`):
             Images generated for each; at least 3, the size of a clique.
+        num_quality_images (`int`):
+            Images generated from held-out captions for the quality, one for each.
         inference_steps (`int`):
             Sampling steps.
         guidance_scale (`float`):
@@ -85,6 +88,7 @@ class AuditSettings:
 
     resolution: int = 512
     num_prompts: int = 100
+    num_quality_images: int = 256
     images_per_prompt: int = 10
     inference_steps: int = 25
     guidance_scale: float = 7.5
@@ -93,17 +97,10 @@ class AuditSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"images_per_prompt": CLIQUE}
-        for name in (
-            "resolution",
-            "num_prompts",
-            "images_per_prompt",
-            "inference_steps",
-            "num_timesteps",
-            "batch_size",
-        ):
-            if getattr(self, name) < least.get(name, 1):
-                raise ValueError(f"{name} must be at least {least.get(name, 1)}, but is {getattr(self, name)}")
+        for name, value in vars(self).items():
+            least = {"images_per_prompt": CLIQUE, "guidance_scale": 0, "seed": 0}.get(name, 1)
+            if not value >= least:
+                raise ValueError(f"{name} must be at least {least}, but is {value}")
 
 
 @dataclass(frozen=True)
@@ -218,16 +215,18 @@ def audit_memorization(
     _check_sets(members, others)
     half, other_half = others.halves(settings.seed)
     base = None
+    if pipeline is not None:
+        family_of(pipeline).check_resolution(settings.resolution)
+    if adapter is not None:
+        base_pipeline = _copied(pipeline)
+        load_adapter(pipeline, adapter)  # before the long work, so that a bad one costs nothing
     if pipeline is None:
         _check_columns({"generated": generated}, ["image"])
         images = _Images.read(generated, settings.resolution, encoder)
         model, control = (_of_images(images, *pair, settings) for pair in ((members, others), (half, other_half)))
     else:
-        base_pipeline = pipeline if adapter is not None else base_pipeline
         if base_pipeline is not None:
             base = _of_pipeline(base_pipeline, members, others, settings)
-        if adapter is not None:
-            load_adapter(pipeline, adapter)
         model = _of_pipeline(pipeline, members, others, settings)
         control = _of_pipeline(pipeline, half, other_half, settings, quality=False)
     results = {"model": model, "frozen_base": base, "held_out_as_train": control}
@@ -293,6 +292,13 @@ def load_adapter(pipeline: "DiffusionPipeline", adapter: str | Path) -> None:
         ) from None
 
 
+def _copied(pipeline: "DiffusionPipeline") -> "DiffusionPipeline":
+    """The same pipeline with a denoiser and text encoders of its own, which an adapter of the other does not reach."""
+    names = (family_of(pipeline).denoiser_name, "text_encoder", "text_encoder_2")
+    parts = {name: copy.deepcopy(part) for name in names if (part := getattr(pipeline, name, None)) is not None}
+    return type(pipeline).from_pipe(pipeline, **parts)
+
+
 def caption_markers(captions: Sequence[str]) -> dict[str, int]:
     """How many captions hold each of `MARKERS`, where any does."""
     counts = {name: sum(bool(pattern.search(text)) for text in captions) for name, pattern in MARKERS.items()}
@@ -340,7 +346,9 @@ def _of_pipeline(
     limit = _copy_limit(members, others)
     caught["copy"] = ({row for row, similarity in zip(rows, to_own) if similarity > limit}, set(rows))
     if quality:
-        fresh = _generate(pipeline, others, others.rows, 1, _QUALITY, settings)
+        order = torch.randperm(len(others), generator=seeded_generator(settings.seed, _QUALITY)).tolist()
+        fresh_rows = [others.rows[i] for i in order[: settings.num_quality_images]]
+        fresh = _generate(pipeline, others, fresh_rows, 1, _QUALITY, settings)
         figures["fid"] = Figure(measures.fid(others.encoder(fresh), others.features))
     return _Attacked(figures, caught, distances.pairs)
 
@@ -441,6 +449,8 @@ def _check_sets(members: _Images, others: _Images) -> None:
     for name, images, least in (("train", members, 2), ("held_out", others, 8)):
         if len(images) < least:
             raise ValueError(f"the {name} set has {len(images)} different images, but an audit needs {least} or more")
+        if (images.features == images.features[0]).all():
+            raise ValueError(f"the encoder gives all {len(images)} images of the {name} set the same features")
     shared = len(set(members.digests) & set(others.digests))
     if shared:
         raise ValueError(f"{shared} images are in train and in held_out too: they must be disjoint")

@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--resolution", type=int, help="side in pixels; what the pipeline was trained at by default")
     audit.add_argument("--num_prompts", type=int, default=100, help="training captions to sample")
     audit.add_argument("--images_per_prompt", type=int, default=10, help="images for each of them")
+    audit.add_argument("--num_quality_images", type=int, default=256, help="images of held-out captions, for fid")
     audit.add_argument("--inference_steps", type=int, default=25, help="sampling steps")
     audit.add_argument("--guidance_scale", type=float, default=7.5, help="of the sampling")
     audit.add_argument("--num_timesteps", type=int, default=5, help="timesteps of the membership attacks")
@@ -78,10 +79,8 @@ def _audit(args: argparse.Namespace) -> int:
     resolution = args.resolution
     if resolution is None:
         resolution = min(generated[0]["image"].size) if pipeline is None else _trained_at(pipeline)
-    settings = AuditSettings(
-        resolution=resolution,
-        **{name: getattr(args, name) for name in AuditSettings.__dataclass_fields__ if name not in ("resolution",)},
-    )
+    amounts = {name: getattr(args, name) for name in AuditSettings.__dataclass_fields__ if name != "resolution"}
+    settings = AuditSettings(resolution=resolution, **amounts)
     report = audit_memorization(
         train=train,
         held_out=held_out,

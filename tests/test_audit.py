@@ -190,6 +190,26 @@ def test_too_few_images_for_a_clique_are_named():
         AuditSettings(images_per_prompt=2)
 
 
+def test_an_encoder_that_sees_no_difference_is_no_clean_result():
+    class Blind(torch.nn.Module):
+        def forward(self, images):
+            return torch.zeros(len(images), 4)
+
+    with pytest.raises(ValueError, match="the encoder gives all 10 images of the train set the same features"):
+        audit(generated=images_of(6, seed=3), encoder=Blind())
+
+
+def test_a_bad_adapter_or_resolution_costs_nothing(tmp_path, monkeypatch):
+    def sample(*args, **kwargs):
+        raise AssertionError("the long work began")
+
+    monkeypatch.setattr("memcontrol_hf.audit.generate", sample)
+    with pytest.raises(ValueError, match="cannot load the adapter"):
+        audit(pipeline=tiny_pipeline(), adapter=tmp_path)
+    with pytest.raises(ValueError, match="resolution 17 is not"):
+        audit(pipeline=tiny_pipeline(), settings=AuditSettings(resolution=17))
+
+
 def test_features_that_are_not_finite_are_no_clean_result():
     class Broken(torch.nn.Module):
         def forward(self, images):
