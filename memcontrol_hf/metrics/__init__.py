@@ -10,16 +10,7 @@ evaluate.load(metrics.path("amd"))  # the module
 
 from pathlib import Path
 
-from .attacks import (
-    ExtractionResult,
-    MembershipResult,
-    denoising_losses,
-    extraction,
-    membership,
-    noise_norm,
-    steering_norms,
-    tile_distances,
-)
+from .attacks import ExtractionResult, MembershipResult, extraction, membership, tile_distances
 from .distances import (
     amd,
     auth_pct,
@@ -27,6 +18,7 @@ from .distances import (
     fid,
     nearest_distances,
 )
+from .white_box import clid, denoising_losses, noise_norm, pia, secmi, steering_norms, trajectory_noise_norms
 
 __all__ = [
     "MODULES",
@@ -35,6 +27,7 @@ __all__ = [
     "amd",
     "auth_pct",
     "c_t",
+    "clid",
     "denoising_losses",
     "extraction",
     "fid",
@@ -42,8 +35,11 @@ __all__ = [
     "nearest_distances",
     "noise_norm",
     "path",
+    "pia",
+    "secmi",
     "steering_norms",
     "tile_distances",
+    "trajectory_noise_norms",
 ]
 
 MODULES = ("amd", "fid", "membership", "noise_norm")

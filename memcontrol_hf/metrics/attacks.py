@@ -1,18 +1,13 @@
-"""Attacks on a denoiser or on its images. No result depends on the batch size or on the global random state."""
+"""Attacks on generated images, and how well a membership attack does by its scores."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import networkx
 import torch
-from diffusers import SchedulerMixin
 from scipy.optimize import brentq
 from scipy.stats import binomtest, mannwhitneyu, norm
-from torch import nn
 from torchmetrics.functional.classification import binary_roc
-
-from ..diffusion import StableDiffusionFamily, predict, seeded_generator
 
 
 @dataclass(frozen=True)
@@ -45,6 +40,17 @@ class MembershipResult:
         if self.nonmembers * fpr < 1:
             return math.nan
         return self.tpr[self.fpr <= fpr].max().item()
+
+    def tpr_interval(self, fpr: float) -> tuple[float, float]:
+        """Of [`tpr_at_fpr`]: Clopper-Pearson at 95 % over the members, at the threshold that these non-members set.
+
+        `(nan, nan)` where the rate cannot be estimated.
+        """
+        rate = self.tpr_at_fpr(fpr)
+        if math.isnan(rate):
+            return math.nan, math.nan
+        interval = binomtest(round(rate * self.members), self.members).proportion_ci(method="exact")
+        return interval.low, interval.high
 
 
 def membership(member_scores: torch.Tensor, nonmember_scores: torch.Tensor) -> MembershipResult:
@@ -93,111 +99,6 @@ def _auc_interval(auc: float, members: int, nonmembers: int, level: float = 0.95
     return low, high
 
 
-def _noise(seed: int | tuple[int, ...], shape: Sequence[int], count: int) -> torch.Tensor:
-    key = (seed,) if isinstance(seed, int) else seed
-    return torch.randn((count, *shape), generator=seeded_generator(*key))
-
-
-def _check_seeds(latents: torch.Tensor, seeds: Sequence) -> None:
-    if len(seeds) != len(latents):
-        raise ValueError(f"{len(latents)} images but {len(seeds)} seeds: give one for each image")
-
-
-@torch.no_grad()
-def denoising_losses(
-    family: StableDiffusionFamily,
-    denoiser: nn.Module,
-    latents: torch.Tensor,
-    embeds: torch.Tensor,
-    timesteps: Sequence[int],
-    seeds: Sequence[int | tuple[int, ...]],
-    batch_size: int = 64,
-) -> torch.Tensor:
-    """The unweighted denoising loss of each image at fixed timesteps under its own fixed noise.
-
-    Its negative mean over the timesteps is the score of the loss-threshold membership attack
-    (https://huggingface.co/papers/2301.09956).
-
-    Args:
-        family: the pipeline's family (`memcontrol_hf.diffusion.family_of`).
-        denoiser (`nn.Module`): as the family calls it.
-        latents (`torch.Tensor`): `[N, C, h, w]`.
-        embeds (`torch.Tensor`): `[N, L, D]`.
-        timesteps (list of `int`): `T` of them.
-        seeds (list of `int` or tuples): one for each image.
-        batch_size (`int`): only a matter of speed.
-
-    Returns:
-        `torch.Tensor`: `[N, T]` on the CPU.
-    """
-    _check_seeds(latents, seeds)
-    device = next(denoiser.parameters()).device
-    rows = []
-    for start in range(0, len(latents), batch_size):
-        batch = slice(start, start + batch_size)
-        x, c = latents[batch].to(device), embeds[batch].to(device)
-        noise = torch.stack([_noise(seed, x.shape[1:], len(timesteps)) for seed in seeds[batch]]).to(device)
-        columns = [
-            family.losses(denoiser, x, c, torch.full((len(x),), t, device=device), noise[:, k])
-            for k, t in enumerate(timesteps)
-        ]
-        rows.append(torch.stack(columns, dim=1).cpu())
-    return torch.cat(rows)
-
-
-def steering_norms(conditional: torch.Tensor, unconditional: torch.Tensor) -> torch.Tensor:
-    """Euclidean norm of the difference of two noise predictions `[N, ...]`, for each image: `[N]`."""
-    return (conditional - unconditional).float().flatten(1).norm(dim=1)
-
-
-@torch.no_grad()
-def noise_norm(
-    unet: nn.Module,
-    latents: torch.Tensor,
-    embeddings: torch.Tensor,
-    null_embedding: torch.Tensor,
-    scheduler: SchedulerMixin,
-    timesteps: Sequence[int],
-    seeds: Sequence[int | tuple[int, ...]],
-    batch_size: int = 64,
-) -> torch.Tensor:
-    """How hard the text alone steers: the norm of the conditional minus the unconditional prediction.
-
-    `||ε(x_t, t, c) − ε(x_t, t, ∅)||₂` of Wen et al. (https://huggingface.co/papers/2407.21720), on noised latents, at
-    fixed timesteps and with one generator for each image.
-
-    Args:
-        unet (`nn.Module`): called as `unet(x, t, encoder_hidden_states=...)`.
-        latents (`torch.Tensor`): `[N, C, h, w]`.
-        embeddings (`torch.Tensor`): text embeddings `[N, L, D]`.
-        null_embedding (`torch.Tensor`): of the empty prompt, `[L, D]` or `[1, L, D]`.
-        scheduler: with `add_noise`.
-        timesteps (list of `int`): `T` of them.
-        seeds (list of `int` or tuples): one for each image.
-        batch_size (`int`): only a matter of speed.
-
-    Returns:
-        `torch.Tensor`: `[N, T]` on the CPU, ≥ 0.
-    """
-    _check_seeds(latents, seeds)
-    device = next(unet.parameters()).device
-    null = null_embedding.reshape(1, *embeddings.shape[1:]).to(device)
-    rows = []
-    for start in range(0, len(latents), batch_size):
-        batch = slice(start, start + batch_size)
-        x, c = latents[batch].to(device), embeddings[batch].to(device)
-        noise = torch.stack([_noise(seed, x.shape[1:], len(timesteps)) for seed in seeds[batch]]).to(device)
-        both = torch.cat([c, null.expand_as(c)])
-        columns = []
-        for k, t in enumerate(timesteps):
-            steps = torch.full((2 * len(x),), t, device=device)
-            twice = noise[:, k].repeat(2, 1, 1, 1)
-            conditional, unconditional = predict(unet, scheduler, x.repeat(2, 1, 1, 1), both, steps, twice).chunk(2)
-            columns.append(steering_norms(conditional, unconditional))
-        rows.append(torch.stack(columns, dim=1).cpu())
-    return torch.cat(rows)
-
-
 TILES = 4
 """Tiles along each side of an image in the extraction attack."""
 
@@ -211,12 +112,23 @@ class ExtractionResult:
         extracted (`torch.Tensor`): bool `[P]`: and a member of such a clique is as close to the training image.
         rate (`float`): the share of prompts that are extracted.
         interval (`tuple[float, float]`): of the rate, Clopper-Pearson at 95 %.
+        nearest (`torch.Tensor`): `[P]`, the smallest tile distance of an image of the prompt to the training image.
+        calibrated (`torch.Tensor`, *optional*): bool `[P]`: extracted by the calibrated distance; of these four,
+            none is there without held-out images.
+        calibrated_distance (`torch.Tensor`, *optional*): `[P]`, the smallest one of an image of the prompt.
+        calibrated_rate (`float`, *optional*): the share of prompts that are extracted by it.
+        calibrated_interval (`tuple[float, float]`, *optional*): of that rate, Clopper-Pearson at 95 %.
     """
 
     memorized: torch.Tensor
     extracted: torch.Tensor
     rate: float
     interval: tuple[float, float]
+    nearest: torch.Tensor
+    calibrated: torch.Tensor | None = None
+    calibrated_distance: torch.Tensor | None = None
+    calibrated_rate: float | None = None
+    calibrated_interval: tuple[float, float] | None = None
 
 
 def tile_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -237,12 +149,18 @@ def tile_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _tiles(images: torch.Tensor) -> torch.Tensor:
     """Images `[N, C, H, W]` -> tiles `[16, N, C * H / 4 * W / 4]`."""
     n, c, h, w = images.shape
-    tiles = images.reshape(n, c, TILES, h // TILES, TILES, w // TILES)
+    tiles = images.float().reshape(n, c, TILES, h // TILES, TILES, w // TILES)
     return tiles.permute(2, 4, 0, 1, 3, 5).reshape(TILES * TILES, n, -1)
 
 
 def extraction(
-    generated: torch.Tensor, train: torch.Tensor, threshold: float = 20.0, clique_size: int = 3
+    generated: torch.Tensor,
+    train: torch.Tensor,
+    threshold: float = 20.0,
+    clique_size: int = 3,
+    held_out: torch.Tensor | None = None,
+    neighbors: int = 50,
+    scale: float = 0.5,
 ) -> ExtractionResult:
     """The extraction attack of Carlini et al. 2023 (https://huggingface.co/papers/2301.13188).
 
@@ -250,18 +168,32 @@ def extraction(
     memorized when `clique_size` images are all joined with each other, and as extracted when a member of such a clique
     is also within the threshold of the training image.
 
+    An absolute threshold fits one size and kind of image. With held-out images the calibrated distance of the same
+    paper's section 5 is taken beside it, on the tile distance d:
+
+        d(x, t) / (scale * mean of d(x, h) over the `neighbors` held-out images h that are nearest to x)
+
+    for a generated image x and its prompt's training image t. The prompt counts as extracted when it is at most 1 for
+    one of its images: no clique is asked for, since an audit has the training image. The paper takes the neighbours
+    from the training set; held-out ones do not move with how many near-duplicates the image has there.
+
     Args:
         generated (`torch.Tensor`): images in [0, 1], `[P, K, C, H, W]`: K for each of P prompts.
         train (`torch.Tensor`): the prompts' training images in [0, 1], `[P, C, H, W]`.
         threshold (`float`): of the tile distance; 20 is MemControl's for RGB at 224 px, and it scales with the side.
         clique_size (`int`): at least 2.
+        held_out (`torch.Tensor`, *optional*): images of the same domain that were not trained on, `[L, C, H, W]`. With
+            fewer than `neighbors` of them all are taken, which calls more prompts extracted, not fewer.
+        neighbors (`int`): of each generated image; the paper's is 50.
+        scale (`float`): how much nearer than the neighbours counts as extracted; the paper's is .5.
 
     Returns:
-        [`ExtractionResult`]
+        [`ExtractionResult`], on the CPU. Beside its arguments it takes the memory of one copy of `held_out` and of one
+        prompt's images.
 
     Raises:
-        ValueError: for shapes that do not fit, fewer images than a clique needs, values outside [0, 1], and a side
-            that 4 does not divide.
+        ValueError: for shapes that do not fit, fewer images than a clique needs, values outside [0, 1], a side that 4
+            does not divide, and thresholds that are not positive.
     """
     if generated.ndim != 5 or train.ndim != 4 or generated.shape[2:] != train.shape[1:]:
         raise ValueError(
@@ -275,24 +207,58 @@ def extraction(
             f"cliques of {clique_size} need {max(2, clique_size)} images or more of each prompt, but there are "
             f"{generated.shape[1]}; the smallest clique is 2"
         )
-    if generated.shape[-1] % TILES or generated.shape[-2] % TILES:
+    if generated.shape[-1] % TILES or generated.shape[-2] % TILES or 0 in generated.shape[-3:]:
         raise ValueError(f"images of {list(generated.shape[-2:])} pixels cannot be cut into {TILES} x {TILES} tiles")
-    for name, images in (("generated", generated), ("train", train)):
-        if not (images.min() >= 0 and images.max() <= 1):  # so that NaN is refused too
-            raise ValueError(f"{name}: images must lie in [0, 1], but reach {images.min():.4g} to {images.max():.4g}")
-    memorized, extracted = [], []
-    for images, original in zip(generated.float(), train.float()):
-        joined = tile_distances(images, images) <= threshold
-        near = (tile_distances(images, original[None])[:, 0] <= threshold).tolist()
+    if not (threshold > 0 and scale > 0 and neighbors >= 1):
+        raise ValueError(
+            f"threshold {threshold} and scale {scale} must be positive, and neighbors {neighbors} at least 1"
+        )
+    if held_out is not None and (held_out.shape[1:] != train.shape[1:] or len(held_out) == 0):
+        raise ValueError(
+            f"held_out must be [L, {', '.join(map(str, train.shape[1:]))}], L > 0, but got {list(held_out.shape)}"
+        )
+    for name, images in (("generated", generated), ("train", train), ("held_out", held_out)):
+        if images is None:
+            continue
+        low, high = (bound.item() for bound in torch.aminmax(images))
+        if not (low >= 0 and high <= 1):  # so that NaN is refused too
+            raise ValueError(f"{name}: images must lie in [0, 1], but reach {low:.4g} to {high:.4g}")
+    reference = None if held_out is None else _tiles(held_out.to(generated.device))
+    memorized, extracted, nearest, ratios = [], [], [], []
+    for images, original in zip(generated, train):
+        # Seen from the training image, copies of it are short vectors: their distances lose no digits in float32.
+        tiles = _tiles(images - original.to(images))
+        to_original = tiles.norm(dim=2).amax(0)
+        joined = _all_distances(tiles) <= threshold
+        near = (to_original <= threshold).tolist()
         graph = networkx.from_numpy_array(joined.fill_diagonal_(False).cpu().numpy())
         members = {node for node in graph if _in_clique(graph, node, clique_size)}
         memorized.append(bool(members))
         extracted.append(any(near[node] for node in members))
-    found = sum(extracted)
-    interval = binomtest(found, len(train)).proportion_ci(method="exact")
-    return ExtractionResult(
-        torch.tensor(memorized), torch.tensor(extracted), found / len(train), (interval.low, interval.high)
-    )
+        nearest.append(to_original.min().item())
+        if reference is not None:
+            to_others = torch.cdist(_tiles(images), reference).amax(0)
+            usual = to_others.topk(min(neighbors, to_others.shape[1]), largest=False).values.mean(1)
+            # 0 / 0 where held-out images are copies too: the training image is out all the same
+            ratios.append((to_original / (scale * usual)).nan_to_num(nan=0.0, posinf=math.inf).min().item())
+    result = (torch.tensor(memorized), torch.tensor(extracted), *_rate(extracted), torch.tensor(nearest))
+    if reference is None:
+        return ExtractionResult(*result)
+    calibrated = torch.tensor(ratios) <= 1
+    return ExtractionResult(*result, calibrated, torch.tensor(ratios), *_rate(calibrated.tolist()))
+
+
+def _all_distances(tiles: torch.Tensor) -> torch.Tensor:
+    """Tiles `[16, N, D]` -> tile distances among the images, `[N, N]`."""
+    products = tiles @ tiles.mT
+    squares = products.diagonal(dim1=1, dim2=2)
+    return (squares[:, :, None] + squares[:, None] - 2 * products).amax(0).clamp(min=0).sqrt()
+
+
+def _rate(found: list[bool]) -> tuple[float, tuple[float, float]]:
+    """The share of `found` that is true, with its Clopper-Pearson interval at 95 %."""
+    interval = binomtest(sum(found), len(found)).proportion_ci(method="exact")
+    return sum(found) / len(found), (interval.low, interval.high)
 
 
 def _in_clique(graph: networkx.Graph, node: int, size: int) -> bool:

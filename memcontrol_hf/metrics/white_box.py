@@ -1,0 +1,350 @@
+"""Attacks that query a denoiser. No result depends on the batch size or on the global random state."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers import DDIMScheduler, SchedulerMixin
+from torch import nn
+
+from ..diffusion import StableDiffusionFamily, predict, seeded_generator
+
+
+def _noise(seed: int | tuple[int, ...], shape: Sequence[int], count: int) -> torch.Tensor:
+    key = (seed,) if isinstance(seed, int) else seed
+    return torch.randn((count, *shape), generator=seeded_generator(*key))
+
+
+def _check_seeds(latents: torch.Tensor, seeds: Sequence) -> None:
+    if len(seeds) != len(latents):
+        raise ValueError(f"{len(latents)} images but {len(seeds)} seeds: give one for each image")
+
+
+@torch.no_grad()
+def denoising_losses(
+    family: StableDiffusionFamily,
+    denoiser: nn.Module,
+    latents: torch.Tensor,
+    embeds: torch.Tensor,
+    timesteps: Sequence[int],
+    seeds: Sequence[int | tuple[int, ...]],
+    batch_size: int = 64,
+) -> torch.Tensor:
+    """The unweighted denoising loss of each image at fixed timesteps under its own fixed noise.
+
+    Its negative mean over the timesteps is the score of the loss-threshold membership attack
+    (https://huggingface.co/papers/2301.09956).
+
+    Args:
+        family: the pipeline's family (`memcontrol_hf.diffusion.family_of`).
+        denoiser (`nn.Module`): as the family calls it.
+        latents (`torch.Tensor`): `[N, C, h, w]`.
+        embeds (`torch.Tensor`): `[N, L, D]`.
+        timesteps (list of `int`): `T` of them.
+        seeds (list of `int` or tuples): one for each image.
+        batch_size (`int`): only a matter of speed.
+
+    Returns:
+        `torch.Tensor`: `[N, T]` on the CPU.
+    """
+    _check_seeds(latents, seeds)
+    device = next(denoiser.parameters()).device
+    rows = []
+    for start in range(0, len(latents), batch_size):
+        batch = slice(start, start + batch_size)
+        x, c = latents[batch].to(device), embeds[batch].to(device)
+        noise = torch.stack([_noise(seed, x.shape[1:], len(timesteps)) for seed in seeds[batch]]).to(device)
+        columns = [
+            family.losses(denoiser, x, c, torch.full((len(x),), t, device=device), noise[:, k])
+            for k, t in enumerate(timesteps)
+        ]
+        rows.append(torch.stack(columns, dim=1).cpu())
+    return torch.cat(rows)
+
+
+def steering_norms(conditional: torch.Tensor, unconditional: torch.Tensor) -> torch.Tensor:
+    """Euclidean norm of the difference of two noise predictions `[N, ...]`, for each image: `[N]`."""
+    return (conditional - unconditional).float().flatten(1).norm(dim=1)
+
+
+@torch.no_grad()
+def noise_norm(
+    unet: nn.Module,
+    latents: torch.Tensor,
+    embeddings: torch.Tensor,
+    null_embedding: torch.Tensor,
+    scheduler: SchedulerMixin,
+    timesteps: Sequence[int],
+    seeds: Sequence[int | tuple[int, ...]],
+    batch_size: int = 64,
+) -> torch.Tensor:
+    """How hard the text alone steers: the norm of the conditional minus the unconditional prediction.
+
+    `||ε(x_t, t, c) − ε(x_t, t, ∅)||₂` of Wen et al. (https://huggingface.co/papers/2407.21720), on noised latents, at
+    fixed timesteps and with one generator for each image.
+
+    Args:
+        unet (`nn.Module`): called as `unet(x, t, encoder_hidden_states=...)`.
+        latents (`torch.Tensor`): `[N, C, h, w]`.
+        embeddings (`torch.Tensor`): text embeddings `[N, L, D]`.
+        null_embedding (`torch.Tensor`): of the empty prompt, `[L, D]` or `[1, L, D]`.
+        scheduler: with `add_noise`.
+        timesteps (list of `int`): `T` of them.
+        seeds (list of `int` or tuples): one for each image.
+        batch_size (`int`): only a matter of speed.
+
+    Returns:
+        `torch.Tensor`: `[N, T]` on the CPU, ≥ 0.
+    """
+    _check_seeds(latents, seeds)
+    device = next(unet.parameters()).device
+    null = null_embedding.reshape(1, *embeddings.shape[1:]).to(device)
+    rows = []
+    for start in range(0, len(latents), batch_size):
+        batch = slice(start, start + batch_size)
+        x, c = latents[batch].to(device), embeddings[batch].to(device)
+        noise = torch.stack([_noise(seed, x.shape[1:], len(timesteps)) for seed in seeds[batch]]).to(device)
+        both = torch.cat([c, null.expand_as(c)])
+        columns = []
+        for k, t in enumerate(timesteps):
+            steps = torch.full((2 * len(x),), t, device=device)
+            twice = noise[:, k].repeat(2, 1, 1, 1)
+            conditional, unconditional = predict(unet, scheduler, x.repeat(2, 1, 1, 1), both, steps, twice).chunk(2)
+            columns.append(steering_norms(conditional, unconditional))
+        rows.append(torch.stack(columns, dim=1).cpu())
+    return torch.cat(rows)
+
+
+def _epsilon_scale(scheduler: SchedulerMixin, timesteps: Sequence[int]) -> torch.Tensor:
+    """How far the noise prediction moves for each unit of the model's own prediction, at `x_t` held fixed: `[T]`."""
+    signal = scheduler.alphas_cumprod[torch.as_tensor(timesteps)]
+    match scheduler.config.prediction_type:
+        case "epsilon":
+            return torch.ones_like(signal)
+        case "v_prediction":
+            return signal.sqrt()
+        case _:  # "sample"
+            return (signal / (1 - signal)).sqrt()
+
+
+def _epsilon(
+    family: StableDiffusionFamily, denoiser: nn.Module, noisy: torch.Tensor, embeds: torch.Tensor, timestep: int
+) -> torch.Tensor:
+    """The noise that the denoiser sees in `noisy` `[N, C, h, w]`, whatever it predicts."""
+    steps = torch.full((len(noisy),), timestep, device=noisy.device)
+    prediction = denoiser(noisy, steps, encoder_hidden_states=embeds, return_dict=False)[0].float()
+    signal = family.scheduler.alphas_cumprod[timestep].item()
+    match family.scheduler.config.prediction_type:
+        case "epsilon":
+            return prediction
+        case "v_prediction":
+            return signal**0.5 * prediction + (1 - signal) ** 0.5 * noisy
+        case _:  # "sample"
+            return (noisy - signal**0.5 * prediction) / (1 - signal) ** 0.5
+
+
+def _check_timesteps(family: StableDiffusionFamily, *timesteps: int) -> None:
+    total = family.scheduler.config.num_train_timesteps
+    for timestep in timesteps:
+        if not 0 <= timestep < total:
+            raise ValueError(f"timestep {timestep} lies outside the schedule: use 0 to {total - 1}")
+
+
+def _in_batches(score: Callable, denoiser: nn.Module, batch_size: int, *tensors: torch.Tensor) -> torch.Tensor:
+    """`score` of tensors `[N, ...]` in batches on the denoiser's device -> `[N, ...]` on the CPU."""
+    if len({len(tensor) for tensor in tensors}) > 1 or len(tensors[0]) == 0:
+        raise ValueError(f"give as many images as conditions, at least one, not {[len(tensor) for tensor in tensors]}")
+    device = next(denoiser.parameters()).device
+    batches = zip(*(tensor.split(batch_size) for tensor in tensors))
+    return torch.cat([score(*(part.to(device) for part in batch)).cpu() for batch in batches])
+
+
+@torch.no_grad()
+def secmi(
+    family: StableDiffusionFamily,
+    denoiser: nn.Module,
+    latents: torch.Tensor,
+    embeds: torch.Tensor,
+    timestep: int = 100,
+    stride: int = 10,
+    batch_size: int = 64,
+) -> torch.Tensor:
+    """Membership score SecMI_stat of Duan et al. (https://huggingface.co/papers/2302.01316).
+
+    The negative t-error: an image is carried to `timestep` by deterministic DDIM steps of the model itself, then one
+    step on and back again; `-||back - before||²`. Members come back closer. It draws no noise.
+
+    Args:
+        family: the pipeline's family (`memcontrol_hf.diffusion.family_of`).
+        denoiser (`nn.Module`): as the family calls it, in evaluation mode.
+        latents (`torch.Tensor`): `[N, C, h, w]`.
+        embeds (`torch.Tensor`): `[N, L, D]`.
+        timestep (`int`): a multiple of `stride`; the paper's is 100 of 1,000.
+        stride (`int`): timesteps that one step goes over; the paper's is 10.
+        batch_size (`int`): only a matter of speed.
+
+    Returns:
+        `torch.Tensor`: `[N]` on the CPU, ≤ 0; higher = more member-like. Costs `timestep / stride + 2` forward passes.
+
+    Raises:
+        ValueError: for a timestep outside the schedule or that is no multiple of the stride.
+    """
+    if stride < 1 or timestep < stride or timestep % stride:
+        raise ValueError(f"timestep must be a positive multiple of stride {stride}, but got {timestep}")
+    _check_timesteps(family, timestep + stride)
+
+    def step(x: torch.Tensor, c: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        noise = _epsilon(family, denoiser, x, c, start)
+        before, after = (family.scheduler.alphas_cumprod[t].item() for t in (start, stop))
+        return (after / before) ** 0.5 * (x - (1 - before) ** 0.5 * noise) + (1 - after) ** 0.5 * noise
+
+    def score(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        for start in range(0, timestep, stride):
+            x = step(x, c, start, start + stride)
+        back = step(step(x, c, timestep, timestep + stride), c, timestep + stride, timestep)
+        return -(back - x).square().flatten(1).sum(1)
+
+    return _in_batches(score, denoiser, batch_size, latents, embeds)
+
+
+@torch.no_grad()
+def pia(
+    family: StableDiffusionFamily,
+    denoiser: nn.Module,
+    latents: torch.Tensor,
+    embeds: torch.Tensor,
+    timestep: int = 200,
+    p: float = 4.0,
+    batch_size: int = 64,
+) -> torch.Tensor:
+    """Membership score PIA of Kong et al. (https://huggingface.co/papers/2305.18355), equation 9.
+
+    `-||ε(x_0, 0) - ε(√ᾱ_t x_0 + √(1 - ᾱ_t) ε(x_0, 0), t)||_p`: the model's own noise at t = 0 is put on the image, and
+    is found again better on members. It draws no noise.
+
+    Args:
+        family: the pipeline's family (`memcontrol_hf.diffusion.family_of`).
+        denoiser (`nn.Module`): as the family calls it, in evaluation mode.
+        latents (`torch.Tensor`): `[N, C, h, w]`.
+        embeds (`torch.Tensor`): `[N, L, D]`.
+        timestep (`int`): 200 of 1,000 is where the paper's figures peak.
+        p (`float`): of the norm; 4 is the paper's.
+        batch_size (`int`): only a matter of speed.
+
+    Returns:
+        `torch.Tensor`: `[N]` on the CPU, ≤ 0; higher = more member-like. Costs two forward passes.
+
+    Raises:
+        ValueError: for a timestep outside the schedule.
+    """
+    _check_timesteps(family, timestep)
+    signal = family.scheduler.alphas_cumprod[timestep].item()
+
+    def score(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        noise = _epsilon(family, denoiser, x, c, 0)
+        again = _epsilon(family, denoiser, signal**0.5 * x + (1 - signal) ** 0.5 * noise, c, timestep)
+        return -(noise - again).flatten(1).norm(p=p, dim=1)
+
+    return _in_batches(score, denoiser, batch_size, latents, embeds)
+
+
+def clid(
+    family: StableDiffusionFamily,
+    denoiser: nn.Module,
+    latents: torch.Tensor,
+    embeds: torch.Tensor,
+    null_embedding: torch.Tensor,
+    timesteps: Sequence[int],
+    seeds: Sequence[int | tuple[int, ...]],
+    batch_size: int = 64,
+) -> torch.Tensor:
+    """Membership score CLiD of Zhai et al. (https://huggingface.co/papers/2405.14800), equation 13.
+
+    `E_{t,ε}[ ||ε(x_t, t, ∅) - ε||² - ||ε(x_t, t, c) - ε||² ]`, the mean over the latent's values: how much its caption
+    helps the model to denoise an image, which is more for the captions it was trained with. The paper's CLiD_th also
+    adds the loss itself; both are rescaled there by the quartiles of all images, so that no image has a score of its
+    own, which is why it is left out.
+
+    Args:
+        family: the pipeline's family (`memcontrol_hf.diffusion.family_of`).
+        denoiser (`nn.Module`): as the family calls it, in evaluation mode.
+        latents (`torch.Tensor`): `[N, C, h, w]`.
+        embeds (`torch.Tensor`): `[N, L, D]`.
+        null_embedding (`torch.Tensor`): of the empty prompt, `[L, D]` or `[1, L, D]`.
+        timesteps (list of `int`): `T` of them.
+        seeds (list of `int` or tuples): one for each image.
+        batch_size (`int`): only a matter of speed.
+
+    Returns:
+        `torch.Tensor`: `[N]` on the CPU; higher = more member-like. Costs `2 T` forward passes.
+
+    Raises:
+        ValueError: for a timestep outside the schedule, and when the seeds are not as many as the images.
+    """
+    _check_timesteps(family, *timesteps)
+    null = null_embedding.reshape(1, *embeds.shape[1:]).expand_as(embeds)
+    without, given = (
+        denoising_losses(family, denoiser, latents, condition, timesteps, seeds, batch_size)
+        for condition in (null, embeds)
+    )
+    return ((without - given) * _epsilon_scale(family.scheduler, timesteps).square()).mean(1)
+
+
+@torch.no_grad()
+def trajectory_noise_norms(
+    denoiser: nn.Module,
+    embeds: torch.Tensor,
+    null_embedding: torch.Tensor,
+    scheduler: SchedulerMixin,
+    shape: Sequence[int],
+    seeds: Sequence[int | tuple[int, ...]],
+    num_inference_steps: int = 50,
+    guidance_scale: float = 7.5,
+    first: int | None = None,
+    batch_size: int = 64,
+) -> torch.Tensor:
+    """How hard a prompt steers the sampling of an image: Wen et al. (https://huggingface.co/papers/2407.21720).
+
+    The mean over the steps of a sampling trajectory of `||ε(x_t, t, c) - ε(x_t, t, ∅)||₂`. It needs no training image,
+    only the prompt. Trajectories are those of DDIM, which draws no noise on the way, with guidance.
+
+    Args:
+        denoiser (`nn.Module`): called as `denoiser(x, t, encoder_hidden_states=...)`, in evaluation mode.
+        embeds (`torch.Tensor`): text embeddings of the prompts, `[N, L, D]`.
+        null_embedding (`torch.Tensor`): of the empty prompt, `[L, D]` or `[1, L, D]`.
+        scheduler: the model's; its noise schedule and prediction type are used.
+        shape (list of `int`): of one image's latent, `(C, h, w)`.
+        seeds (list of `int` or tuples): one for each prompt.
+        num_inference_steps (`int`): of the trajectory.
+        guidance_scale (`float`): of the trajectory; the norm is taken before it.
+        first (`int`, *optional*): stop after so many steps; all, when not given. The paper detects memorized prompts
+            by the first one.
+        batch_size (`int`): only a matter of speed.
+
+    Returns:
+        `torch.Tensor`: `[N]` on the CPU, ≥ 0; higher = more like a memorized prompt. Costs two forward passes a step.
+
+    Raises:
+        ValueError: when the seeds are not as many as the prompts, and for no step at all.
+    """
+    _check_seeds(embeds, seeds)
+    first = num_inference_steps if first is None else first
+    if not 1 <= first <= num_inference_steps:
+        raise ValueError(f"first must lie between 1 and num_inference_steps {num_inference_steps}, but got {first}")
+    ddim = DDIMScheduler.from_config(scheduler.config)
+    ddim.set_timesteps(num_inference_steps)
+    steps = ddim.timesteps[:first]
+    scales = _epsilon_scale(ddim, steps)
+    start = torch.cat([_noise(seed, shape, 1) for seed in seeds])
+
+    def score(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        both = torch.cat([c, null_embedding.reshape(1, *c.shape[1:]).to(c).expand_as(c)])
+        norms = []
+        for t, scale in zip(steps, scales):
+            prediction = denoiser(x.repeat(2, 1, 1, 1), t, encoder_hidden_states=both, return_dict=False)[0]
+            conditional, unconditional = prediction.float().chunk(2)
+            norms.append(scale.item() * steering_norms(conditional, unconditional))
+            guided = unconditional + guidance_scale * (conditional - unconditional)
+            x = ddim.step(guided, t, x).prev_sample
+        return torch.stack(norms).mean(0)
+
+    return _in_batches(score, denoiser, batch_size, start, embeds)

@@ -1,0 +1,341 @@
+"""Attacks and measures beside independent implementations, and cases whose figure must come out bad, or good."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_pipeline
+from diffusers import DDIMScheduler
+from scipy.stats import beta
+
+from memcontrol_hf import metrics
+from memcontrol_hf.diffusion import family_of, seeded_generator
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def clopper_pearson(found: int, total: int) -> tuple[float, float]:
+    low = beta.ppf(0.025, found, total - found + 1) if found else 0.0
+    high = beta.ppf(0.975, found + 1, total - found) if found < total else 1.0
+    return low, high
+
+
+# --- extraction
+
+
+def tile_distance_by_hand(a: np.ndarray, b: np.ndarray) -> float:
+    side = a.shape[-1] // 4
+    corners = [(i * side, j * side) for i in range(4) for j in range(4)]
+    return max(np.linalg.norm(a[:, y : y + side, x : x + side] - b[:, y : y + side, x : x + side]) for y, x in corners)
+
+
+def pictures(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand((*shape, 3, 8, 8), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("neighbors", [1, 4, 50])
+def test_the_calibrated_distance_follows_its_formula(neighbors):
+    train, held_out = pictures(6, seed=1), pictures(9, seed=2)
+    blend = torch.linspace(0, 1, 6).view(6, 1, 1, 1, 1)
+    generated = blend * train[:, None] + (1 - blend) * pictures(6, 4, seed=3)
+    result = metrics.extraction(generated, train, held_out=held_out, neighbors=neighbors)
+    for p in range(6):
+        ratios = []
+        for image in generated[p].numpy():
+            others = sorted(tile_distance_by_hand(image, other) for other in held_out.numpy())[:neighbors]
+            ratios.append(tile_distance_by_hand(image, train[p].numpy()) / (0.5 * np.mean(others)))
+        assert result.calibrated_distance[p].item() == pytest.approx(min(ratios), abs=1e-5)
+        assert result.calibrated[p].item() == (min(ratios) <= 1)
+        nearest = min(tile_distance_by_hand(image, train[p].numpy()) for image in generated[p].numpy())
+        assert result.nearest[p].item() == pytest.approx(nearest, abs=1e-5)
+    found = int(result.calibrated.sum())
+    assert 0 < found < 6 and result.calibrated_rate == found / 6
+    assert result.calibrated_interval == pytest.approx(clopper_pearson(found, 6))
+
+
+def test_copies_are_extracted_and_fresh_images_are_not():
+    train, held_out = pictures(5, seed=1), pictures(20, seed=2)
+    copies = (train[:, None] + 0.02 * draw(5, 4, 3, 8, 8)).clamp(0, 1)
+    bad = metrics.extraction(copies, train, threshold=1.0, held_out=held_out)
+    good = metrics.extraction(pictures(5, 4, seed=3), train, threshold=1.0, held_out=held_out)
+    assert bad.extracted.all() and bad.calibrated.all() and bad.rate == bad.calibrated_rate == 1
+    assert not good.extracted.any() and not good.calibrated.any() and good.calibrated_rate == 0
+    assert good.calibrated_interval[1] == pytest.approx(1 - 0.025 ** (1 / 5))
+
+
+def test_the_calibrated_verdict_does_not_change_with_the_contrast():
+    """An absolute threshold takes every pair of pale images for copies."""
+    train, held_out, generated = pictures(5, seed=1), pictures(20, seed=2), pictures(5, 4, seed=3)
+    pale = metrics.extraction(0.1 * generated, 0.1 * train, threshold=1.0, held_out=0.1 * held_out)
+    full = metrics.extraction(generated, train, threshold=1.0, held_out=held_out)
+    assert pale.extracted.all() and not pale.calibrated.any()
+    torch.testing.assert_close(pale.calibrated_distance, full.calibrated_distance)
+
+
+def test_one_copy_among_fresh_images_is_found_without_a_clique():
+    train, generated = pictures(3, seed=1), pictures(3, 4, seed=3)
+    generated[1, 2] = train[1]
+    result = metrics.extraction(generated, train, threshold=1.0, held_out=pictures(20, seed=2))
+    assert result.calibrated.tolist() == [False, True, False]
+    assert result.calibrated_distance[1] == 0 and not result.extracted.any()
+
+
+def test_identical_images_everywhere_are_never_called_safe():
+    same = torch.full((2, 4, 3, 8, 8), 0.5)
+    result = metrics.extraction(same, same[:, 0], held_out=same[0])
+    assert result.extracted.all() and result.calibrated.all() and (result.calibrated_distance == 0).all()
+
+
+def test_near_copies_far_from_black_keep_their_distance():
+    """In float32, products of bright images alone would lose a small difference."""
+    train = pictures(1, seed=1).mul(0.01).add(0.99)
+    generated = (train[:, None] - 1e-4 * pictures(1, 3, seed=3)).clamp(0, 1)
+    expected = [tile_distance_by_hand(g.double().numpy(), train[0].double().numpy()) for g in generated[0]]
+    assert metrics.extraction(generated, train).nearest.item() == pytest.approx(min(expected), rel=1e-3)
+    assert metrics.extraction(generated, train, threshold=1e-5).memorized.tolist() == [False]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"held_out": torch.rand(4, 1, 8, 8)}, r"held_out must be \[L, 3, 8, 8\], L > 0, but got \[4, 1, 8, 8\]"),
+        ({"held_out": torch.rand(0, 3, 8, 8)}, r"held_out must be .* but got \[0, 3, 8, 8\]"),
+        ({"held_out": torch.full((2, 3, 8, 8), math.nan)}, r"held_out: images must lie in \[0, 1\], but reach nan"),
+        ({"generated": torch.full((2, 4, 3, 8, 8), math.nan)}, "generated: images must lie"),
+        ({"train": torch.rand(2, 1, 8, 8)}, r"generated must be \[P, K, C, H, W\]"),
+        ({"generated": torch.rand(0, 4, 3, 8, 8), "train": torch.rand(0, 3, 8, 8)}, "at least one"),
+        ({"threshold": math.nan}, "threshold nan and scale 0.5 must be positive"),
+        ({"threshold": 0.0}, "threshold 0.0 and scale"),
+        ({"neighbors": 0}, "neighbors 0 at least 1"),
+    ],
+)
+def test_extraction_refuses_what_it_cannot_judge(change, message):
+    arguments = {"generated": torch.rand(2, 4, 3, 8, 8), "train": torch.rand(2, 3, 8, 8), **change}
+    with pytest.raises(ValueError, match=message) as error:
+        metrics.extraction(**arguments)
+    assert "\n" not in str(error.value)
+
+
+# --- membership scores
+
+
+@pytest.fixture(params=PREDICTION_TYPES)
+def family(request):
+    return family_of(tiny_pipeline(request.param))
+
+
+@pytest.fixture
+def inputs():
+    return draw(5, 4, 8, 8, seed=1), draw(5, 8, 8, seed=2), draw(1, 8, 8, seed=3)
+
+
+def epsilon_by_hand(family, x, c, t):
+    """The noise by the definition `x_t = a x_0 + s ε`, solved for what the model does not predict itself."""
+    with torch.no_grad():
+        output = family.pipeline.unet(x, torch.tensor(t), c).sample.double()
+    signal = np.cumprod(1 - family.scheduler.betas.double().numpy())[t]
+    a, s = math.sqrt(signal), math.sqrt(1 - signal)
+    if family.scheduler.config.prediction_type == "epsilon":
+        return output, a, s
+    original = output if family.scheduler.config.prediction_type == "sample" else a * x - s * output
+    return (x - a * original) / s, a, s
+
+
+def test_secmi_follows_its_formula(family, inputs):
+    """f, phi and psi of the paper."""
+    latents, embeds, _ = inputs
+
+    def f_and_noise(x, t):
+        noise, a, s = epsilon_by_hand(family, x.float(), embeds, t)
+        return (x - s * noise) / a, noise
+
+    def move(x, t, to):
+        f, noise = f_and_noise(x, t)
+        signal = np.cumprod(1 - family.scheduler.betas.double().numpy())[to]
+        return math.sqrt(signal) * f + math.sqrt(1 - signal) * noise
+
+    x = latents.double()
+    for t in range(0, 60, 20):
+        x = move(x, t, t + 20)
+    error = (move(move(x, 60, 80), 80, 60) - x).square().sum((1, 2, 3))
+    actual = metrics.secmi(family, family.pipeline.unet, latents, embeds, timestep=60, stride=20)
+    torch.testing.assert_close(actual.double(), -error, rtol=1e-2, atol=1e-5)
+
+
+def test_pia_follows_its_formula(family, inputs):
+    latents, embeds, _ = inputs
+    noise, _, _ = epsilon_by_hand(family, latents, embeds, 0)
+    signal = np.cumprod(1 - family.scheduler.betas.double().numpy())[200]
+    noised = math.sqrt(signal) * latents + math.sqrt(1 - signal) * noise
+    again, _, _ = epsilon_by_hand(family, noised.float(), embeds, 200)
+    expected = -(((noise - again).abs() ** 4).sum((1, 2, 3)) ** 0.25)
+    actual = metrics.pia(family, family.pipeline.unet, latents, embeds)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_clid_follows_its_formula(family, inputs):
+    latents, embeds, null = inputs
+    timesteps, seeds = [100, 700], [(9, i) for i in range(5)]
+    expected = []
+    for i in range(5):
+        noise = torch.randn((2, 4, 8, 8), generator=seeded_generator(*seeds[i]))
+        differences = []
+        for k, t in enumerate(timesteps):
+            signal = np.cumprod(1 - family.scheduler.betas.double().numpy())[t]
+            noisy = (math.sqrt(signal) * latents[i] + math.sqrt(1 - signal) * noise[k])[None].float()
+            errors = [
+                (epsilon_by_hand(family, noisy, c, t)[0] - noise[k]).square().mean() for c in (null, embeds[i : i + 1])
+            ]
+            differences.append((errors[0] - errors[1]).item())
+        expected.append(np.mean(differences))
+    actual = metrics.clid(family, family.pipeline.unet, latents, embeds, null, timesteps, seeds)
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_no_score_depends_on_the_batch_size_or_on_the_other_images(batch_size):
+    family = family_of(tiny_pipeline())
+    latents, embeds, null = draw(9, 4, 8, 8, seed=1), draw(9, 8, 8, seed=2), draw(8, 8, seed=3)
+    seeds, order = list(range(9)), torch.tensor([8, 2, 5])
+
+    def scores(rows, batch_size):
+        x, c, unet = latents[rows], embeds[rows], family.pipeline.unet
+        own = [seeds[i] for i in rows]
+        torch.rand(3)  # the global state plays no part
+        return torch.stack(
+            [
+                metrics.secmi(family, unet, x, c, 20, 10, batch_size),
+                metrics.pia(family, unet, x, c, batch_size=batch_size),
+                metrics.clid(family, unet, x, c, null, [50, 500], own, batch_size),
+                metrics.trajectory_noise_norms(
+                    unet, c, null, family.scheduler, (4, 8, 8), own, 3, batch_size=batch_size
+                ),
+            ]
+        )
+
+    whole = scores(torch.arange(9), 9)
+    assert whole.shape == (4, 9) and whole.device.type == "cpu"
+    torch.testing.assert_close(scores(torch.arange(9), batch_size), whole, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(scores(order, batch_size), whole[:, order], atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def overfitted():
+    """A tiny model that was trained for long on 12 captioned latents, and 12 more that it never saw."""
+    family = family_of(tiny_pipeline())
+    unet, generator = family.pipeline.unet, torch.Generator().manual_seed(0)
+    latents, embeds, null = draw(24, 4, 8, 8, seed=1), draw(24, 8, 8, seed=2), draw(1, 8, 8, seed=3)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=5e-3)
+    for _ in range(400):
+        timesteps = torch.randint(0, 1000, (12,), generator=generator)
+        noise = torch.randn(12, 4, 8, 8, generator=generator)
+        dropped = torch.rand(12, 1, 1, generator=generator) < 0.1
+        condition = torch.where(dropped, null, embeds[:12])
+        loss = family.losses(unet, latents[:12], condition, timesteps, noise).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return family, latents, embeds, null
+
+
+@pytest.mark.parametrize("attack", ["secmi", "pia", "clid", "loss"])
+def test_members_of_an_overfitted_model_are_found(overfitted, attack):
+    family, latents, embeds, null = overfitted
+    timesteps, seeds = family.timesteps(4), list(range(24))
+
+    def auc(denoiser):
+        match attack:
+            case "secmi":
+                scores = metrics.secmi(family, denoiser, latents, embeds)
+            case "pia":
+                scores = metrics.pia(family, denoiser, latents, embeds)
+            case "clid":
+                scores = metrics.clid(family, denoiser, latents, embeds, null, timesteps, seeds)
+            case _:
+                scores = -metrics.denoising_losses(family, denoiser, latents, embeds, timesteps, seeds).mean(1)
+        return metrics.membership(scores[:12], scores[12:])
+
+    assert auc(family.pipeline.unet).auc > 0.9
+    low, high = auc(tiny_pipeline().unet).interval  # never trained: cannot know them
+    assert low < 0.5 < high
+
+
+@pytest.mark.parametrize(
+    ("attack", "arguments", "message"),
+    [
+        ("secmi", {"timestep": 25}, "positive multiple of stride 10, but got 25"),
+        ("secmi", {"timestep": 0}, "positive multiple of stride 10, but got 0"),
+        ("secmi", {"timestep": 990}, "timestep 1000 lies outside the schedule: use 0 to 999"),
+        ("secmi", {"latents": torch.empty(0, 4, 8, 8), "embeds": torch.empty(0, 8, 8)}, "at least one"),
+        ("pia", {"timestep": -1}, "timestep -1 lies outside"),
+        ("pia", {"embeds": torch.ones(2, 8, 8)}, r"as many images as conditions, at least one, not \[5, 2\]"),
+        ("clid", {"timesteps": [1000]}, "timestep 1000 lies outside"),
+        ("clid", {"seeds": [1]}, "5 images but 1 seeds"),
+    ],
+)
+def test_the_scores_refuse_what_they_cannot_judge(inputs, attack, arguments, message):
+    family = family_of(tiny_pipeline())
+    given = {"latents": inputs[0], "embeds": inputs[1]}
+    if attack == "clid":
+        given |= {"null_embedding": inputs[2], "timesteps": [5], "seeds": range(5)}
+    with pytest.raises(ValueError, match=message):
+        getattr(metrics, attack)(family, family.pipeline.unet, **{**given, **arguments})
+
+
+def test_the_rate_at_few_false_alarms_has_an_exact_interval():
+    members, others = torch.arange(40.0), torch.arange(100.0) - 70
+    result = metrics.membership(members, others)
+    for fpr in (0.01, 0.1):
+        limit = others.sort(descending=True).values[int(100 * fpr)]  # as many non-members lie above it
+        found = int((members > limit).sum())
+        assert result.tpr_at_fpr(fpr) == pytest.approx(found / 40)
+        assert result.tpr_interval(fpr) == pytest.approx(clopper_pearson(found, 40))
+    assert all(math.isnan(bound) for bound in result.tpr_interval(0.001))
+    assert all(math.isnan(bound) for bound in metrics.membership(members, others[:99]).tpr_interval(0.01))
+
+
+# --- noise norms along trajectories
+
+
+def test_trajectory_norms_follow_their_formula(family, inputs):
+    _, embeds, null = inputs
+    scheduler = DDIMScheduler.from_config(family.scheduler.config)
+    scheduler.set_timesteps(4)
+    norms = []
+    for i in range(5):
+        x = torch.randn((1, 4, 8, 8), generator=seeded_generator(i))
+        own = []
+        for t in scheduler.timesteps:
+            given, nothing = (epsilon_by_hand(family, x, c, int(t))[0] for c in (embeds[i : i + 1], null))
+            own.append((given - nothing).norm().item())
+            with torch.no_grad():
+                outputs = [family.pipeline.unet(x, t, c).sample for c in (embeds[i : i + 1], null)]
+            x = scheduler.step(outputs[1] + 3 * (outputs[0] - outputs[1]), t, x).prev_sample
+        norms.append(own)
+    unet = family.pipeline.unet
+    arguments = (embeds, null, family.scheduler, (4, 8, 8), range(5), 4, 3.0)
+    actual = metrics.trajectory_noise_norms(unet, *arguments)
+    np.testing.assert_allclose(actual.numpy(), np.mean(norms, axis=1), rtol=1e-3)
+    first = metrics.trajectory_noise_norms(unet, *arguments, first=1)
+    np.testing.assert_allclose(first.numpy(), np.array(norms)[:, 0], rtol=1e-3)
+
+
+def test_a_prompt_that_is_the_empty_one_does_not_steer(inputs):
+    family, null = family_of(tiny_pipeline()), inputs[2]
+    norms = metrics.trajectory_noise_norms(
+        family.pipeline.unet, null.expand(2, 8, 8), null, family.scheduler, (4, 8, 8), [0, 1], 2
+    )
+    torch.testing.assert_close(norms, torch.zeros(2), atol=1e-4, rtol=0)
+
+
+def test_no_step_of_a_trajectory_is_refused(inputs):
+    family = family_of(tiny_pipeline())
+    with pytest.raises(ValueError, match="first must lie between 1 and num_inference_steps 3, but got 4"):
+        metrics.trajectory_noise_norms(
+            family.pipeline.unet, inputs[1], inputs[2], family.scheduler, (4, 8, 8), range(5), 3, first=4
+        )
