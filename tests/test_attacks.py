@@ -1,7 +1,9 @@
 """Attacks and measures beside independent implementations, and cases whose figure must come out bad, or good."""
 
 import math
+from pathlib import Path
 
+import evaluate
 import numpy as np
 import pytest
 import torch
@@ -339,3 +341,183 @@ def test_no_step_of_a_trajectory_is_refused(inputs):
         metrics.trajectory_noise_norms(
             family.pipeline.unet, inputs[1], inputs[2], family.scheduler, (4, 8, 8), range(5), 3, first=4
         )
+
+
+# --- features
+
+
+def cosine_distances_by_hand(queries: torch.Tensor, references: torch.Tensor) -> np.ndarray:
+    a, b = (x.double().numpy() for x in (queries, references))
+    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
+    return np.array([min(1 - x @ y for y in b) for x in a])
+
+
+def test_the_nearest_share_counts_images_and_its_interval_is_the_bootstraps():
+    generated, train, held_out = draw(60, 6, seed=1), draw(20, 6, seed=2), draw(20, 6, seed=3)
+    result = metrics.nearest_share(generated, train, held_out)
+    to_train, to_held_out = (cosine_distances_by_hand(generated, r) for r in (train, held_out))
+    nearer = to_train < to_held_out
+    assert result.share == pytest.approx(nearer.mean()) and result.references == 20
+    for quantiles, distances in ((result.to_train, to_train), (result.to_held_out, to_held_out)):
+        assert quantiles[0.0] == pytest.approx(distances.min(), abs=1e-6)
+        assert quantiles[0.25] == pytest.approx(np.quantile(distances, 0.25), abs=1e-6)
+    rng = np.random.default_rng(1)
+    means = [rng.choice(nearer, 60).mean() for _ in range(4000)]
+    assert result.interval == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.03)
+    again = metrics.nearest_share(generated, train, held_out)
+    assert again == result  # whatever the global state
+
+
+def test_copies_are_nearer_to_the_training_images_and_fresh_images_are_not():
+    train, held_out = draw(50, 6, seed=2), draw(50, 6, seed=3)
+    bad = metrics.nearest_share(train[:30] + 1e-3 * draw(30, 6), train, held_out)
+    good = metrics.nearest_share(draw(200, 6, seed=4), draw(400, 6, seed=2), draw(400, 6, seed=3))
+    assert bad.share == 1 and bad.interval == pytest.approx(clopper_pearson(30, 30))
+    assert bad.to_train[0.95] < bad.to_held_out[0.05]
+    assert good.interval[0] < 0.5 < good.interval[1] and good.interval[1] - good.interval[0] < 0.2
+
+
+def test_the_larger_set_is_not_nearer_for_its_size():
+    generated, train, held_out = draw(300, 6, seed=1), draw(1000, 6, seed=2), draw(30, 6, seed=3)
+    assert (cosine_distances_by_hand(generated, train) < cosine_distances_by_hand(generated, held_out)).mean() > 0.9
+    result = metrics.nearest_share(generated, train, held_out)
+    assert result.references == 30 and 0.35 < result.share < 0.65
+
+
+def test_equal_sets_are_ties_and_tell_nothing():
+    train = draw(9, 6, seed=2)
+    result = metrics.nearest_share(draw(8, 6), train, train.clone())
+    assert result.share == 0.5 and result.interval[0] < 0.2 and result.interval[1] > 0.8
+
+
+def test_copy_similarity_follows_its_formula():
+    generated, train, held_out = draw(40, 6, seed=1), draw(50, 6, seed=2), draw(120, 6, seed=3)
+    result = metrics.copy_similarity(generated, train, held_out)
+    similarities = 1 - cosine_distances_by_hand(generated, train)
+    threshold = np.quantile(1 - cosine_distances_by_hand(held_out, train), 0.99)
+    copies = int((similarities > threshold).sum())
+    np.testing.assert_allclose(result.similarities.numpy(), similarities, atol=1e-6)
+    assert result.percentile_95 == pytest.approx(np.quantile(similarities, 0.95), abs=1e-6)
+    assert result.threshold == pytest.approx(threshold, abs=1e-6)
+    assert result.share == copies / 40 and result.interval == pytest.approx(clopper_pearson(copies, 40))
+
+
+def test_copies_are_told_by_similarity_and_fresh_images_are_not():
+    train, held_out = draw(100, 16, seed=2), draw(200, 16, seed=3)
+    bad = metrics.copy_similarity(torch.cat([train[:20], draw(20, 16, seed=4)]), train, held_out)
+    good = metrics.copy_similarity(draw(500, 16, seed=5), train, held_out)
+    assert bad.share >= 0.5 and bad.interval[0] > 0.3 and bad.percentile_95 == pytest.approx(1, abs=1e-6)
+    assert good.interval[0] < 0.02 and good.share < 0.05
+
+
+def test_kid_follows_its_formula():
+    generated, real = draw(12, 5, seed=1), draw(17, 5, seed=2) + 0.5
+    x, y = generated.double().numpy(), real.double().numpy()
+
+    def kernel(a, b):
+        return (a @ b / 5 + 1) ** 3
+
+    within_x = np.mean([kernel(x[i], x[j]) for i in range(12) for j in range(12) if i != j])
+    within_y = np.mean([kernel(y[i], y[j]) for i in range(17) for j in range(17) if i != j])
+    between = np.mean([kernel(a, b) for a in x for b in y])
+    expected = within_x + within_y - 2 * between
+    for chunk in (1, 7, 64):
+        assert metrics.kid(generated, real, chunk) == pytest.approx(expected, rel=1e-9)
+
+
+def test_kid_is_about_zero_for_one_distribution_and_large_for_two():
+    same = [metrics.kid(draw(100, 5, seed=2 * i), draw(100, 5, seed=2 * i + 1)) for i in range(30)]
+    assert abs(np.mean(same)) < 3 * np.std(same) / math.sqrt(30) and min(same) < 0
+    assert metrics.kid(draw(100, 5, seed=1), draw(100, 5, seed=2) + 2) > 10 * max(same)
+
+
+def test_precision_and_recall_follow_their_definition():
+    generated, real = draw(25, 3, seed=1), 1.5 * draw(30, 3, seed=2) + 0.5
+
+    def covered(queries, references, k=3):
+        radii = [sorted(np.linalg.norm(references - r, axis=1))[k] for r in references]
+        return np.mean([any(np.linalg.norm(q - r) <= s for r, s in zip(references, radii)) for q in queries])
+
+    x, y = generated.double().numpy(), real.double().numpy()
+    for chunk in (1, 7, 64):
+        result = metrics.precision_recall(generated, real, chunk=chunk)
+        assert result.precision == pytest.approx(covered(x, y)) and result.recall == pytest.approx(covered(y, x))
+    assert 0 < result.recall < 1
+
+
+def test_precision_is_lost_by_strange_images_and_recall_by_alike_ones():
+    real = draw(60, 3, seed=2)
+    assert metrics.precision_recall(real + 50, real) == (0, 0)
+    assert metrics.precision_recall(real, real) == (1, 1)
+    alike = metrics.precision_recall(real[:1] + 1e-3 * draw(30, 3), real)
+    assert alike.precision == 1 and alike.recall < 0.1
+
+
+@pytest.mark.parametrize("queries", [1, 7, 64])
+def test_distances_do_not_depend_on_how_many_images_are_given_at_once(queries):
+    generated, train = draw(70, 6, seed=1), draw(50, 6, seed=2)
+    parts = torch.cat([metrics.nearest_distances(part, train, chunk=queries) for part in generated.split(queries)])
+    torch.testing.assert_close(parts, metrics.nearest_distances(generated, train), atol=1e-6, rtol=0)
+
+
+ONES, NAN = torch.ones(3, 4), torch.full((3, 4), math.nan)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: metrics.nearest_share(draw(3, 4), draw(3, 4), torch.empty(0, 4)), "held_out: features must be"),
+        (lambda: metrics.nearest_share(NAN, draw(3, 4), draw(3, 4)), "generated: 3 of 3 rows of features are not"),
+        (lambda: metrics.nearest_share(0 * ONES, draw(3, 4), draw(3, 4)), "queries: 3 of 3 rows of features are zero"),
+        (lambda: metrics.copy_similarity(draw(3, 4), NAN, draw(3, 4)), "train: 3 of 3 rows"),
+        (lambda: metrics.copy_similarity(draw(3, 4), draw(3, 5), draw(3, 4)), r"different widths: \[4, 5\]"),
+        (lambda: metrics.copy_similarity(ONES, ONES, ONES), "cannot tell images apart, so that no copy can be told"),
+        (lambda: metrics.copy_similarity(draw(3, 4), draw(3, 4), draw(3, 4)), "3 of 3 held-out images are as near"),
+        (lambda: metrics.copy_similarity(ONES, ONES, ONES, 0), "false_alarms must lie between 0 and 1, but got 0"),
+        (lambda: metrics.kid(ONES[:1], ONES), "generated: a kernel distance needs at least 2 images, but got 1"),
+        (lambda: metrics.kid(ONES, NAN), "real: 3 of 3 rows"),
+        (lambda: metrics.precision_recall(ONES, draw(9, 4)), "generated: 3 neighbors of 3 images"),
+        (lambda: metrics.precision_recall(draw(9, 4), draw(9, 4), 0), "generated: 0 neighbors of 9 images"),
+    ],
+)
+def test_measures_refuse_what_they_cannot_judge(call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+# --- evaluate modules
+
+
+def test_the_evaluate_modules_give_what_the_functions_give():
+    generated, train, held_out = draw(12, 6, seed=1), draw(12, 6, seed=2), draw(12, 6, seed=3)
+
+    def of(name, *arguments, **keywords):
+        return evaluate.load(metrics.path(name)).compute(*arguments, **keywords)
+
+    actual = of("copy_similarity", predictions=generated, train=train.tolist(), held_out=held_out.tolist())
+    expected = metrics.copy_similarity(generated, train, held_out)
+    assert actual["copy_share"] == expected.share and actual["copy_share_high"] == expected.interval[1]
+    assert actual["copy_similarity"] == pytest.approx(expected.percentile_95, abs=1e-6)
+    assert of("kid", predictions=generated, real=train.tolist())["kid"] == pytest.approx(metrics.kid(generated, train))
+    actual = of("precision_recall", predictions=generated, real=train.tolist(), neighbors=2)
+    assert actual == metrics.precision_recall(generated, train, 2)._asdict()
+
+    images, originals = pictures(3, 4, seed=3), pictures(3, seed=1)
+    images[0] = originals[0]
+    others = pictures(9, seed=2)
+    arguments = {"predictions": images.tolist(), "references": originals.tolist(), "threshold": 1.0}
+    actual = of("extraction", **arguments, held_out=others.tolist())
+    expected = metrics.extraction(images, originals, 1.0, held_out=others)
+    assert actual["extraction_rate"] == actual["calibrated_rate"] == expected.rate == 1 / 3
+    assert actual["extracted"] == actual["calibrated"] == [True, False, False]
+    assert actual["extraction_rate_high"] == expected.interval[1]
+    assert "calibrated" not in of("extraction", **arguments)
+
+
+@pytest.mark.parametrize("name", metrics.MODULES)
+def test_each_module_has_a_card(name):
+    card = (Path(metrics.path(name)) / "README.md").read_text()
+    for part in ("Definition", "Source", "Range", "Cost", "Limits"):
+        assert f"**{part}.**" in card
+    assert "https://huggingface.co/papers/" in card

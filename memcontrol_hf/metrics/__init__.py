@@ -12,37 +12,51 @@ from pathlib import Path
 
 from .attacks import ExtractionResult, MembershipResult, extraction, membership, tile_distances
 from .distances import (
+    CopySimilarityResult,
+    NearestShareResult,
+    PrecisionRecall,
     amd,
     auth_pct,
     c_t,
+    copy_similarity,
     fid,
+    kid,
     nearest_distances,
+    nearest_share,
+    precision_recall,
 )
 from .white_box import clid, denoising_losses, noise_norm, pia, secmi, steering_norms, trajectory_noise_norms
 
 __all__ = [
     "MODULES",
+    "CopySimilarityResult",
     "ExtractionResult",
     "MembershipResult",
+    "NearestShareResult",
+    "PrecisionRecall",
     "amd",
     "auth_pct",
     "c_t",
     "clid",
+    "copy_similarity",
     "denoising_losses",
     "extraction",
     "fid",
+    "kid",
     "membership",
     "nearest_distances",
+    "nearest_share",
     "noise_norm",
     "path",
     "pia",
+    "precision_recall",
     "secmi",
     "steering_norms",
     "tile_distances",
     "trajectory_noise_norms",
 ]
 
-MODULES = ("amd", "fid", "membership", "noise_norm")
+MODULES = ("amd", "copy_similarity", "extraction", "fid", "kid", "membership", "noise_norm", "precision_recall")
 
 
 def path(name: str) -> str:

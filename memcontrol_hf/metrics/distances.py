@@ -2,11 +2,18 @@
 
 import math
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from scipy.stats import binomtest, bootstrap
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
+
+from ..diffusion import seeded_generator
 
 
 def _check_features(**sets: torch.Tensor) -> None:
@@ -22,25 +29,31 @@ def _check_features(**sets: torch.Tensor) -> None:
         raise ValueError(f"features of different widths: {sorted(widths)}; use one encoder for all sets")
 
 
-def nearest_distances(queries: torch.Tensor, references: torch.Tensor, chunk: int = 8192) -> torch.Tensor:
+def nearest_distances(queries: torch.Tensor, references: torch.Tensor, chunk: int = 2048) -> torch.Tensor:
     """Cosine distance of each query to its nearest reference.
 
     Args:
         queries (`torch.Tensor`): features `[M, D]`.
         references (`torch.Tensor`): features `[N, D]`.
-        chunk (`int`): references compared at once; bounds the memory.
+        chunk (`int`): queries and references compared at once; bounds the memory.
 
     Returns:
         `torch.Tensor`: `[M]`, in [0, 2]; 0 for a copy.
 
     Raises:
-        ValueError: for empty, non-finite or mismatched features.
+        ValueError: for empty, non-finite or mismatched features, and for rows of zeros, which have no direction.
     """
     _check_features(queries=queries, references=references)
+    for name, features in (("queries", queries), ("references", references)):
+        zeros = int((features == 0).all(1).sum())
+        if zeros:
+            raise ValueError(f"{name}: {zeros} of {len(features)} rows of features are zero and have no direction")
     queries = F.normalize(queries.float(), dim=1)
     best = queries.new_full((len(queries),), -1.0)
-    for part in references.split(chunk):
-        best = torch.maximum(best, (queries @ F.normalize(part.float(), dim=1).T).amax(1))
+    for part in references.to(queries.device).split(chunk):
+        part = F.normalize(part.float(), dim=1)
+        for own, so_far in zip(queries.split(chunk), best.split(chunk)):
+            torch.maximum(so_far, (own @ part.T).amax(1), out=so_far)
     return (1 - best).clamp(0, 2)
 
 
@@ -152,3 +165,225 @@ def _nearest_euclidean(
         distances.append(nearest.values)
         indices.append(nearest.indices)
     return torch.cat(distances), torch.cat(indices)
+
+
+QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+"""Of the distances in a [`NearestShareResult`]."""
+
+
+@dataclass(frozen=True)
+class NearestShareResult:
+    """How near generated images are to training images, beside held-out ones.
+
+    Args:
+        share (`float`):
+            Of the generated images that are nearer to the training images; .5 where nothing was memorized.
+        interval (`tuple[float, float]`):
+            Of the share, at 95 %.
+        references (`int`):
+            How many images of each set they were compared with.
+        to_train, to_held_out (`dict[float, float]`):
+            Quantile (`QUANTILES`) -> cosine distance to the nearest image of the set.
+    """
+
+    share: float
+    interval: tuple[float, float]
+    references: int
+    to_train: dict[float, float]
+    to_held_out: dict[float, float]
+
+
+def nearest_share(
+    generated: torch.Tensor, train: torch.Tensor, held_out: torch.Tensor, seed: int = 0, resamples: int = 2000
+) -> NearestShareResult:
+    """The share of generated images that are nearer to the training images than to held-out ones.
+
+    By cosine distance to the nearest image, against equally many images of both sets: the larger one is subsampled,
+    since more images are nearer by chance alone. A tie counts half.
+
+    The interval is the percentile bootstrap over the generated images (Efron & Tibshirani 1993, section 13.3). Where
+    all of them agree there is nothing to resample, and it is that of Clopper and Pearson. It takes the references and
+    the independence of the generated images as given: give one image for each prompt.
+
+    Args:
+        generated (`torch.Tensor`): features `[M, D]`.
+        train (`torch.Tensor`): features `[N, D]`.
+        held_out (`torch.Tensor`): features `[L, D]`, of the same domain as `train`.
+        seed (`int`): of the subsample and of the bootstrap.
+        resamples (`int`): of the bootstrap.
+
+    Returns:
+        [`NearestShareResult`]: a share well above .5 means that the training images were memorized.
+
+    Raises:
+        ValueError: for empty, non-finite, zero or mismatched features.
+    """
+    _check_features(generated=generated, train=train, held_out=held_out)
+    count = min(len(train), len(held_out))
+    distances = []
+    for i, references in enumerate((train, held_out)):
+        rows = torch.randperm(len(references), generator=seeded_generator(seed, i))[:count]
+        distances.append(nearest_distances(generated, references[rows.to(references.device)]).double().cpu())
+    to_train, to_held_out = distances
+    nearer = ((to_train < to_held_out).double() + (to_train == to_held_out).double() / 2).numpy()
+    share = float(nearer.mean())
+    if (nearer == nearer[0]).all():
+        exact = binomtest(round(share * len(nearer)), len(nearer)).proportion_ci(method="exact")
+        interval = (exact.low, exact.high)
+    else:
+        result = bootstrap(
+            (nearer,), np.mean, n_resamples=resamples, batch=100, method="percentile", rng=np.random.default_rng(seed)
+        )
+        interval = tuple(map(float, result.confidence_interval))
+    return NearestShareResult(share, interval, count, _quantiles(to_train), _quantiles(to_held_out))
+
+
+def _quantiles(distances: torch.Tensor) -> dict[float, float]:
+    return dict(zip(QUANTILES, np.quantile(distances.numpy(), QUANTILES).tolist()))
+
+
+@dataclass(frozen=True)
+class CopySimilarityResult:
+    """What a copy detector says of generated images.
+
+    Args:
+        percentile_95 (`float`): of the generated images' similarity to the nearest training image, in [-1, 1].
+        threshold (`float`): above it an image counts as a copy.
+        share (`float`): of the generated images that count as copies.
+        interval (`tuple[float, float]`): of the share, Clopper-Pearson at 95 %.
+        similarities (`torch.Tensor`): `[M]`, of each generated image, on the CPU.
+    """
+
+    percentile_95: float
+    threshold: float
+    share: float
+    interval: tuple[float, float]
+    similarities: torch.Tensor
+
+
+def copy_similarity(
+    generated: torch.Tensor, train: torch.Tensor, held_out: torch.Tensor, false_alarms: float = 0.01
+) -> CopySimilarityResult:
+    """How alike generated images are to the nearest training image, in the features of a copy detector.
+
+    The 95th percentile of the cosine similarity is what Somepalli et al. report
+    (https://huggingface.co/papers/2212.03860). No threshold of it carries from one detector or domain to another, so
+    it is the similarity to the nearest training image that all but `false_alarms` of the held-out images stay below:
+    they cannot be copies.
+
+    Args:
+        generated (`torch.Tensor`): features `[M, D]`.
+        train (`torch.Tensor`): features `[N, D]`.
+        held_out (`torch.Tensor`): features `[L, D]`, of the same domain as `train`. With fewer than `1 / false_alarms`
+            images the threshold lies near the largest of them, and more than the nominal share is called a copy.
+        false_alarms (`float`): nominal share of images that are no copies and are called so; .01 takes the 99th
+            percentile.
+
+    Returns:
+        [`CopySimilarityResult`]: compare the share with `false_alarms`.
+
+    Raises:
+        ValueError: for empty, non-finite, zero or mismatched features, and when no image could pass the threshold:
+            held-out images are among the training images, or the detector cannot tell images apart.
+    """
+    if not 0 < false_alarms < 1:
+        raise ValueError(f"false_alarms must lie between 0 and 1, but got {false_alarms}")
+    _check_features(generated=generated, train=train, held_out=held_out)
+    similarities = 1 - nearest_distances(generated, train).double().cpu()
+    innocent = 1 - nearest_distances(held_out, train).double().cpu()
+    threshold = float(np.quantile(innocent.numpy(), 1 - false_alarms))
+    if threshold > 1 - 1e-6:
+        raise ValueError(
+            f"{int((innocent > 1 - 1e-6).sum())} of {len(innocent)} held-out images are as near to a training image "
+            "as a copy is: the sets overlap, or this detector cannot tell images apart, so that no copy can be told"
+        )
+    copies = int((similarities > threshold).sum())
+    interval = binomtest(copies, len(similarities)).proportion_ci(method="exact")
+    percentile = float(np.quantile(similarities.numpy(), 0.95))
+    return CopySimilarityResult(
+        percentile, threshold, copies / len(similarities), (interval.low, interval.high), similarities
+    )
+
+
+def kid(generated: torch.Tensor, real: torch.Tensor, chunk: int = 2048) -> float:
+    """Kernel distance between two sets of features (Bińkowski et al., https://huggingface.co/papers/1801.01401).
+
+    The unbiased squared MMD with the kernel `(x·y / D + 1)³`, over all images: no random subsets. Unlike the Fréchet
+    distance it has no bias for small sets.
+
+    Args:
+        generated (`torch.Tensor`): features `[M, D]`, M > 1.
+        real (`torch.Tensor`): features `[N, D]`, N > 1.
+        chunk (`int`): images compared at once; bounds the memory.
+
+    Returns:
+        `float`: 0 on average for sets of one distribution (it can be below), unbounded above; lower is better.
+
+    Raises:
+        ValueError: for fewer than 2 images, and for non-finite or mismatched features.
+    """
+    _check_features(generated=generated, real=real)
+    for name, features in (("generated", generated), ("real", real)):
+        if len(features) < 2:
+            raise ValueError(f"{name}: a kernel distance needs at least 2 images, but got {len(features)}")
+
+    def kernel(dots: torch.Tensor) -> torch.Tensor:
+        return (dots / real.shape[1] + 1).pow(3)
+
+    def total(a: torch.Tensor, b: torch.Tensor) -> float:
+        return sum(kernel(x @ y.T).sum().item() for x in a.split(chunk) for y in b.split(chunk))
+
+    def within(a: torch.Tensor) -> float:
+        return (total(a, a) - kernel(a.square().sum(1)).sum().item()) / (len(a) * (len(a) - 1))
+
+    x, y = generated.double(), real.double()
+    return within(x) + within(y) - 2 * total(x, y) / (len(x) * len(y))
+
+
+class PrecisionRecall(NamedTuple):
+    """How many generated images look real, and how much of the real images is covered: each in [0, 1]."""
+
+    precision: float
+    recall: float
+
+
+def precision_recall(
+    generated: torch.Tensor, real: torch.Tensor, neighbors: int = 3, chunk: int = 1024
+) -> PrecisionRecall:
+    """Precision and recall of Kynkäänniemi et al. 2019 (https://huggingface.co/papers/1904.06991).
+
+    A set covers the balls around its images that reach to each one's k-th nearest image of the same set, by Euclidean
+    distance. Precision is the share of generated images that the real ones cover, recall the share of real images that
+    the generated ones cover. Copies of real images have perfect precision: read it beside a measure of memorization.
+
+    Args:
+        generated (`torch.Tensor`): features `[M, D]`, M > `neighbors`.
+        real (`torch.Tensor`): features `[N, D]`, N > `neighbors`; the figures change with M and N.
+        neighbors (`int`): k; the paper's is 3.
+        chunk (`int`): images compared at once; bounds the memory.
+
+    Returns:
+        [`PrecisionRecall`]: `precision` and `recall`, each in [0, 1], higher is better.
+
+    Raises:
+        ValueError: for no more images than neighbours, and for non-finite or mismatched features.
+    """
+    _check_features(generated=generated, real=real)
+    for name, features in (("generated", generated), ("real", real)):
+        if not 1 <= neighbors < len(features):
+            raise ValueError(
+                f"{name}: {neighbors} neighbors of {len(features)} images; it must be 1 or more, and fewer"
+            )
+
+    def each(queries: torch.Tensor, references: torch.Tensor, judge: Callable) -> torch.Tensor:
+        return torch.cat([judge(torch.cdist(part, references)) for part in queries.split(chunk)])
+
+    def radii(features: torch.Tensor) -> torch.Tensor:  # an image is its own nearest, at 0
+        return each(features, features, lambda distances: distances.kthvalue(neighbors + 1, dim=1).values)
+
+    def covered(queries: torch.Tensor, references: torch.Tensor) -> float:
+        reach = radii(references)
+        return each(queries, references, lambda distances: (distances <= reach).any(1)).double().mean().item()
+
+    x, y = generated.double(), real.double()
+    return PrecisionRecall(covered(x, y), covered(y, x))
