@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 # The purposes that random draws are seeded for; the trainer's own are below 100.
-_PROMPTS, _MEMBERS, _NONMEMBERS, _SAMPLES, _QUALITY, _HALVES = range(100, 106)
+_PROMPTS, _MEMBERS, _NONMEMBERS, _SAMPLES, _QUALITY, _HALVES, _REFERENCES = range(100, 107)
 
 CLIQUE = 3
 """Images of one prompt that must be alike for an extraction."""
@@ -44,6 +44,8 @@ PAPER_THRESHOLD = 20.0
 """Of the tile distance, for RGB at 224 pixels; it scales with the side."""
 FALSE_ALARMS = 0.01
 """Rate at which copies and members are allowed to be found among held-out images."""
+REFERENCES = 500
+"""Held-out images that the calibrated extraction looks for neighbours among, at most."""
 REVIEWED = 50
 """Pairs on the page for a person to look through."""
 
@@ -334,9 +336,15 @@ def _of_pipeline(
     images = _generate(pipeline, members, rows, count, _SAMPLES, settings)
     originals = members.pixels(rows)
     threshold = PAPER_THRESHOLD * settings.resolution / 224
-    extracted = measures.extraction(images.unflatten(0, (len(rows), count)), originals, threshold, CLIQUE)
+    order = torch.randperm(len(others), generator=seeded_generator(settings.seed, _REFERENCES))[:REFERENCES].tolist()
+    references = others.pixels([others.rows[i] for i in order])
+    extracted = measures.extraction(
+        images.unflatten(0, (len(rows), count)), originals, threshold, CLIQUE, held_out=references
+    )
     figures["extraction_rate"] = Figure(extracted.rate, *extracted.interval)
-    caught["extraction"] = ({row for row, hit in zip(rows, extracted.extracted) if hit}, set(rows))
+    figures["extraction_rate_calibrated"] = Figure(extracted.calibrated_rate, *extracted.calibrated_interval)
+    for name, hits in (("extraction", extracted.extracted), ("extraction_calibrated", extracted.calibrated)):
+        caught[name] = ({row for row, hit in zip(rows, hits) if hit}, set(rows))
 
     features = members.encoder(images)
     distances = _of_features(images, features, count, members, others, settings)
@@ -358,9 +366,14 @@ def _membership_scores(family, denoiser, images: _Images, purpose: int, settings
     encoded = encode(images.data, family, settings.resolution)[images.rows]
     seeds = [(settings.seed, purpose, row) for row in images.rows]
     latents, embeds = encoded["latents"], encoded["prompt_embeds"]
-    timesteps = family.timesteps(settings.num_timesteps)
-    losses = measures.denoising_losses(family, denoiser, latents, embeds, timesteps, seeds, settings.batch_size)
-    return {"loss": -losses.mean(1)}
+    null, timesteps, size = family.encode_prompts([""]), family.timesteps(settings.num_timesteps), settings.batch_size
+    losses = measures.denoising_losses(family, denoiser, latents, embeds, timesteps, seeds, size)
+    return {
+        "loss": -losses.mean(1),
+        "secmi": measures.secmi(family, denoiser, latents, embeds, batch_size=size),
+        "pia": measures.pia(family, denoiser, latents, embeds, batch_size=size),
+        "clid": measures.clid(family, denoiser, latents, embeds, null.to(embeds), timesteps, seeds, size),
+    }
 
 
 def _of_images(images: _Images, members: _Images, others: _Images, settings: AuditSettings) -> _Attacked:
@@ -413,7 +426,7 @@ def _tpr(outcome: measures.MembershipResult) -> Figure:
     rate = outcome.tpr_at_fpr(FALSE_ALARMS)
     if rate != rate:
         return Figure(None, note=f"not estimable from {outcome.nonmembers} held-out images: it needs 100")
-    return _share(round(rate * outcome.members), outcome.members)
+    return Figure(rate, *outcome.tpr_interval(FALSE_ALARMS))
 
 
 def _prompt_rows(images: _Images, settings: AuditSettings) -> list[int]:

@@ -71,7 +71,7 @@ def test_a_memorizing_fine_tune_is_caught_and_its_base_is_not(tmp_path):
     data = demo_dataset()
     once = data["train"].filter(lambda text, seen=set(): not (text in seen or seen.add(text)), input_columns="text")
     train = concatenate_datasets([once.select(range(16)), once.select([0, 1] * 3)])
-    held_out = data["held_out"].select(range(64))
+    held_out = data["held_out"].select(range(40))
     pipeline = demo_pipeline()
     trainer = MemControlTrainer(
         pipeline=pipeline,
@@ -89,13 +89,21 @@ def test_a_memorizing_fine_tune_is_caught_and_its_base_is_not(tmp_path):
     )
     trainer.train()
     trainer.save_model()
-    settings = AuditSettings(resolution=64, num_prompts=4, images_per_prompt=3, inference_steps=5, guidance_scale=3.0)
+    settings = AuditSettings(
+        resolution=64,
+        num_prompts=3,
+        images_per_prompt=3,
+        num_quality_images=8,
+        inference_steps=4,
+        guidance_scale=3.0,
+        num_timesteps=3,
+    )
     report = audit_memorization(
         train, held_out, pipeline=demo_pipeline(), adapter=tmp_path / "adapter", settings=settings
     )
     auc = report.audit["measures"]["membership_auc_loss"]
     assert auc["model"]["value"] > 0.9 and auc["model"]["low"] > 0.75
-    assert auc["frozen_base"]["value"] < 0.65 and 0.3 < auc["held_out_as_train"]["value"] < 0.7
+    assert auc["frozen_base"]["value"] < 0.7 and 0.25 < auc["held_out_as_train"]["value"] < 0.75
     canaries = report.audit["canaries"]
     assert canaries["planted"] == 2 and canaries["caught"]["membership_loss"] == {"caught": 2, "of": 2}
     assert canaries["caught"]["extraction"]["of"] == 2, "canaries come first among the prompts"
