@@ -226,13 +226,9 @@ def extraction(
     reference = None if held_out is None else _tiles(held_out.to(generated.device))
     memorized, extracted, nearest, ratios = [], [], [], []
     for images, original in zip(generated, train):
-        # Seen from the training image, copies of it are short vectors: their distances lose no digits in float32.
-        tiles = _tiles(images - original.to(images))
-        to_original = tiles.norm(dim=2).amax(0)
-        joined = _all_distances(tiles) <= threshold
+        joined, to_original = _compare(images, original.to(images), threshold)
         near = (to_original <= threshold).tolist()
-        graph = networkx.from_numpy_array(joined.fill_diagonal_(False).cpu().numpy())
-        members = {node for node in graph if _in_clique(graph, node, clique_size)}
+        members = _in_cliques(joined, clique_size)
         memorized.append(bool(members))
         extracted.append(any(near[node] for node in members))
         nearest.append(to_original.min().item())
@@ -248,11 +244,26 @@ def extraction(
     return ExtractionResult(*result, calibrated, torch.tensor(ratios), *_rate(calibrated.tolist()))
 
 
-def _all_distances(tiles: torch.Tensor) -> torch.Tensor:
-    """Tiles `[16, N, D]` -> tile distances among the images, `[N, N]`."""
-    products = tiles @ tiles.mT
-    squares = products.diagonal(dim1=1, dim2=2)
-    return (squares[:, :, None] + squares[:, None] - 2 * products).amax(0).clamp(min=0).sqrt()
+def _compare(images: torch.Tensor, original: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which images `[K, C, H, W]` are within the threshold of each other, and how far each is from the original.
+
+    Returns:
+        bool `[K, K]`, above the diagonal only, and the tile distances `[K]`.
+    """
+    height, width = (side // TILES for side in images.shape[-2:])
+    joined = torch.ones(len(images), len(images), dtype=torch.bool, device=images.device).triu(1)
+    to_original = torch.zeros(len(images), device=images.device)
+    for y in range(0, images.shape[-2], height):
+        for x in range(0, images.shape[-1], width):
+            # Seen from the training image, copies of it are short vectors: float32 keeps their distances.
+            tile = images[..., y : y + height, x : x + width] - original[..., y : y + height, x : x + width]
+            tile = tile.float().flatten(1)
+            norms = tile.norm(dim=1)
+            to_original = torch.maximum(to_original, norms)
+            if joined.any():  # one tile is enough to part two images
+                squares = norms.square()
+                joined &= squares[:, None] + squares - 2 * (tile @ tile.T) <= threshold**2
+    return joined, to_original
 
 
 def _rate(found: list[bool]) -> tuple[float, tuple[float, float]]:
@@ -261,7 +272,14 @@ def _rate(found: list[bool]) -> tuple[float, tuple[float, float]]:
     return sum(found) / len(found), (interval.low, interval.high)
 
 
-def _in_clique(graph: networkx.Graph, node: int, size: int) -> bool:
-    """Whether a node belongs to a clique of at least `size`: its neighbours hold one of `size - 1`."""
-    neighbours = graph.subgraph(graph[node])
-    return any(len(clique) >= size - 1 for clique in networkx.find_cliques(neighbours))
+def _in_cliques(joined: torch.Tensor, size: int) -> set[int]:
+    """The images that belong to a clique of at least `size`, by which pairs are joined: bool `[K, K]`."""
+    graph = networkx.Graph(joined.nonzero().tolist())
+    members = set()
+    for node in graph:
+        if node not in members:  # its neighbours must hold a clique of `size - 1`
+            neighbours = graph.subgraph(graph[node]).copy()
+            large = (clique for clique in networkx.find_cliques(neighbours) if len(clique) >= size - 1)
+            if clique := next(large, None):
+                members.update(clique, [node])
+    return members
