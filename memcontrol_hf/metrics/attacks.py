@@ -277,9 +277,7 @@ def _in_cliques(joined: torch.Tensor, size: int) -> set[int]:
     graph = networkx.Graph(joined.nonzero().tolist())
     members = set()
     for node in graph:
-        if node not in members:  # its neighbours must hold a clique of `size - 1`
-            neighbours = graph.subgraph(graph[node]).copy()
-            large = (clique for clique in networkx.find_cliques(neighbours) if len(clique) >= size - 1)
-            if clique := next(large, None):
-                members.update(clique, [node])
+        if node not in members:
+            large = (clique for clique in networkx.find_cliques(graph, [node]) if len(clique) >= size)
+            members.update(next(large, ()))
     return members
