@@ -21,8 +21,8 @@ def _check_features(**sets: torch.Tensor) -> None:
     for name, features in sets.items():
         if features.ndim != 2 or len(features) == 0:
             raise ValueError(f"{name}: features must be [N, D] with N > 0, but got {list(features.shape)}")
-        if not torch.isfinite(features).all():
-            bad = int((~torch.isfinite(features).all(1)).sum())
+        bad = sum(int((~part.isfinite().all(1)).sum()) for part in features.split(8192))
+        if bad:
             raise ValueError(f"{name}: {bad} of {len(features)} rows of features are not finite")
         widths.add(features.shape[1])
     if len(widths) > 1:
@@ -45,7 +45,7 @@ def nearest_distances(queries: torch.Tensor, references: torch.Tensor, chunk: in
     """
     _check_features(queries=queries, references=references)
     for name, features in (("queries", queries), ("references", references)):
-        zeros = int((features == 0).all(1).sum())
+        zeros = sum(int((part == 0).all(1).sum()) for part in features.split(8192))
         if zeros:
             raise ValueError(f"{name}: {zeros} of {len(features)} rows of features are zero and have no direction")
     queries = F.normalize(queries.float(), dim=1)
