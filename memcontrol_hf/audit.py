@@ -22,13 +22,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from datasets import Dataset
-from scipy.stats import beta
 from torch.nn import functional as F
 
 from . import metrics as measures
-from .data import encode, to_pixels
+from .data import encode, first_rows, to_pixels
 from .diffusion import family_of, seeded_generator
-from .features import Encoder, encoder_name, load_encoder
+from .features import Encoder, encoder_name, features_of, load_encoder
 from .report import MemorizationReport
 from .sampling import generate
 
@@ -127,10 +126,7 @@ class _Images:
         digests = [
             hashlib.sha256(repr(i.size).encode() + i.convert("RGB").tobytes()).hexdigest() for i in data["image"]
         ]
-        first: dict[str, int] = {}
-        for row, digest in enumerate(digests):
-            first.setdefault(digest, row)
-        return cls(data, sorted(first.values()), digests, resolution, encoder)
+        return cls(data, first_rows(digests), digests, resolution, encoder)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -138,10 +134,14 @@ class _Images:
     def select(self, rows: Sequence[int]) -> "_Images":
         return _Images(self.data, rows, self.digests, self.resolution, self.encoder)
 
+    def shuffled(self, seed: int, purpose: int) -> list[int]:
+        """The rows in an order that the seed and the purpose draw."""
+        order = torch.randperm(len(self), generator=seeded_generator(seed, purpose)).tolist()
+        return [self.rows[i] for i in order]
+
     def halves(self, seed: int) -> "tuple[_Images, _Images]":
-        order = torch.randperm(len(self), generator=seeded_generator(seed, _HALVES)).tolist()
-        middle = len(self) // 2
-        return tuple(self.select(sorted(self.rows[i] for i in part)) for part in (order[:middle], order[middle:]))
+        rows, middle = self.shuffled(seed, _HALVES), len(self) // 2
+        return self.select(sorted(rows[:middle])), self.select(sorted(rows[middle:]))
 
     def repeated(self) -> set[int]:
         """Rows of the images that occur more than once: the canaries."""
@@ -155,8 +155,7 @@ class _Images:
     @cached_property
     def features(self) -> torch.Tensor:
         """`[N, D]` of all rows."""
-        parts = [self.rows[i : i + 64] for i in range(0, len(self.rows), 64)]
-        return torch.cat([self.encoder(self.pixels(part)) for part in parts])
+        return features_of(self.encoder, self.data, self.rows, self.resolution)
 
 
 @dataclass
@@ -212,16 +211,16 @@ def audit_memorization(
         raise ValueError("give either a pipeline or generated images")
     columns = ["image"] if pipeline is None else ["image", "text"]
     _check_columns({"train": train, "held_out": held_out}, columns)
-    name, encoder = encoder_name(encoder), load_encoder(encoder)
-    members, others = (_Images.read(data, settings.resolution, encoder) for data in (train, held_out))
-    _check_sets(members, others)
-    half, other_half = others.halves(settings.seed)
-    base = None
     if pipeline is not None:
         family_of(pipeline).check_resolution(settings.resolution)
     if adapter is not None:
         base_pipeline = _copied(pipeline)
         load_adapter(pipeline, adapter)  # before the long work, so that a bad one costs nothing
+    name, encoder = encoder_name(encoder), load_encoder(encoder)
+    members, others = (_Images.read(data, settings.resolution, encoder) for data in (train, held_out))
+    _check_sets(members, others)
+    half, other_half = others.halves(settings.seed)
+    base = None
     if pipeline is None:
         _check_columns({"generated": generated}, ["image"])
         images = _Images.read(generated, settings.resolution, encoder)
@@ -336,8 +335,7 @@ def _of_pipeline(
     images = _generate(pipeline, members, rows, count, _SAMPLES, settings)
     originals = members.pixels(rows)
     threshold = PAPER_THRESHOLD * settings.resolution / 224
-    order = torch.randperm(len(others), generator=seeded_generator(settings.seed, _REFERENCES))[:REFERENCES].tolist()
-    references = others.pixels([others.rows[i] for i in order])
+    references = others.pixels(others.shuffled(settings.seed, _REFERENCES)[:REFERENCES])
     extracted = measures.extraction(
         images.unflatten(0, (len(rows), count)), originals, threshold, CLIQUE, held_out=references
     )
@@ -346,16 +344,14 @@ def _of_pipeline(
     for name, hits in (("extraction", extracted.extracted), ("extraction_calibrated", extracted.calibrated)):
         caught[name] = ({row for row, hit in zip(rows, hits) if hit}, set(rows))
 
-    features = members.encoder(images)
-    distances = _of_features(images, features, count, members, others, settings)
+    features, limit = members.encoder(images), _copy_limit(members, others)
+    distances = _of_features(images, features, count, members, others, limit, settings)
     figures |= distances.figures
     own = F.normalize(members.encoder(originals), dim=1)[:, None]
     to_own = (F.normalize(features, dim=1).unflatten(0, (len(rows), count)) * own).sum(-1).amax(1)
-    limit = _copy_limit(members, others)
     caught["copy"] = ({row for row, similarity in zip(rows, to_own) if similarity > limit}, set(rows))
     if quality:
-        order = torch.randperm(len(others), generator=seeded_generator(settings.seed, _QUALITY)).tolist()
-        fresh_rows = [others.rows[i] for i in order[: settings.num_quality_images]]
+        fresh_rows = others.shuffled(settings.seed, _QUALITY)[: settings.num_quality_images]
         fresh = _generate(pipeline, others, fresh_rows, 1, _QUALITY, settings)
         figures["fid"] = Figure(measures.fid(others.encoder(fresh), others.features))
     return _Attacked(figures, caught, distances.pairs)
@@ -372,12 +368,13 @@ def _membership_scores(family, denoiser, images: _Images, purpose: int, settings
         "loss": -losses.mean(1),
         "secmi": measures.secmi(family, denoiser, latents, embeds, batch_size=size),
         "pia": measures.pia(family, denoiser, latents, embeds, batch_size=size),
-        "clid": measures.clid(family, denoiser, latents, embeds, null.to(embeds), timesteps, seeds, size),
+        "clid": measures.clid(family, denoiser, latents, embeds, null.to(embeds), timesteps, seeds, size, losses),
     }
 
 
 def _of_images(images: _Images, members: _Images, others: _Images, settings: AuditSettings) -> _Attacked:
-    return _of_features(images.pixels(images.rows), images.features, 1, members, others, settings)
+    limit = _copy_limit(members, others)
+    return _of_features(images.pixels(images.rows), images.features, 1, members, others, limit, settings)
 
 
 def _of_features(
@@ -386,6 +383,7 @@ def _of_features(
     per_prompt: int,
     members: _Images,
     others: _Images,
+    limit: float,
     settings: AuditSettings,
 ) -> _Attacked:
     """How near generated images `[N, 3, H, W]`, with their features `[N, D]`, are to both sets."""
@@ -400,7 +398,7 @@ def _of_features(
     prompts = len(features) // per_prompt
     figures = {
         "nearest_share": _share((to_members < to_others).double().mean().item() * prompts, prompts),
-        "copy_share": _share((best > _copy_limit(members, others)).double().mean().item() * prompts, prompts),
+        "copy_share": _share((best > limit).double().mean().item() * prompts, prompts),
         "amd": Figure(to_members.mean().item()),
         "amd_held_out": Figure(to_others.mean().item()),
         "c_t": Figure(measures.c_t(features, members.features, others.features)),
@@ -417,9 +415,7 @@ def _copy_limit(members: _Images, others: _Images) -> float:
 
 def _share(found: float, of: int) -> Figure:
     """With its Clopper-Pearson interval. `found` may be a fraction: the images of a prompt count as one draw."""
-    low = 0.0 if found <= 0 else float(beta.ppf(0.025, found, of - found + 1))
-    high = 1.0 if found >= of else float(beta.ppf(0.975, found + 1, of - found))
-    return Figure(found / of, low, high)
+    return Figure(found / of, *measures.clopper_pearson(found, of))
 
 
 def _tpr(outcome: measures.MembershipResult) -> Figure:
@@ -431,9 +427,8 @@ def _tpr(outcome: measures.MembershipResult) -> Figure:
 
 def _prompt_rows(images: _Images, settings: AuditSettings) -> list[int]:
     """Rows whose captions are sampled: repeated images first, the others in a seeded order."""
-    order = torch.randperm(len(images), generator=seeded_generator(settings.seed, _PROMPTS)).tolist()
     repeated = images.repeated()
-    rows = sorted((images.rows[i] for i in order), key=lambda row: row not in repeated)
+    rows = sorted(images.shuffled(settings.seed, _PROMPTS), key=lambda row: row not in repeated)
     return rows[: settings.num_prompts]
 
 
@@ -462,11 +457,12 @@ def _check_sets(members: _Images, others: _Images) -> None:
     for name, images, least in (("train", members, 2), ("held_out", others, 8)):
         if len(images) < least:
             raise ValueError(f"the {name} set has {len(images)} different images, but an audit needs {least} or more")
-        if (images.features == images.features[0]).all():
-            raise ValueError(f"the encoder gives all {len(images)} images of the {name} set the same features")
     shared = len(set(members.digests) & set(others.digests))
     if shared:
         raise ValueError(f"{shared} images are in train and in held_out too: they must be disjoint")
+    for name, images in (("train", members), ("held_out", others)):  # last, since features take long
+        if (images.features == images.features[0]).all():
+            raise ValueError(f"the encoder gives all {len(images)} images of the {name} set the same features")
 
 
 def _fingerprint(digests: Sequence[str], key_file: Path) -> str:

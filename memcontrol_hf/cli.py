@@ -71,11 +71,12 @@ def _audit(args: argparse.Namespace) -> int:
         raise ValueError("--base_pipeline is for a whole fine-tuned --pipeline: an adapter's base is the pipeline")
 
     from .audit import AuditSettings, audit_memorization
+    from .diffusion import load_pipeline
 
     captions = args.caption_column if args.pipeline else None
     train, held_out = (_images(getattr(args, name), name, captions) for name in ("train", "held_out"))
     generated = None if args.generated is None else _images(args.generated, "generated", None)
-    pipeline, base = (_pipeline(name) for name in (args.pipeline, args.base_pipeline))
+    pipeline, base = (name and load_pipeline(name) for name in (args.pipeline, args.base_pipeline))
     resolution = args.resolution
     if resolution is None:
         resolution = min(generated[0]["image"].size) if pipeline is None else _trained_at(pipeline)
@@ -102,9 +103,9 @@ def _audit(args: argparse.Namespace) -> int:
 
 def _images(name: str, split: str, caption_column: str | None) -> "Dataset":
     """The images of a folder, with their captions if a column is given; `demo`: the demo's split of that name."""
-    from datasets import Image, load_dataset
+    from datasets import load_dataset
 
-    from .data import read_image
+    from .data import check_readable
 
     if name == "demo":
         from .demo import demo_dataset
@@ -116,9 +117,7 @@ def _images(name: str, split: str, caption_column: str | None) -> "Dataset":
         data = load_dataset("imagefolder", data_dir=name, split="train")
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"--{split} {name!r} holds no images: {str(error).splitlines()[0]}") from None
-    undecoded = data.cast_column("image", Image(decode=False))
-    for row in range(len(undecoded)):
-        read_image(undecoded[row]["image"], split, row)
+    check_readable(data, split)
     if caption_column is None:
         return data.select_columns(["image"])
     if caption_column not in data.column_names:
@@ -128,21 +127,6 @@ def _images(name: str, split: str, caption_column: str | None) -> "Dataset":
         )
     data = data.select_columns(["image", caption_column])
     return data if caption_column == "text" else data.rename_column(caption_column, "text")
-
-
-def _pipeline(name: str | None):
-    if name is None:
-        return None
-    if name == "demo":
-        from .demo import demo_pipeline
-
-        return demo_pipeline()
-    from diffusers import DiffusionPipeline
-
-    try:
-        return DiffusionPipeline.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the pipeline {name!r}: {str(error).splitlines()[0]}") from None
 
 
 def _trained_at(pipeline) -> int:

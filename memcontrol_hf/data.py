@@ -5,7 +5,7 @@ final measurement.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -120,12 +120,17 @@ def check_images(data: DatasetDict) -> None:
         for row, text in enumerate(dataset["text"]):
             if not isinstance(text, str):
                 raise ValueError(f"the caption of row {row} of the {name} split is no text but {type(text).__name__}")
-        undecoded = dataset.cast_column("image", Image(decode=False))
-        for row in range(len(undecoded)):
-            read_image(undecoded[row]["image"], name, row)
+        check_readable(dataset, name)
 
 
-def read_image(stored: dict, split_name: str, row: int) -> PILImage.Image:
+def check_readable(dataset: Dataset, split_name: str) -> None:
+    """Raise `ValueError`, which names it, for the first image that cannot be read."""
+    undecoded = dataset.cast_column("image", Image(decode=False))
+    for row in range(len(undecoded)):
+        _read_image(undecoded[row]["image"], split_name, row)
+
+
+def _read_image(stored: dict, split_name: str, row: int) -> PILImage.Image:
     path = stored.get("path")
     try:
         image = Image().decode_example(stored)
@@ -282,7 +287,12 @@ def weights_digest(module: nn.Module) -> str:
 
 def unique_rows(encoded: Dataset) -> list[int]:
     """The first row of each distinct image of an encoded dataset: exact repeats count once."""
-    first: dict[int, int] = {}
-    for row, pixels in enumerate(encoded["pixels"]):
-        first.setdefault(int(pixels), row)
-    return sorted(first.values())
+    return first_rows(int(pixels) for pixels in encoded["pixels"])
+
+
+def first_rows(keys: Iterable[Hashable]) -> list[int]:
+    """The row in which each distinct key occurs first, in order."""
+    first: dict[Hashable, int] = {}
+    for row, key in enumerate(keys):
+        first.setdefault(key, row)
+    return list(first.values())

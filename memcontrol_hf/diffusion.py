@@ -141,6 +141,24 @@ def family_of(pipeline: "DiffusionPipeline") -> StableDiffusionFamily:
     raise ValueError(f"{type(pipeline).__name__} is no pipeline that can be tuned here; known: {known}")
 
 
+def load_pipeline(name: str, revision: str | None = None, variant: str | None = None) -> "DiffusionPipeline":
+    """A pipeline by name: `"demo"` for the one in the package, a Hub id or a folder.
+
+    Raises:
+        ValueError: when it cannot be loaded.
+    """
+    if name == "demo":
+        from .demo import demo_pipeline
+
+        return demo_pipeline()
+    from diffusers import DiffusionPipeline
+
+    try:
+        return DiffusionPipeline.from_pretrained(name, revision=revision, variant=variant)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the pipeline {name!r}: {str(error).splitlines()[0]}") from None
+
+
 def predict(
     denoiser: nn.Module,
     scheduler: DDPMScheduler,

@@ -1,10 +1,17 @@
 """Image encoders behind one small interface: images `[N, 3, H, W]` in [0, 1] -> features `[N, D]`."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from .data import to_pixels
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class Encoder(nn.Module):
@@ -58,6 +65,12 @@ class Encoder(nn.Module):
             pooled = output.get("pooler_output")
             features = pooled if pooled is not None else output["last_hidden_state"][:, 0]
         return features.flatten(1)
+
+
+def features_of(encoder: Encoder, images: "Dataset", rows: Sequence[int], resolution: int) -> torch.Tensor:
+    """Features `[len(rows), D]` of some rows of a dataset with the column `image`, read in parts."""
+    parts = [list(rows[i : i + 64]) for i in range(0, len(rows), 64)]
+    return torch.cat([encoder(to_pixels(images[part]["image"], resolution)) for part in parts])
 
 
 def load_encoder(encoder: str | nn.Module, device: torch.device | str = "cpu") -> Encoder:

@@ -19,9 +19,9 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArg
 from transformers.trainer_utils import BestRun, TrainOutput, get_last_checkpoint
 
 from . import metrics as measures
-from .data import encode, to_pixels, unique_rows
+from .data import encode, unique_rows
 from .diffusion import family_of, seeded_generator
-from .features import Encoder, load_encoder
+from .features import Encoder, features_of, load_encoder
 from .mitigations import Conditions, EarlyStopCallback, parse_mitigations
 from .sampling import denoiser_in_place, generate
 from .search import run_search
@@ -452,10 +452,7 @@ class MemControlTrainer(Trainer):
         """Features of the distinct images themselves, computed once: `[N, D]`."""
         key = data.encoded._fingerprint
         if key not in self._features:
-            rows = data.unique
-            batches = [rows[i : i + 64] for i in range(0, len(rows), 64)]
-            features = [self.encoder(to_pixels(data.images[b]["image"], self.args.resolution)) for b in batches]
-            self._features[key] = torch.cat(features)
+            self._features[key] = features_of(self.encoder, data.images, data.unique, self.args.resolution)
         return self._features[key]
 
     @property

@@ -39,11 +39,10 @@ from memcontrol_hf import (
     MemorizationReport,
     SearchSpace,
     demo_dataset,
-    demo_pipeline,
     select_run,
 )
 from memcontrol_hf.data import load_images
-from memcontrol_hf.diffusion import family_of
+from memcontrol_hf.diffusion import family_of, load_pipeline
 from memcontrol_hf.features import encoder_name, load_encoder
 from memcontrol_hf.mitigations import MITIGATIONS, parse_mitigations
 from memcontrol_hf.model_card import push, render_card
@@ -299,18 +298,7 @@ def without_place(value: Any) -> Any:
 
 def load(args: ScriptArguments) -> tuple[Any, DatasetDict]:
     """The pipeline and the images, checked against each other."""
-    if args.pretrained_model_name_or_path == "demo":
-        pipeline = demo_pipeline()
-    else:
-        from diffusers import DiffusionPipeline
-
-        try:
-            pipeline = DiffusionPipeline.from_pretrained(
-                args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant
-            )
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"cannot load the pipeline {args.pretrained_model_name_or_path!r}: {reason}") from None
+    pipeline = load_pipeline(args.pretrained_model_name_or_path, args.revision, args.variant)
     family_of(pipeline).check_resolution(args.resolution)
     if args.train_data_dir is None and args.dataset_name == "demo":
         return pipeline, demo_dataset()

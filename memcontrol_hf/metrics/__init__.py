@@ -25,6 +25,7 @@ from .distances import (
     nearest_share,
     precision_recall,
 )
+from .intervals import clopper_pearson
 from .white_box import clid, denoising_losses, noise_norm, pia, secmi, steering_norms, trajectory_noise_norms
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "auth_pct",
     "c_t",
     "clid",
+    "clopper_pearson",
     "copy_similarity",
     "denoising_losses",
     "extraction",

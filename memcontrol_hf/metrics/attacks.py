@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import networkx
 import torch
 from scipy.optimize import brentq
-from scipy.stats import binomtest, mannwhitneyu, norm
+from scipy.stats import mannwhitneyu, norm
 from torchmetrics.functional.classification import binary_roc
+
+from .intervals import clopper_pearson
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,7 @@ class MembershipResult:
         rate = self.tpr_at_fpr(fpr)
         if math.isnan(rate):
             return math.nan, math.nan
-        interval = binomtest(round(rate * self.members), self.members).proportion_ci(method="exact")
-        return interval.low, interval.high
+        return clopper_pearson(round(rate * self.members), self.members)
 
 
 def membership(member_scores: torch.Tensor, nonmember_scores: torch.Tensor) -> MembershipResult:
@@ -268,8 +269,7 @@ def _compare(images: torch.Tensor, original: torch.Tensor, threshold: float) -> 
 
 def _rate(found: list[bool]) -> tuple[float, tuple[float, float]]:
     """The share of `found` that is true, with its Clopper-Pearson interval at 95 %."""
-    interval = binomtest(sum(found), len(found)).proportion_ci(method="exact")
-    return sum(found) / len(found), (interval.low, interval.high)
+    return sum(found) / len(found), clopper_pearson(sum(found), len(found))
 
 
 def _in_cliques(joined: torch.Tensor, size: int) -> set[int]:

@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import binomtest, bootstrap
+from scipy.stats import bootstrap
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ..diffusion import seeded_generator
+from .intervals import clopper_pearson
 
 
 def _check_features(**sets: torch.Tensor) -> None:
@@ -228,8 +229,7 @@ def nearest_share(
     nearer = ((to_train < to_held_out).double() + (to_train == to_held_out).double() / 2).numpy()
     share = float(nearer.mean())
     if (nearer == nearer[0]).all():
-        exact = binomtest(round(share * len(nearer)), len(nearer)).proportion_ci(method="exact")
-        interval = (exact.low, exact.high)
+        interval = clopper_pearson(round(share * len(nearer)), len(nearer))
     else:
         result = bootstrap(
             (nearer,), np.mean, n_resamples=resamples, batch=100, method="percentile", rng=np.random.default_rng(seed)
@@ -298,11 +298,9 @@ def copy_similarity(
             "as a copy is: the sets overlap, or this detector cannot tell images apart, so that no copy can be told"
         )
     copies = int((similarities > threshold).sum())
-    interval = binomtest(copies, len(similarities)).proportion_ci(method="exact")
+    interval = clopper_pearson(copies, len(similarities))
     percentile = float(np.quantile(similarities.numpy(), 0.95))
-    return CopySimilarityResult(
-        percentile, threshold, copies / len(similarities), (interval.low, interval.high), similarities
-    )
+    return CopySimilarityResult(percentile, threshold, copies / len(similarities), interval, similarities)
 
 
 def kid(generated: torch.Tensor, real: torch.Tensor, chunk: int = 2048) -> float:

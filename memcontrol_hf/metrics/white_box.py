@@ -14,6 +14,12 @@ def _noise(seed: int | tuple[int, ...], shape: Sequence[int], count: int) -> tor
     return torch.randn((count, *shape), generator=seeded_generator(*key))
 
 
+def _noises(seeds: Sequence, rows: torch.Tensor, latents: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` draws for each of a batch's rows, of its own seed: `[n, count, C, h, w]`."""
+    draws = [_noise(seeds[row], latents.shape[1:], count) for row in rows.tolist()]
+    return torch.stack(draws).to(latents.device)
+
+
 def _check_seeds(latents: torch.Tensor, seeds: Sequence) -> None:
     if len(seeds) != len(latents):
         raise ValueError(f"{len(latents)} images but {len(seeds)} seeds: give one for each image")
@@ -47,18 +53,16 @@ def denoising_losses(
         `torch.Tensor`: `[N, T]` on the CPU.
     """
     _check_seeds(latents, seeds)
-    device = next(denoiser.parameters()).device
-    rows = []
-    for start in range(0, len(latents), batch_size):
-        batch = slice(start, start + batch_size)
-        x, c = latents[batch].to(device), embeds[batch].to(device)
-        noise = torch.stack([_noise(seed, x.shape[1:], len(timesteps)) for seed in seeds[batch]]).to(device)
+
+    def score(x: torch.Tensor, c: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        noise = _noises(seeds, rows, x, len(timesteps))
         columns = [
-            family.losses(denoiser, x, c, torch.full((len(x),), t, device=device), noise[:, k])
+            family.losses(denoiser, x, c, torch.full((len(x),), t, device=x.device), noise[:, k])
             for k, t in enumerate(timesteps)
         ]
-        rows.append(torch.stack(columns, dim=1).cpu())
-    return torch.cat(rows)
+        return torch.stack(columns, dim=1)
+
+    return _in_batches(score, denoiser, batch_size, latents, embeds, torch.arange(len(latents)))
 
 
 def steering_norms(conditional: torch.Tensor, unconditional: torch.Tensor) -> torch.Tensor:
@@ -96,22 +100,19 @@ def noise_norm(
         `torch.Tensor`: `[N, T]` on the CPU, ≥ 0.
     """
     _check_seeds(latents, seeds)
-    device = next(unet.parameters()).device
-    null = null_embedding.reshape(1, *embeddings.shape[1:]).to(device)
-    rows = []
-    for start in range(0, len(latents), batch_size):
-        batch = slice(start, start + batch_size)
-        x, c = latents[batch].to(device), embeddings[batch].to(device)
-        noise = torch.stack([_noise(seed, x.shape[1:], len(timesteps)) for seed in seeds[batch]]).to(device)
-        both = torch.cat([c, null.expand_as(c)])
+
+    def score(x: torch.Tensor, c: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        noise = _noises(seeds, rows, x, len(timesteps))
+        both = torch.cat([c, null_embedding.reshape(1, *c.shape[1:]).to(x.device).expand_as(c)])
         columns = []
         for k, t in enumerate(timesteps):
-            steps = torch.full((2 * len(x),), t, device=device)
+            steps = torch.full((2 * len(x),), t, device=x.device)
             twice = noise[:, k].repeat(2, 1, 1, 1)
             conditional, unconditional = predict(unet, scheduler, x.repeat(2, 1, 1, 1), both, steps, twice).chunk(2)
             columns.append(steering_norms(conditional, unconditional))
-        rows.append(torch.stack(columns, dim=1).cpu())
-    return torch.cat(rows)
+        return torch.stack(columns, dim=1)
+
+    return _in_batches(score, unet, batch_size, latents, embeddings, torch.arange(len(latents)))
 
 
 def _epsilon_scale(scheduler: SchedulerMixin, timesteps: Sequence[int]) -> torch.Tensor:
@@ -256,6 +257,7 @@ def clid(
     timesteps: Sequence[int],
     seeds: Sequence[int | tuple[int, ...]],
     batch_size: int = 64,
+    losses: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Membership score CLiD of Zhai et al. (https://huggingface.co/papers/2405.14800), equation 13.
 
@@ -273,20 +275,20 @@ def clid(
         timesteps (list of `int`): `T` of them.
         seeds (list of `int` or tuples): one for each image.
         batch_size (`int`): only a matter of speed.
+        losses (`torch.Tensor`, *optional*): what [`denoising_losses`] gives for the same arguments, if it is there.
 
     Returns:
-        `torch.Tensor`: `[N]` on the CPU; higher = more member-like. Costs `2 T` forward passes.
+        `torch.Tensor`: `[N]` on the CPU; higher = more member-like. Costs `2 T` forward passes, `T` with `losses`.
 
     Raises:
         ValueError: for a timestep outside the schedule, and when the seeds are not as many as the images.
     """
     _check_timesteps(family, *timesteps)
     null = null_embedding.reshape(1, *embeds.shape[1:]).expand_as(embeds)
-    without, given = (
-        denoising_losses(family, denoiser, latents, condition, timesteps, seeds, batch_size)
-        for condition in (null, embeds)
-    )
-    return ((without - given) * _epsilon_scale(family.scheduler, timesteps).square()).mean(1)
+    if losses is None:
+        losses = denoising_losses(family, denoiser, latents, embeds, timesteps, seeds, batch_size)
+    without = denoising_losses(family, denoiser, latents, null, timesteps, seeds, batch_size)
+    return ((without - losses) * _epsilon_scale(family.scheduler, timesteps).square()).mean(1)
 
 
 @torch.no_grad()
