@@ -7,7 +7,6 @@ canaries: a clean result counts only when the attacks are seen to fire on them, 
 """
 
 import base64
-import copy
 import hashlib
 import hmac
 import io
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch.nn import functional as F
 
 from . import metrics as measures
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 # The purposes that random draws are seeded for; the trainer's own are below 100.
-_PROMPTS, _MEMBERS, _NONMEMBERS, _SAMPLES, _QUALITY, _HALVES, _REFERENCES = range(100, 107)
+_PROMPTS, _MEMBERS, _NONMEMBERS, _SAMPLES, _QUALITY, _HALVES, _REFERENCES, _TRAJECTORIES = range(100, 108)
 
 CLIQUE = 3
 """Images of one prompt that must be alike for an extraction."""
@@ -47,6 +47,8 @@ REFERENCES = 500
 """Held-out images that the calibrated extraction looks for neighbours among, at most."""
 REVIEWED = 50
 """Pairs on the page for a person to look through."""
+BINS = 40
+"""Of the histograms of distances."""
 
 MARKERS = {
     "blank (___)": re.compile(r"_{2,}"),
@@ -78,6 +80,9 @@ class AuditSettings:
             Of the sampling.
         num_timesteps (`int`):
             Fixed timesteps of the denoising-loss attack.
+        near_duplicates (`float`):
+            Threshold of [`~memcontrol_hf.metrics.near_duplicates`]: a held-out image that is so near to a training
+            image is an error. With 0 only equal thumbnails are.
         batch_size (`int`):
             Only a matter of speed.
         seed (`int`):
@@ -94,12 +99,13 @@ class AuditSettings:
     inference_steps: int = 25
     guidance_scale: float = 7.5
     num_timesteps: int = 5
+    near_duplicates: float = 0.05
     batch_size: int = 32
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            least = {"images_per_prompt": CLIQUE, "guidance_scale": 0, "seed": 0}.get(name, 1)
+            least = {"images_per_prompt": CLIQUE, "guidance_scale": 0, "near_duplicates": 0, "seed": 0}.get(name, 1)
             if not value >= least:
                 raise ValueError(f"{name} must be at least {least}, but is {value}")
 
@@ -157,6 +163,12 @@ class _Images:
         """`[N, D]` of all rows."""
         return features_of(self.encoder, self.data, self.rows, self.resolution)
 
+    @cached_property
+    def thumbnails(self) -> torch.Tensor:
+        """`[N, 3, 32, 32]` of all rows."""
+        parts = [self.rows[i : i + 256] for i in range(0, len(self.rows), 256)]
+        return torch.cat([to_pixels(self.data[part]["image"], 32) for part in parts])
+
 
 @dataclass
 class _Attacked:
@@ -165,6 +177,7 @@ class _Attacked:
     figures: dict[str, Figure]
     caught: dict[str, tuple[set[int], set[int]]]  # attack -> rows that it takes for memorized, rows that it looked at
     pairs: list[tuple[float, int, torch.Tensor]]  # similarity, row of the member, generated image [3, H, W]
+    distances: dict[str, list[float]]  # histograms of the distances to the nearest image of each set
 
 
 def audit_memorization(
@@ -175,6 +188,7 @@ def audit_memorization(
     base_pipeline: "DiffusionPipeline | None" = None,
     generated: Dataset | None = None,
     encoder: str | torch.nn.Module = "demo",
+    clip_model: str | None = None,
     settings: AuditSettings | None = None,
     output_dir: str | Path | None = None,
 ) -> MemorizationReport:
@@ -195,6 +209,8 @@ def audit_memorization(
             Instead of a pipeline: images, column `image`. Only their distances can be measured.
         encoder (`str` or `nn.Module`):
             See [`~memcontrol_hf.features.load_encoder`]; of the distances, of copies and of the quality.
+        clip_model (`str`, *optional*):
+            Hub id or folder of a CLIP model, for the CLIP score; it is not measured without.
         settings ([`AuditSettings`], *optional*):
             How much is attacked.
         output_dir (`str`, *optional*):
@@ -214,11 +230,12 @@ def audit_memorization(
     if pipeline is not None:
         family_of(pipeline).check_resolution(settings.resolution)
     if adapter is not None:
-        base_pipeline = _copied(pipeline)
         load_adapter(pipeline, adapter)  # before the long work, so that a bad one costs nothing
-    name, encoder = encoder_name(encoder), load_encoder(encoder)
+        _unload_adapter(pipeline)
+    name = encoder_name(encoder)
+    encoder = load_encoder(encoder, "cpu" if pipeline is None else pipeline.device)
     members, others = (_Images.read(data, settings.resolution, encoder) for data in (train, held_out))
-    _check_sets(members, others)
+    _check_sets(members, others, settings.near_duplicates)
     half, other_half = others.halves(settings.seed)
     base = None
     if pipeline is None:
@@ -226,17 +243,24 @@ def audit_memorization(
         images = _Images.read(generated, settings.resolution, encoder)
         model, control = (_of_images(images, *pair, settings) for pair in ((members, others), (half, other_half)))
     else:
-        if base_pipeline is not None:
-            base = _of_pipeline(base_pipeline, members, others, settings)
-        model = _of_pipeline(pipeline, members, others, settings)
+        if base_pipeline is not None or adapter is not None:
+            base = _of_pipeline(base_pipeline or pipeline, members, others, settings, clip_model)
+        if adapter is not None:
+            load_adapter(pipeline, adapter)
+        model = _of_pipeline(pipeline, members, others, settings, clip_model)
         control = _of_pipeline(pipeline, half, other_half, settings, quality=False)
+    doubles = measures.near_duplicates(members.thumbnails, None, settings.near_duplicates)
     results = {"model": model, "frozen_base": base, "held_out_as_train": control}
     canaries = members.repeated()
     content = {
         "subject": "generated images" if pipeline is None else "adapter" if adapter is not None else "pipeline",
         "settings": asdict(settings),
         "encoder": name,
-        "images": {"train": len(members), "held_out": len(others)},
+        "images": {
+            "train": len(members),
+            "held_out": len(others),
+            "train_near_duplicates": len({row for pair in doubles for row in pair}),
+        },
         "measures": {
             measure: {
                 who: asdict(result.figures[measure]) if result and measure in result.figures else None
@@ -251,13 +275,14 @@ def audit_memorization(
                 for attack, (found, looked_at) in model.caught.items()
             },
         },
+        "distances": model.distances,
         "caption_markers": caption_markers(train["text"]) if "text" in train.column_names else {},
     }
     if output_dir is not None:
         private = Path(output_dir) / "private"
         private.mkdir(parents=True, exist_ok=True)
         content["data_fingerprint"] = _fingerprint(members.digests, private / "fingerprint.key")
-        write_review(model.pairs, members, private / "review.html")
+        write_review(model, members, private / "review.html")
     return MemorizationReport(base_model="" if pipeline is None else type(pipeline).__name__, audit=content)
 
 
@@ -274,7 +299,6 @@ def load_adapter(pipeline: "DiffusionPipeline", adapter: str | Path) -> None:
     """
     from huggingface_hub import file_exists
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    from peft import PeftModel
 
     path, name = Path(adapter), family_of(pipeline).denoiser_name
     try:
@@ -293,11 +317,14 @@ def load_adapter(pipeline: "DiffusionPipeline", adapter: str | Path) -> None:
         ) from None
 
 
-def _copied(pipeline: "DiffusionPipeline") -> "DiffusionPipeline":
-    """The same pipeline with a denoiser and text encoders of its own, which an adapter of the other does not reach."""
-    names = (family_of(pipeline).denoiser_name, "text_encoder", "text_encoder_2")
-    parts = {name: copy.deepcopy(part) for name in names if (part := getattr(pipeline, name, None)) is not None}
-    return type(pipeline).from_pipe(pipeline, **parts)
+def _unload_adapter(pipeline: "DiffusionPipeline") -> None:
+    """Undo [`load_adapter`]."""
+    name = family_of(pipeline).denoiser_name
+    denoiser = getattr(pipeline, name)
+    if isinstance(denoiser, PeftModel):
+        setattr(pipeline, name, denoiser.unload())
+    else:
+        pipeline.unload_lora_weights()
 
 
 def caption_markers(captions: Sequence[str]) -> dict[str, int]:
@@ -310,7 +337,12 @@ def caption_markers(captions: Sequence[str]) -> dict[str, int]:
 
 
 def _of_pipeline(
-    pipeline: "DiffusionPipeline", members: _Images, others: _Images, settings: AuditSettings, quality: bool = True
+    pipeline: "DiffusionPipeline",
+    members: _Images,
+    others: _Images,
+    settings: AuditSettings,
+    clip_model: str | None = None,
+    quality: bool = True,
 ) -> _Attacked:
     """All attacks on a model: did it memorize `members`, given that it cannot have memorized `others`?"""
     family = family_of(pipeline)
@@ -326,7 +358,8 @@ def _of_pipeline(
         of_others = scores[1][attack]
         outcome = measures.membership(of_members, of_others)
         figures[f"membership_auc_{attack}"] = Figure(outcome.auc, *outcome.interval)
-        figures[f"membership_tpr_{attack}"] = _tpr(outcome)
+        figures[f"membership_tpr_{attack}"] = _tpr(outcome, FALSE_ALARMS)
+        figures[f"membership_tpr_strict_{attack}"] = _tpr(outcome, FALSE_ALARMS / 10)
         limit = torch.quantile(of_others, 1 - FALSE_ALARMS)
         found = {row for row, score in zip(members.rows, of_members) if score > limit}
         caught[f"membership_{attack}"] = (found, set(members.rows))
@@ -344,17 +377,64 @@ def _of_pipeline(
     for name, hits in (("extraction", extracted.extracted), ("extraction_calibrated", extracted.calibrated)):
         caught[name] = ({row for row, hit in zip(rows, hits) if hit}, set(rows))
 
-    features, limit = members.encoder(images), _copy_limit(members, others)
-    distances = _of_features(images, features, count, members, others, limit, settings)
-    figures |= distances.figures
-    own = F.normalize(members.encoder(originals), dim=1)[:, None]
-    to_own = (F.normalize(features, dim=1).unflatten(0, (len(rows), count)) * own).sum(-1).amax(1)
-    caught["copy"] = ({row for row, similarity in zip(rows, to_own) if similarity > limit}, set(rows))
+    features = members.encoder(images)
+    result = _of_features(images, features, count, members, others, settings)
+    result.figures, result.caught = figures | result.figures, caught
+    limit = result.figures["copy_threshold"].value
+    if limit is not None:
+        own = F.normalize(members.encoder(originals), dim=1)[:, None]
+        to_own = (F.normalize(features, dim=1).unflatten(0, (len(rows), count)) * own).sum(-1).amax(1)
+        caught["copy"] = ({row for row, similarity in zip(rows, to_own) if similarity > limit}, set(rows))
+
+    norms = _trajectory_norms(family, denoiser, members, rows, settings)
+    other_rows = others.shuffled(settings.seed, _PROMPTS)[: settings.num_prompts]
+    of_others = _trajectory_norms(family, denoiser, others, other_rows, settings)
+    outcome = measures.membership(norms, of_others)
+    result.figures["trajectory_norm_auc"] = Figure(outcome.auc, *outcome.interval)
+    limit = torch.quantile(of_others, 1 - FALSE_ALARMS)
+    caught["trajectory_norm"] = ({row for row, norm in zip(rows, norms) if norm > limit}, set(rows))
+    repeated = members.repeated()
+    of_canaries = [norm for row, norm in zip(rows, norms.tolist()) if row in repeated]
+    if of_canaries:
+        outcome = measures.membership(torch.tensor(of_canaries), of_others)
+        result.figures["trajectory_norm_auc_canaries"] = Figure(outcome.auc, *outcome.interval)
+
     if quality:
         fresh_rows = others.shuffled(settings.seed, _QUALITY)[: settings.num_quality_images]
         fresh = _generate(pipeline, others, fresh_rows, 1, _QUALITY, settings)
-        figures["fid"] = Figure(measures.fid(others.encoder(fresh), others.features))
-    return _Attacked(figures, caught, distances.pairs)
+        result.figures |= _quality(fresh, others, others.data[fresh_rows]["text"], clip_model)
+    return result
+
+
+def _quality(images: torch.Tensor, others: _Images, captions: list[str], clip_model: str | None) -> dict[str, Figure]:
+    """Of images `[N, 3, H, W]` of held-out captions, against the held-out images."""
+    features = others.encoder(images)
+    figures = {"fid": Figure(measures.fid(features, others.features))}
+    try:
+        precision, recall = measures.precision_recall(features, others.features)
+        figures["kid"] = Figure(measures.kid(features, others.features))
+        figures["precision"], figures["recall"] = Figure(precision), Figure(recall)
+    except ValueError as error:
+        figures |= dict.fromkeys(("kid", "precision", "recall"), Figure(None, note=f"not estimable: {error}"))
+    if clip_model is not None:
+        figures["clip_score"] = Figure(measures.clip_score(images, captions, clip_model))
+    return figures
+
+
+def _trajectory_norms(family, denoiser, images: _Images, rows: Sequence[int], settings: AuditSettings) -> torch.Tensor:
+    """How hard the caption of each row steers the sampling: `[len(rows)]`."""
+    encoded = encode(images.data, family, settings.resolution)[list(rows)]
+    return measures.trajectory_noise_norms(
+        denoiser,
+        encoded["prompt_embeds"],
+        family.encode_prompts([""]),
+        family.scheduler,
+        encoded["latents"].shape[1:],
+        [(settings.seed, _TRAJECTORIES, row) for row in rows],
+        settings.inference_steps,
+        settings.guidance_scale,
+        batch_size=settings.batch_size,
+    )
 
 
 def _membership_scores(family, denoiser, images: _Images, purpose: int, settings: AuditSettings) -> dict:
@@ -373,8 +453,7 @@ def _membership_scores(family, denoiser, images: _Images, purpose: int, settings
 
 
 def _of_images(images: _Images, members: _Images, others: _Images, settings: AuditSettings) -> _Attacked:
-    limit = _copy_limit(members, others)
-    return _of_features(images.pixels(images.rows), images.features, 1, members, others, limit, settings)
+    return _of_features(images.pixels(images.rows), images.features, 1, members, others, settings)
 
 
 def _of_features(
@@ -383,46 +462,44 @@ def _of_features(
     per_prompt: int,
     members: _Images,
     others: _Images,
-    limit: float,
     settings: AuditSettings,
 ) -> _Attacked:
     """How near generated images `[N, 3, H, W]`, with their features `[N, D]`, are to both sets."""
-    count = min(len(members), len(others))  # a larger set has nearer neighbours
-    equal = [
-        data.features[torch.randperm(len(data), generator=seeded_generator(settings.seed, _HALVES, i))[:count]]
-        for i, data in enumerate((members, others))
-    ]
-    to_members, to_others = (measures.nearest_distances(features, references) for references in equal)
-    similarity = F.normalize(features, dim=1) @ F.normalize(members.features, dim=1).T
-    best, nearest = similarity.max(1)
-    prompts = len(features) // per_prompt
+    nearest = measures.nearest_share(features, members.features, others.features, settings.seed, per_prompt=per_prompt)
     figures = {
-        "nearest_share": _share((to_members < to_others).double().mean().item() * prompts, prompts),
-        "copy_share": _share((best > limit).double().mean().item() * prompts, prompts),
-        "amd": Figure(to_members.mean().item()),
-        "amd_held_out": Figure(to_others.mean().item()),
+        "nearest_share": Figure(nearest.share, *nearest.interval),
+        "amd": Figure(nearest.to_train.mean().item()),
+        "amd_held_out": Figure(nearest.to_held_out.mean().item()),
         "c_t": Figure(measures.c_t(features, members.features, others.features)),
         "auth_pct": Figure(measures.auth_pct(features, members.features)),
     }
+    try:
+        copies = measures.copy_similarity(features, members.features, others.features, FALSE_ALARMS, per_prompt)
+        figures["copy_share"] = Figure(copies.share, *copies.interval)
+        figures["copy_similarity"] = Figure(copies.percentile_95)
+        figures["copy_threshold"] = Figure(copies.threshold)
+    except ValueError as error:
+        names = ("copy_share", "copy_similarity", "copy_threshold")
+        figures |= dict.fromkeys(names, Figure(None, note=f"not estimable: {error}"))
+    largest = max(nearest.to_train.max().item(), nearest.to_held_out.max().item())
+    edges = torch.linspace(0, largest or 1.0, BINS + 1, dtype=torch.double)
+    distances = {
+        "edges": edges.tolist(),
+        "train": torch.histogram(nearest.to_train, edges).hist.tolist(),
+        "held_out": torch.histogram(nearest.to_held_out, edges).hist.tolist(),
+    }
+    best, own = (F.normalize(features, dim=1) @ F.normalize(members.features, dim=1).T).max(1)
     worst = best.argsort(descending=True)[:REVIEWED].tolist()
-    return _Attacked(figures, {}, [(best[i].item(), members.rows[int(nearest[i])], images[i]) for i in worst])
+    pairs = [(best[i].item(), members.rows[int(own[i])], images[i]) for i in worst]
+    return _Attacked(figures, {}, pairs, distances)
 
 
-def _copy_limit(members: _Images, others: _Images) -> float:
-    """The similarity to the nearest member that 99 % of the other images, which cannot be copies, stay below."""
-    return 1 - torch.quantile(measures.nearest_distances(others.features, members.features), FALSE_ALARMS).item()
-
-
-def _share(found: float, of: int) -> Figure:
-    """With its Clopper-Pearson interval. `found` may be a fraction: the images of a prompt count as one draw."""
-    return Figure(found / of, *measures.clopper_pearson(found, of))
-
-
-def _tpr(outcome: measures.MembershipResult) -> Figure:
-    rate = outcome.tpr_at_fpr(FALSE_ALARMS)
+def _tpr(outcome: measures.MembershipResult, false_alarms: float) -> Figure:
+    rate = outcome.tpr_at_fpr(false_alarms)
     if rate != rate:
-        return Figure(None, note=f"not estimable from {outcome.nonmembers} held-out images: it needs 100")
-    return Figure(rate, *outcome.tpr_interval(FALSE_ALARMS))
+        needed = f"it needs {1 / false_alarms:.0f}"
+        return Figure(None, note=f"not estimable from {outcome.nonmembers} held-out images: {needed}")
+    return Figure(rate, *outcome.tpr_interval(false_alarms))
 
 
 def _prompt_rows(images: _Images, settings: AuditSettings) -> list[int]:
@@ -453,13 +530,21 @@ def _check_columns(sets: dict[str, Dataset], columns: Sequence[str]) -> None:
             raise ValueError(f"the {name} set is empty: without it nothing can be said")
 
 
-def _check_sets(members: _Images, others: _Images) -> None:
+def _check_sets(members: _Images, others: _Images, near_duplicates: float) -> None:
     for name, images, least in (("train", members, 2), ("held_out", others, 8)):
         if len(images) < least:
             raise ValueError(f"the {name} set has {len(images)} different images, but an audit needs {least} or more")
     shared = len(set(members.digests) & set(others.digests))
     if shared:
         raise ValueError(f"{shared} images are in train and in held_out too: they must be disjoint")
+    near = measures.near_duplicates(members.thumbnails, others.thumbnails, near_duplicates)
+    if near:
+        rows = ", ".join(f"{members.rows[i]} and {others.rows[j]}" for i, j in near[:5])
+        raise ValueError(
+            f"{len({j for _, j in near})} held-out images are near-duplicates of training images, which makes the "
+            f"figures look safer than they are: rows {rows}{' ...' if len(near) > 5 else ''}. Take them out, or lower "
+            f"the threshold --near_duplicates {near_duplicates:g} if they are different pictures"
+        )
     for name, images in (("train", members), ("held_out", others)):  # last, since features take long
         if (images.features == images.features[0]).all():
             raise ValueError(f"the encoder gives all {len(images)} images of the {name} set the same features")
@@ -477,7 +562,7 @@ def _fingerprint(digests: Sequence[str], key_file: Path) -> str:
 # ---- the local page for a person to look through ----
 
 
-def write_review(pairs: Sequence[tuple[float, int, torch.Tensor]], members: _Images, path: Path) -> None:
+def write_review(result: _Attacked, members: _Images, path: Path) -> None:
     """One self-contained page: generated images beside their nearest training images, the most similar first.
 
     It shows training images: it is for people who may see them, and is never uploaded.
@@ -487,8 +572,15 @@ def write_review(pairs: Sequence[tuple[float, int, torch.Tensor]], members: _Ima
     environment = Environment(undefined=StrictUndefined, autoescape=True)
     template = environment.from_string(Path(__file__).with_name("review_template.html").read_text(encoding="utf-8"))
     rows = [
-        {"similarity": f"{similarity:.4f}", "generated": _data_uri(image), "training": _data_uri(original)}
-        for (similarity, _, image), original in zip(pairs, members.pixels([row for _, row, _ in pairs]))
+        {
+            "similarity": f"{similarity:.4f}",
+            "generated": _data_uri(image),
+            "training": _data_uri(original),
+            "attacks": ", ".join(name for name, (found, _) in result.caught.items() if row in found),
+        }
+        for (similarity, row, image), original in zip(
+            result.pairs, members.pixels([row for _, row, _ in result.pairs])
+        )
     ]
     path.write_text(template.render(pairs=rows), encoding="utf-8")
 

@@ -48,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--output_dir", required=True, type=Path, help="the report goes there, and private/review.html")
     audit.add_argument("--gate", type=Path, help="gate file; the package's own by default")
     audit.add_argument("--encoder", default="demo", help="image encoder: demo, a Hub id or a folder")
+    audit.add_argument("--clip_model", help="CLIP model for the CLIP score: a Hub id or a folder")
+    audit.add_argument("--device", help="cuda, mps, cpu, ...; the accelerator if there is one by default")
     audit.add_argument("--resolution", type=int, help="side in pixels; what the pipeline was trained at by default")
     audit.add_argument("--num_prompts", type=int, default=100, help="training captions to sample")
     audit.add_argument("--images_per_prompt", type=int, default=10, help="images for each of them")
@@ -55,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--inference_steps", type=int, default=25, help="sampling steps")
     audit.add_argument("--guidance_scale", type=float, default=7.5, help="of the sampling")
     audit.add_argument("--num_timesteps", type=int, default=5, help="timesteps of the membership attacks")
+    audit.add_argument(
+        "--near_duplicates",
+        type=float,
+        default=0.05,
+        help="how unlike held-out and training images must be, 0 to 1",
+    )
     audit.add_argument("--batch_size", type=int, default=32, help="only a matter of speed")
     audit.add_argument("--seed", type=int, default=0, help="of all draws")
     audit.set_defaults(run=_audit)
@@ -62,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _audit(args: argparse.Namespace) -> int:
-    from .report import DEFAULT_GATE, load_gate
+    from .report import DEFAULT_GATE, load_gate, plot_distances
 
     limits = load_gate(args.gate or DEFAULT_GATE)
     if args.adapter and not args.pipeline:
@@ -70,13 +78,16 @@ def _audit(args: argparse.Namespace) -> int:
     if args.base_pipeline and (args.adapter or not args.pipeline):
         raise ValueError("--base_pipeline is for a whole fine-tuned --pipeline: an adapter's base is the pipeline")
 
+    import torch
+
     from .audit import AuditSettings, audit_memorization
     from .diffusion import load_pipeline
 
     captions = args.caption_column if args.pipeline else None
     train, held_out = (_images(getattr(args, name), name, captions) for name in ("train", "held_out"))
     generated = None if args.generated is None else _images(args.generated, "generated", None)
-    pipeline, base = (name and load_pipeline(name) for name in (args.pipeline, args.base_pipeline))
+    device = torch.device(args.device) if args.device else torch.accelerator.current_accelerator() or "cpu"
+    pipeline, base = (name and load_pipeline(name).to(device) for name in (args.pipeline, args.base_pipeline))
     resolution = args.resolution
     if resolution is None:
         resolution = min(generated[0]["image"].size) if pipeline is None else _trained_at(pipeline)
@@ -90,9 +101,12 @@ def _audit(args: argparse.Namespace) -> int:
         base_pipeline=base,
         generated=generated,
         encoder=args.encoder,
+        clip_model=args.clip_model,
         settings=settings,
         output_dir=args.output_dir,
     )
+    report.command = " ".join(["memcontrol audit", *(f"--{name} {value}" for name, value in amounts.items())])
+    plot_distances(report.audit["distances"], args.output_dir / "distances.png")
     passed = report.judge(limits)
     report.to_json(args.output_dir / "memorization_report.json")
     print(report.summary())

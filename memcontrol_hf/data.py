@@ -6,6 +6,7 @@ final measurement.
 
 import hashlib
 from collections.abc import Hashable, Iterable, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import nn
 
 from .diffusion import StableDiffusionFamily, seeded_generator
+from .metrics import near_duplicates
 
 SPLITS = ("train", "validation", "held_out")
 _ALIASES = {"val": "validation", "valid": "validation", "dev": "validation", "test": "held_out"}
@@ -189,6 +191,53 @@ def split(data: DatasetDict, seed: int = 0, fractions: tuple[float, float] = (0.
         if len(dataset) == 0:
             raise ValueError(f"the {name} split would be empty: the groups of {len(train)} rows are too large")
     return result
+
+
+def check_near_duplicates(data: DatasetDict, threshold: float = 0.05) -> None:
+    """Raise `ValueError` when two splits hold the same picture, saved once more: compressed, scaled, brightened.
+
+    Args:
+        data (`DatasetDict`): [`SPLITS`], column `image`.
+        threshold (`float`): of [`~memcontrol_hf.metrics.near_duplicates`].
+    """
+    thumbnails = {
+        name: torch.cat([to_pixels(part["image"], 32) for part in images.select_columns("image").iter(256)])
+        for name, images in data.items()
+    }
+    for one, other in combinations(data, 2):
+        pairs = near_duplicates(thumbnails[one], thumbnails[other], threshold)
+        if pairs:
+            rows = ", ".join(f"{i} and {j}" for i, j in pairs[:5]) + (" ..." if len(pairs) > 5 else "")
+            raise ValueError(
+                f"{len({j for _, j in pairs})} images of {other} are near-duplicates of images of {one}: rows {rows}. "
+                "Splits must be disjoint: put what belongs together into one group (--group_column), take these "
+                f"images out, or lower the threshold --near_duplicates {threshold:g} if they are different pictures"
+            )
+
+
+def plant_canaries(train: Dataset, count: int, repeats: int, seed: int = 0) -> Dataset:
+    """Repeat some training images, so that an audit shows whether its attacks find what was learnt by heart.
+
+    Args:
+        train (`Dataset`): column `image`.
+        count (`int`): how many different images are repeated, drawn by the seed.
+        repeats (`int`): how often each occurs in the end, at least 2.
+
+    Raises:
+        ValueError: for more canaries than there are images, or no repeat.
+    """
+    if count == 0:
+        return train
+    digests = [_digest(image) for image in train["image"]]
+    rows = [row for row in first_rows(digests) if digests.count(digests[row]) == 1]
+    if not 0 < count <= len(rows):
+        raise ValueError(
+            f"--canaries must lie between 0 and {len(rows)}, the training images that occur once: {count}"
+        )
+    if repeats < 2:
+        raise ValueError(f"--canary_repeats must be at least 2, but is {repeats}")
+    order = torch.randperm(len(rows), generator=seeded_generator(seed, count)).tolist()[:count]
+    return concatenate_datasets([train, train.select([rows[i] for i in sorted(order)] * (repeats - 1))])
 
 
 def _groups(data: DatasetDict) -> dict[str, list[int]]:

@@ -243,20 +243,24 @@ def search_summary(study: "optuna.Study", sampler: str, objectives: list[str]) -
     }
 
 
-def plot_front(study: "optuna.Study", objectives: list[str], path: str | Path, selected: int | None = None) -> None:
+def plot_front(
+    study: "optuna.Study",
+    objectives: list[str],
+    path: str | Path,
+    selected: int | None = None,
+    distances: Mapping[str, list[float]] | None = None,
+) -> None:
     """Draw the trials in the plane of the two objectives, with the Pareto front, as a PNG.
 
     Args:
         selected (`int`, *optional*): number of the trial that was chosen.
+        distances (`dict`, *optional*): of the audit, for a second panel; see [`plot_distances`].
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     trials = [t for t in study.trials if t.state.name == "COMPLETE"]
     front = sorted(study.best_trials, key=lambda t: t.values)
-    figure = Figure(figsize=(7, 5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, (axes, *further) = _figure(1 if distances is None else 2)
+    if distances is not None:
+        _draw_distances(*further, distances)
     y = [t.values[min(1, len(objectives) - 1)] for t in trials]
     x = [t.values[0] if len(objectives) > 1 else t.number for t in trials]
     place = {t.number: (a, b) for t, a, b in zip(trials, x, y)}
@@ -287,6 +291,37 @@ def plot_front(study: "optuna.Study", objectives: list[str], path: str | Path, s
     axes.margins(0.12)
     axes.grid(alpha=0.3)
     figure.savefig(path)
+
+
+def plot_distances(distances: Mapping[str, list[float]], path: str | Path) -> None:
+    """Draw how near generated images are to training images and to as many held-out ones, as a PNG.
+
+    Args:
+        distances (`dict`): `edges` of the bins, and the counts `train` and `held_out`: `audit["distances"]`.
+    """
+    figure, (axes,) = _figure(1)
+    _draw_distances(axes, distances)
+    figure.savefig(path)
+
+
+def _figure(panels: int) -> tuple[Any, list[Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7 * panels, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
+
+
+def _draw_distances(axes: Any, distances: Mapping[str, list[float]]) -> None:
+    for name, color in (("train", "tab:red"), ("held_out", "tab:gray")):
+        label = {"train": "training images", "held_out": "held-out images, as many"}[name]
+        axes.stairs(distances[name], distances["edges"], fill=True, alpha=0.45, color=color, label=label)
+    axes.set_xlabel("cosine distance to the nearest image of the set")
+    axes.set_ylabel("generated images")
+    axes.set_title("Generated images: how near to what was trained on")
+    axes.legend(fontsize=9)
+    axes.grid(alpha=0.3)
 
 
 def selected_blocks(mask: Mapping[str, bool]) -> list[str]:

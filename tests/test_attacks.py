@@ -9,7 +9,10 @@ import pytest
 import torch
 from conftest import tiny_pipeline
 from diffusers import DDIMScheduler
+from PIL import Image
 from scipy.stats import beta
+from torch.nn import functional as F
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 from memcontrol_hf import metrics
 from memcontrol_hf.diffusion import family_of, seeded_generator
@@ -340,6 +343,18 @@ def test_no_step_of_a_trajectory_is_refused(inputs):
         )
 
 
+def test_near_duplicates_are_the_same_picture_and_no_other():
+    images, others = (F.interpolate(pictures(n, seed=n), (64, 64), mode="bilinear") for n in (40, 30))
+    again = F.interpolate(F.interpolate(images[:5], (48, 48), mode="bilinear"), (64, 64), mode="bilinear")
+    brighter = (images[5:8] * 1.02).clamp(0, 1)
+    found = metrics.near_duplicates(images, torch.cat([others, again, brighter]))
+    assert found == [(i, 30 + i) for i in range(8)]
+    assert metrics.near_duplicates(torch.cat([images, images[:2]])) == [(0, 40), (1, 41)]
+    assert metrics.near_duplicates(images) == []
+    many = images.repeat(20, 1, 1, 1)[:600]  # more than are compared at once
+    assert len(metrics.near_duplicates(many)) == 40 * (15 * 14 // 2)
+
+
 # --- features
 
 
@@ -355,14 +370,16 @@ def test_the_nearest_share_counts_images_and_its_interval_is_the_bootstraps():
     to_train, to_held_out = (cosine_distances_by_hand(generated, r) for r in (train, held_out))
     nearer = to_train < to_held_out
     assert result.share == pytest.approx(nearer.mean()) and result.references == 20
-    for quantiles, distances in ((result.to_train, to_train), (result.to_held_out, to_held_out)):
-        assert quantiles[0.0] == pytest.approx(distances.min(), abs=1e-6)
-        assert quantiles[0.25] == pytest.approx(np.quantile(distances, 0.25), abs=1e-6)
+    np.testing.assert_allclose(result.to_train.numpy(), to_train, atol=1e-6)
+    np.testing.assert_allclose(result.to_held_out.numpy(), to_held_out, atol=1e-6)
     rng = np.random.default_rng(1)
     means = [rng.choice(nearer, 60).mean() for _ in range(4000)]
     assert result.interval == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.03)
-    again = metrics.nearest_share(generated, train, held_out)
-    assert again == result  # whatever the global state
+    torch.manual_seed(5)
+    assert metrics.nearest_share(generated, train, held_out).interval == result.interval  # whatever the global state
+    together = metrics.nearest_share(generated.repeat_interleave(10, 0), train, held_out, per_prompt=10)
+    assert together.share == pytest.approx(result.share)
+    assert together.interval == pytest.approx(result.interval), "more images of a prompt are no more prompts"
 
 
 def test_copies_are_nearer_to_the_training_images_and_fresh_images_are_not():
@@ -370,7 +387,7 @@ def test_copies_are_nearer_to_the_training_images_and_fresh_images_are_not():
     bad = metrics.nearest_share(train[:30] + 1e-3 * draw(30, 6), train, held_out)
     good = metrics.nearest_share(draw(200, 6, seed=4), draw(400, 6, seed=2), draw(400, 6, seed=3))
     assert bad.share == 1 and bad.interval == pytest.approx(clopper_pearson(30, 30))
-    assert bad.to_train[0.95] < bad.to_held_out[0.05]
+    assert bad.to_train.max() < bad.to_held_out.min()
     assert good.interval[0] < 0.5 < good.interval[1] and good.interval[1] - good.interval[0] < 0.2
 
 
@@ -397,6 +414,8 @@ def test_copy_similarity_follows_its_formula():
     assert result.percentile_95 == pytest.approx(np.quantile(similarities, 0.95), abs=1e-6)
     assert result.threshold == pytest.approx(threshold, abs=1e-6)
     assert result.share == copies / 40 and result.interval == pytest.approx(clopper_pearson(copies, 40))
+    together = metrics.copy_similarity(generated.repeat_interleave(10, 0), train, held_out, per_prompt=10)
+    assert together.interval == pytest.approx(result.interval), "more images of a prompt are no more prompts"
 
 
 def test_copies_are_told_by_similarity_and_fresh_images_are_not():
@@ -500,6 +519,17 @@ def test_the_evaluate_modules_give_what_the_functions_give():
     actual = of("precision_recall", predictions=generated, real=train.tolist(), neighbors=2)
     assert actual == metrics.precision_recall(generated, train, 2)._asdict()
 
+    actual = of("amd", predictions=generated, train=train.tolist(), held_out=held_out.tolist())
+    expected = metrics.nearest_share(generated, train, held_out)
+    assert actual["amd"] == pytest.approx(metrics.amd(generated, train), abs=1e-6)
+    assert (actual["nearest_share"], actual["nearest_share_high"]) == (expected.share, expected.interval[1])
+    assert actual["c_t"] == pytest.approx(metrics.c_t(generated, train, held_out), abs=1e-6)
+    assert actual["quantiles"][4] == pytest.approx(expected.to_train.median().item(), abs=0.05)
+    scores = draw(1300, seed=4)
+    actual = of("membership", predictions=scores.tolist(), references=[1] * 200 + [0] * 1100)
+    assert actual["tpr_at_1_percent_fpr"] < 0.1 and actual["tpr_at_0.1_percent_fpr"] < 0.05
+    assert of("membership", predictions=[0.1, 0.2], references=[1, 0])["tpr_at_0.1_percent_fpr"] is None
+
     images, originals = pictures(3, 4, seed=3), pictures(3, seed=1)
     images[0] = originals[0]
     others = pictures(9, seed=2)
@@ -510,6 +540,40 @@ def test_the_evaluate_modules_give_what_the_functions_give():
     assert actual["extracted"] == actual["calibrated"] == [True, False, False]
     assert actual["extraction_rate_high"] == expected.interval[1]
     assert "calibrated" not in of("extraction", **arguments)
+
+
+def to_pil_image(image: torch.Tensor) -> Image.Image:
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def test_the_clip_score_is_the_cosine_of_the_embeddings(tmp_path):
+    tokenizer = tiny_pipeline().tokenizer
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**vision, "vocab_size": len(tokenizer), "max_position_embeddings": 8, "eos_token_id": 1}
+    vision |= {"image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=6)).eval()
+    size = {"height": 16, "width": 16}
+    processor = CLIPProcessor(CLIPImageProcessorPil(size=size, crop_size=size), tokenizer)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path)
+    images, captions = F.interpolate(pictures(5), (16, 16)), ["a b", "c", "d e f", "g", "h i"]
+    images = (images * 255).round() / 255
+    shown = [to_pil_image(image) for image in images]
+    inputs = processor(text=captions, images=shown, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        output = model(**inputs)
+    cosines = F.cosine_similarity(output.image_embeds, output.text_embeds).clamp(min=0)
+    expected = 100 * cosines.mean().item()
+    assert metrics.clip_score(images, captions, str(tmp_path)) == pytest.approx(expected, rel=1e-4)
+    assert metrics.clip_score(images, captions, str(tmp_path), batch_size=2) == pytest.approx(expected, rel=1e-4)
+    module = evaluate.load(metrics.path("clip_score"))
+    arguments = {"predictions": shown, "references": captions, "model": str(tmp_path)}
+    assert module.compute(**arguments)["clip_score"] == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(ValueError, match="cannot load the CLIP model"):
+        metrics.clip_score(images, captions, str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="5 images but 1 captions"):
+        metrics.clip_score(images, captions[:1], str(tmp_path))
 
 
 @pytest.mark.parametrize("name", metrics.MODULES)

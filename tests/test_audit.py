@@ -107,6 +107,11 @@ def test_a_memorizing_fine_tune_is_caught_and_its_base_is_not(tmp_path):
     canaries = report.audit["canaries"]
     assert canaries["planted"] == 2 and canaries["caught"]["membership_loss"] == {"caught": 2, "of": 2}
     assert canaries["caught"]["extraction"]["of"] == 2, "canaries come first among the prompts"
+    distances = report.audit["distances"]
+    assert sum(distances["train"]) == sum(distances["held_out"]) == 9 and len(distances["edges"]) == 41
+    for measure in ("trajectory_norm_auc", "trajectory_norm_auc_canaries"):
+        assert 0 <= report.audit["measures"][measure]["model"]["low"] <= 1
+    assert report.audit["images"]["train_near_duplicates"] == 0
     assert not report.judge(load_gate())
     assert any("membership_auc_loss" in failure for failure in report.gate["failures"])
 
@@ -314,6 +319,12 @@ def test_a_bad_gate_is_named(tmp_path, content, message):
     (tmp_path / "gate.yaml").write_text(content)
     with pytest.raises(ValueError, match=message):
         load_gate(tmp_path / "gate.yaml")
+
+
+def test_an_attack_that_can_be_turned_around_does_not_pass():
+    limits = {"membership_auc_secmi": load_gate()["membership_auc_secmi"]}
+    assert report_with(membership_auc_secmi={"model": figure(0.5, 0.43, 0.57)}).judge(limits)
+    assert not report_with(membership_auc_secmi={"model": figure(0.1, 0.05, 0.2)}).judge(limits)
 
 
 def test_the_default_gate_names_measures_that_exist():

@@ -1,5 +1,6 @@
 import json
 import logging
+from collections import Counter
 
 import pytest
 import torch
@@ -7,7 +8,15 @@ from conftest import RESOLUTION, images_of, tiny_pipeline
 from datasets import Dataset, DatasetDict
 from PIL import Image
 
-from memcontrol_hf.data import encode, load_images, split, to_pixels, unique_rows
+from memcontrol_hf.data import (
+    check_near_duplicates,
+    encode,
+    load_images,
+    plant_canaries,
+    split,
+    to_pixels,
+    unique_rows,
+)
 from memcontrol_hf.diffusion import family_of
 from memcontrol_hf.sampling import generate
 
@@ -51,6 +60,31 @@ def test_copies_of_an_image_go_to_one_split():
 def test_given_splits_are_kept_and_missing_ones_come_out_of_train():
     data = split(DatasetDict(train=images_of(20, 1), validation=images_of(5, 2)))
     assert {name: len(s) for name, s in data.items()} == {"train": 16, "validation": 5, "held_out": 4}
+
+
+def test_the_same_picture_saved_once_more_in_another_split_is_refused():
+    train, held_out = images_of(9, 1), images_of(6, 2)
+    check_near_duplicates(DatasetDict(train=train, held_out=held_out))
+    brighter = train[4]["image"].point(lambda value: min(255, round(1.05 * value)))
+    copy = {"image": brighter, "text": "a"}
+    bad = DatasetDict(train=train, held_out=Dataset.from_list([*held_out, copy]))
+    with pytest.raises(ValueError, match="1 images of held_out are near-duplicates of images of train: rows 4 and 6"):
+        check_near_duplicates(bad)
+    check_near_duplicates(bad, threshold=0)
+
+
+def test_canaries_are_repeated_and_nothing_else_changes():
+    train = images_of(10, 1)
+    planted = plant_canaries(train, 3, 4, seed=5)
+    counts = Counter(image.tobytes() for image in planted["image"])
+    assert len(planted) == 19 and sorted(counts.values()) == [1] * 7 + [4] * 3
+    assert planted["text"][:10] == train["text"][:]
+    assert planted["text"][:] == plant_canaries(train, 3, 4, seed=5)["text"][:]
+    assert planted["text"][:] != plant_canaries(train, 3, 4, seed=6)["text"][:]
+    assert plant_canaries(train, 0, 4) is train
+    for count, repeats, message in ((11, 4, "between 0 and 10"), (-1, 4, "between 0 and 10"), (2, 1, "at least 2")):
+        with pytest.raises(ValueError, match=message):
+            plant_canaries(train, count, repeats)
 
 
 def test_an_image_in_two_splits_is_refused():

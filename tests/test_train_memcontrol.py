@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import RESOLUTION, images_of, tiny_pipeline, tiny_unet
+from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
 from mini_hub import TOKEN, serve
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import ResNetConfig, ResNetModel, ViTImageProcessorPil
 
-from memcontrol_hf import MemorizationReport
+from memcontrol_hf import MemorizationReport, audit_memorization
+from memcontrol_hf.audit import AuditSettings
+from memcontrol_hf.data import load_images, plant_canaries
 from memcontrol_hf.model_card import PUBLIC_FILES
 from memcontrol_hf.sampling import denoiser_in_place
 
@@ -36,7 +39,7 @@ def script():
 
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory):
-    """A tiny pipeline, a tiny encoder, and twenty images of one's own, as folders."""
+    """A tiny pipeline, a tiny encoder, and forty images of one's own, as folders."""
     folder = tmp_path_factory.mktemp("assets")
     tiny_pipeline().save_pretrained(folder / "tiny-sd")
     config = ResNetConfig(embedding_size=2, hidden_sizes=[2, 3], depths=[1, 1], layer_type="basic")
@@ -44,7 +47,7 @@ def assets(tmp_path_factory):
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder / "encoder")
     (folder / "images").mkdir()
     lines = []
-    for i, row in enumerate(images_of(20, seed=3)):
+    for i, row in enumerate(images_of(40, seed=3)):
         row["image"].save(folder / "images" / f"{i}.png")
         lines.append(json.dumps({"file_name": f"{i}.png", "text": row["text"]}))
     (folder / "images" / "metadata.jsonl").write_text("\n".join(lines))
@@ -64,6 +67,8 @@ def flags(assets, output_dir, **changes) -> list[str]:
         "n_trials": 3,
         "eval_num_images": 4,
         "eval_inference_steps": 2,
+        "audit_num_prompts": 4,
+        "audit_images_per_prompt": 3,
         **changes,
     }
     parts = []
@@ -76,7 +81,7 @@ def flags(assets, output_dir, **changes) -> list[str]:
 def finished(script, assets, tmp_path_factory):
     """The folder that a run leaves."""
     folder = tmp_path_factory.mktemp("out") / "my-adapter"
-    script.main(flags(assets, folder, validation_prompt='a "quoted" prompt'))
+    script.main(flags(assets, folder, validation_prompt='a "quoted" prompt', canaries=1, canary_repeats=3))
     return folder
 
 
@@ -95,12 +100,47 @@ def test_the_report_is_complete_and_compares_three_models(finished):
         assert figures["fid"] > 0 and figures["noise_norm"] > 0
     assert len(report.search["trials"]) == 3
     assert report.images == {
-        **{"train": 12, "validation": 4, "held_out": 4},
-        **{"train_different": 12, "validation_different": 4, "held_out_different": 4},
+        **{"train": 26, "validation": 8, "held_out": 8},
+        **{"train_different": 24, "validation_different": 8, "held_out_different": 8},
     }
     path = finished.parent / "again.json"
     report.to_json(path)
     assert path.read_text() == (finished / "memorization_report.json").read_text()
+
+
+def test_what_was_saved_is_audited_and_judged(finished, assets):
+    report = MemorizationReport.from_json(finished / "memorization_report.json")
+    assert report.audit["subject"] == "adapter" and report.audit["canaries"]["planted"] == 1
+    assert report.training["canaries"] == 1 and report.training["canary_repeats"] == 3
+    assert report.gate["passed"] is False, "four prompts are too few to tell"
+    assert report.audit["measures"]["membership_auc_loss"]["frozen_base"]["value"] is not None
+    data = load_images(train_data_dir=str(assets / "images"))
+    again = audit_memorization(
+        plant_canaries(data["train"], 1, 3),
+        data["held_out"],
+        pipeline=StableDiffusionPipeline.from_pretrained(assets / "tiny-sd"),
+        adapter=finished,
+        encoder=str(assets / "encoder"),
+        settings=AuditSettings(**report.audit["settings"]),
+    )
+    for name in ("membership_auc_loss", "membership_auc_secmi", "fid"):
+        expected = report.audit["measures"][name]["model"]["value"]
+        assert again.audit["measures"][name]["model"]["value"] == pytest.approx(expected, rel=1e-3), name
+
+
+def test_too_few_images_to_audit_are_no_pass_and_lose_nothing(script, assets, finished, tmp_path):
+    few = tmp_path / "few"
+    few.mkdir()
+    lines = []
+    for i, row in enumerate(images_of(12, seed=4)):
+        row["image"].save(few / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": row["text"]}))
+    (few / "metadata.jsonl").write_text("\n".join(lines))
+    script.main(flags(assets, tmp_path / "out", train_data_dir=few, mask_from=finished))
+    report = MemorizationReport.from_json(tmp_path / "out" / "memorization_report.json")
+    assert report.audit is None and not report.gate["passed"]
+    assert "no audit: the held_out set has 2 different images" in report.gate["failures"][0]
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
 def test_the_adapter_holds_the_reported_mask_and_size(finished):
@@ -112,7 +152,7 @@ def test_the_adapter_holds_the_reported_mask_and_size(finished):
 
 
 def test_nothing_that_is_left_names_the_machine_or_the_data(finished, assets):
-    captions = set(images_of(20, seed=3)["text"])
+    captions = set(images_of(40, seed=3)["text"])
     for name in FILES:
         if name.endswith((".png", ".safetensors")):
             continue

@@ -38,15 +38,25 @@ from memcontrol_hf import (
     MemControlTrainingArguments,
     MemorizationReport,
     SearchSpace,
+    audit_memorization,
     demo_dataset,
     select_run,
 )
-from memcontrol_hf.data import load_images
+from memcontrol_hf.audit import AuditSettings
+from memcontrol_hf.data import check_near_duplicates, load_images, plant_canaries
 from memcontrol_hf.diffusion import family_of, load_pipeline
 from memcontrol_hf.features import encoder_name, load_encoder
 from memcontrol_hf.mitigations import MITIGATIONS, parse_mitigations
 from memcontrol_hf.model_card import push, render_card
-from memcontrol_hf.report import ALL_ON, FROZEN_BASE, SELECTED, plot_front, search_summary
+from memcontrol_hf.report import (
+    ALL_ON,
+    DEFAULT_GATE,
+    FROZEN_BASE,
+    SELECTED,
+    load_gate,
+    plot_front,
+    search_summary,
+)
 from memcontrol_hf.search import check_sampler, check_study, start_tracking
 from memcontrol_hf.trainer import METRICS, check_objectives
 
@@ -74,6 +84,8 @@ DEMO = {
     "eval_num_images": 144,
     "eval_inference_steps": 10,
     "eval_guidance_scale": 3.0,
+    "audit_num_prompts": 92,
+    "audit_images_per_prompt": 4,
 }
 OTHER = {
     "resolution": 512,
@@ -83,6 +95,8 @@ OTHER = {
     "eval_num_images": 256,
     "eval_inference_steps": 25,
     "eval_guidance_scale": 7.5,
+    "audit_num_prompts": 100,
+    "audit_images_per_prompt": 10,
 }
 
 
@@ -115,6 +129,15 @@ class ScriptArguments:
     caption_column: str = field(default="text", metadata={"help": "Column with the captions."})
     group_column: str | None = field(
         default=None, metadata={"help": "Column that must not be torn apart by the splits: a patient's id, say."}
+    )
+    canaries: int = field(
+        default=0,
+        metadata={"help": "Training images that are repeated, to see whether the audit's attacks find them."},
+    )
+    canary_repeats: int = field(default=4, metadata={"help": "How often each canary occurs."})
+    near_duplicates: float = field(
+        default=0.05,
+        metadata={"help": "How unlike images of different splits must be, 0 to 1; see metrics.near_duplicates."},
     )
     output_dir: str | None = field(
         default=None, metadata={"help": "Where the result goes. outputs/quickstart for the demo."}
@@ -188,6 +211,11 @@ class ScriptArguments:
     eval_num_images: int | None = _by_pipeline("eval_num_images", "Images generated for fid and for amd.")
     eval_inference_steps: int | None = _by_pipeline("eval_inference_steps", "Sampling steps of these images.")
     eval_guidance_scale: float | None = _by_pipeline("eval_guidance_scale", "Guidance scale of these images.")
+    audit_num_prompts: int | None = _by_pipeline("audit_num_prompts", "Training captions that the audit samples.")
+    audit_images_per_prompt: int | None = _by_pipeline("audit_images_per_prompt", "Images for each of them.")
+    gate: str | None = field(
+        default=None, metadata={"help": "Gate file of the audit: limits for its measures. The package's by default."}
+    )
     validation_prompt: str | None = field(
         default=None, metadata={"help": "Prompt in the card's loading snippet. It is published."}
     )
@@ -233,6 +261,8 @@ def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[
         if args.learning_rate <= 0:
             raise ValueError(f"--learning_rate must be positive, but is {args.learning_rate}")
         rates = (args.learning_rate, args.learning_rate)
+    load_gate(args.gate or DEFAULT_GATE)
+    audit_settings(args)
     check_objectives(args.objectives)
     check_sampler(args.sampler)
     if args.mixed_precision not in ("no", "fp16", "bf16"):
@@ -285,7 +315,24 @@ def settings(args: ScriptArguments) -> dict[str, Any]:
         *("trainer_args", "encoder", "eval_num_images", "eval_inference_steps", "eval_guidance_scale", "seed"),
     )
     values = {name: without_place(getattr(args, name)) for name in depends_on}
+    if args.canaries:
+        values |= {"canaries": args.canaries, "canary_repeats": args.canary_repeats}
     return values | ({"mitigation": sorted(args.mitigation)} if args.mitigation else {})
+
+
+def audit_settings(args: ScriptArguments) -> AuditSettings:
+    """How much the result is attacked."""
+    return AuditSettings(
+        resolution=args.resolution,
+        num_prompts=args.audit_num_prompts,
+        images_per_prompt=args.audit_images_per_prompt,
+        num_quality_images=args.eval_num_images,
+        inference_steps=args.eval_inference_steps,
+        guidance_scale=args.eval_guidance_scale,
+        near_duplicates=args.near_duplicates,
+        batch_size=args.eval_batch_size,
+        seed=args.seed,
+    )
 
 
 def without_place(value: Any) -> Any:
@@ -301,17 +348,20 @@ def load(args: ScriptArguments) -> tuple[Any, DatasetDict]:
     pipeline = load_pipeline(args.pretrained_model_name_or_path, args.revision, args.variant)
     family_of(pipeline).check_resolution(args.resolution)
     if args.train_data_dir is None and args.dataset_name == "demo":
-        return pipeline, demo_dataset()
-    several = parse_mitigations(args.mitigation).get("multiple_captions")
-    data = load_images(
-        None if args.train_data_dir else args.dataset_name,
-        args.train_data_dir,
-        args.image_column,
-        args.caption_column,
-        args.group_column,
-        args.seed,
-        several.column if several else None,
-    )
+        data = demo_dataset()
+    else:
+        several = parse_mitigations(args.mitigation).get("multiple_captions")
+        data = load_images(
+            None if args.train_data_dir else args.dataset_name,
+            args.train_data_dir,
+            args.image_column,
+            args.caption_column,
+            args.group_column,
+            args.seed,
+            several.column if several else None,
+        )
+    check_near_duplicates(data, args.near_duplicates)
+    data["train"] = plant_canaries(data["train"], args.canaries, args.canary_repeats, args.seed)
     return pipeline, data
 
 
@@ -471,19 +521,36 @@ def save(
             "resolution": args.resolution,
             "seed": args.seed,
             "mitigations": trainer.args.mitigations,
+            **({"canaries": args.canaries, "canary_repeats": args.canary_repeats} if args.canaries else {}),
             **({"stopped_at_step": trainer.state.global_step} if early else {}),
         },
         images=count_images(trainer, data),
         encoder=encoder_name(args.encoder),
+        command=f"accelerate launch training_scripts/train_memcontrol.py {public_flags(args)}".strip(),
         search=None if study is None else search_summary(study, args.sampler, trainer.args.objectives),
     )
+    logger.info("audit: attacks on the adapter, on the frozen base and with held-out images as training images")
+    trainer.set_mask(trainer.search_space.mask(False))  # the bare pipeline: what is attacked is what was saved
+    limits = load_gate(args.gate or DEFAULT_GATE)
+    try:
+        report.audit = audit_memorization(
+            data["train"],
+            data["held_out"],
+            pipeline=trainer.pipeline,
+            adapter=folder if any(report.mask.values()) else None,
+            encoder=trainer.encoder,
+            settings=audit_settings(args),
+        ).audit
+        report.judge(limits)
+    except ValueError as error:  # too few images, say: what was trained is kept, and it does not pass
+        report.gate = {"passed": False, "limits": limits, "failures": [f"no audit: {error}"]}
     report.to_json(folder / "memorization_report.json")
     if study is not None:
-        plot_front(study, trainer.args.objectives, folder / "pareto_front.png", selected)
+        distances = report.audit and report.audit["distances"]
+        plot_front(study, trainer.args.objectives, folder / "pareto_front.png", selected, distances)
     location = args.hub_model_id or (folder.name if folder.is_absolute() else args.output_dir)
     prompt = args.validation_prompt or ("grinning face" if args.pretrained_model_name_or_path == "demo" else "")
-    command = "accelerate launch training_scripts/train_memcontrol.py " + public_flags(args)
-    card = render_card(report, location, command.strip(), example_prompt=prompt)
+    card = render_card(report, location, report.command, example_prompt=prompt)
     (folder / "README.md").write_text(card, encoding="utf-8")
     print("\n" + report.summary() + f"\n\nadapter, card and report: {args.output_dir}")
     if args.push_to_hub:
@@ -504,7 +571,7 @@ def count_images(trainer: MemControlTrainer, data: DatasetDict) -> dict[str, int
 def public_flags(args: ScriptArguments) -> str:
     """The flags that differ from the defaults, without what names a place or a person's data."""
     private = {"train_data_dir", "dataset_name", "output_dir", "storage", "mask_from", "peft_config", "trainer_args",
-               "resume_from_checkpoint", "pretrained_model_name_or_path", "hub_model_id"}  # fmt: skip
+               "resume_from_checkpoint", "gate", "pretrained_model_name_or_path", "hub_model_id"}  # fmt: skip
     default = ScriptArguments()
     if args.train_data_dir is None and args.dataset_name == "demo" and args.pretrained_model_name_or_path == "demo":
         private -= {"output_dir"} if not Path(args.output_dir).is_absolute() else set()

@@ -10,22 +10,26 @@ evaluate.load(metrics.path("amd"))  # the module
 
 from pathlib import Path
 
-from .attacks import ExtractionResult, MembershipResult, extraction, membership, tile_distances
+from .attacks import (
+    ExtractionResult,
+    MembershipResult,
+    extraction,
+    membership,
+    near_duplicates,
+    tile_distances,
+)
 from .distances import (
     CopySimilarityResult,
     NearestShareResult,
-    PrecisionRecall,
     amd,
     auth_pct,
     c_t,
     copy_similarity,
-    fid,
-    kid,
     nearest_distances,
     nearest_share,
-    precision_recall,
 )
 from .intervals import clopper_pearson
+from .quality import PrecisionRecall, clip_score, fid, kid, precision_recall
 from .white_box import clid, denoising_losses, noise_norm, pia, secmi, steering_norms, trajectory_noise_norms
 
 __all__ = [
@@ -39,6 +43,7 @@ __all__ = [
     "auth_pct",
     "c_t",
     "clid",
+    "clip_score",
     "clopper_pearson",
     "copy_similarity",
     "denoising_losses",
@@ -46,6 +51,7 @@ __all__ = [
     "fid",
     "kid",
     "membership",
+    "near_duplicates",
     "nearest_distances",
     "nearest_share",
     "noise_norm",
@@ -58,7 +64,17 @@ __all__ = [
     "trajectory_noise_norms",
 ]
 
-MODULES = ("amd", "copy_similarity", "extraction", "fid", "kid", "membership", "noise_norm", "precision_recall")
+MODULES = (
+    "amd",
+    "clip_score",
+    "copy_similarity",
+    "extraction",
+    "fid",
+    "kid",
+    "membership",
+    "noise_norm",
+    "precision_recall",
+)
 
 
 def path(name: str) -> str:

@@ -7,6 +7,7 @@ import networkx
 import torch
 from scipy.optimize import brentq
 from scipy.stats import mannwhitneyu, norm
+from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_roc
 
 from .intervals import clopper_pearson
@@ -147,6 +148,31 @@ def tile_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.cdist(_tiles(a), _tiles(b)).amax(0)
 
 
+def near_duplicates(a: torch.Tensor, b: torch.Tensor | None = None, threshold: float = 0.05) -> list[tuple[int, int]]:
+    """Pairs of images that are the same picture saved twice: compressed, scaled or slightly brightened.
+
+    Two thumbnails of 32 x 32 pixels are near-duplicates when the root mean square difference of their most different
+    tile of 4 x 4 (see [`tile_distances`]) is at most the threshold. A crop or a turned copy is not found.
+
+    Args:
+        a (`torch.Tensor`): images in [0, 1], `[M, C, H, W]`.
+        b (`torch.Tensor`, *optional*): `[N, C, H, W]`; without it the images of `a` are compared with each other.
+        threshold (`float`): in [0, 1] of the brightness; 0 finds equal thumbnails alone.
+
+    Returns:
+        list of `tuple[int, int]`: rows of `a` and `b`; without `b`, each pair once.
+    """
+    thumbnails = [F.interpolate(x.float(), (32, 32), mode="area") for x in (a, a if b is None else b)]
+    limit = threshold * math.sqrt(thumbnails[0][0].numel() / TILES**2)
+    pairs = []
+    for start in range(0, len(a), 512):
+        near = tile_distances(thumbnails[0][start : start + 512], thumbnails[1]) <= limit
+        if b is None:
+            near = near.triu(start + 1)
+        pairs += [(row + start, other) for row, other in near.nonzero().tolist()]
+    return pairs
+
+
 def _tiles(images: torch.Tensor) -> torch.Tensor:
     """Images `[N, C, H, W]` -> tiles `[16, N, C * H / 4 * W / 4]`."""
     n, c, h, w = images.shape
@@ -252,19 +278,27 @@ def _compare(images: torch.Tensor, original: torch.Tensor, threshold: float) -> 
         bool `[K, K]`, above the diagonal only, and the tile distances `[K]`.
     """
     height, width = (side // TILES for side in images.shape[-2:])
-    joined = torch.ones(len(images), len(images), dtype=torch.bool, device=images.device).triu(1)
-    to_original = torch.zeros(len(images), device=images.device)
-    for y in range(0, images.shape[-2], height):
-        for x in range(0, images.shape[-1], width):
-            # Seen from the training image, copies of it are short vectors: float32 keeps their distances.
-            tile = images[..., y : y + height, x : x + width] - original[..., y : y + height, x : x + width]
-            tile = tile.float().flatten(1)
-            norms = tile.norm(dim=1)
-            to_original = torch.maximum(to_original, norms)
-            if joined.any():  # one tile is enough to part two images
-                squares = norms.square()
-                joined &= squares[:, None] + squares - 2 * (tile @ tile.T) <= threshold**2
-    return joined, to_original
+    corners = [(y, x) for y in range(0, height * TILES, height) for x in range(0, width * TILES, width)]
+    buffer = images.new_empty(*images.shape[:2], height, width, dtype=torch.float32)
+    flat = buffer.flatten(1)
+
+    def read(y: int, x: int) -> torch.Tensor:
+        """A tile as seen from the training image: copies of it are short vectors, so that float32 is enough."""
+        place = (..., slice(y, y + height), slice(x, x + width))
+        torch.sub(images[place], original[place], out=buffer)
+        return flat
+
+    to_original = torch.stack([read(*corner).norm(dim=1) for corner in corners]).amax(0)
+    # Two images are no farther apart than their ways to the original are long together.
+    joined = (to_original[:, None] + to_original <= threshold).triu(1)
+    open_pairs = (~joined).triu(1)
+    for corner in corners:
+        if not open_pairs.any():  # one tile is enough to part two images
+            break
+        tile = read(*corner)
+        squares = tile.square().sum(1)
+        open_pairs &= squares[:, None] + squares - 2 * (tile @ tile.T) <= threshold**2
+    return joined | open_pairs, to_original
 
 
 def _rate(found: list[bool]) -> tuple[float, tuple[float, float]]:

@@ -1,23 +1,22 @@
-"""Measures of two or three sets of features. No result depends on the batch size or on the global random state."""
+"""How near generated images are to training images, by their features.
+
+No result depends on the batch size or on the global random state.
+"""
 
 import math
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy.stats import bootstrap
-from torch import nn
 from torch.nn import functional as F
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ..diffusion import seeded_generator
 from .intervals import clopper_pearson
 
 
-def _check_features(**sets: torch.Tensor) -> None:
+def check_features(**sets: torch.Tensor) -> None:
+    """Raise `ValueError` for sets of features that are empty, not finite or of different widths."""
     widths = set()
     for name, features in sets.items():
         if features.ndim != 2 or len(features) == 0:
@@ -44,7 +43,7 @@ def nearest_distances(queries: torch.Tensor, references: torch.Tensor, chunk: in
     Raises:
         ValueError: for empty, non-finite or mismatched features, and for rows of zeros, which have no direction.
     """
-    _check_features(queries=queries, references=references)
+    check_features(queries=queries, references=references)
     for name, features in (("queries", queries), ("references", references)):
         zeros = sum(int((part == 0).all(1).sum()) for part in features.split(8192))
         if zeros:
@@ -74,36 +73,6 @@ def amd(generated: torch.Tensor, train: torch.Tensor) -> float:
     return nearest_distances(generated, train).mean().item()
 
 
-def fid(generated: torch.Tensor, real: torch.Tensor) -> float:
-    """Fréchet distance between two sets of features (https://huggingface.co/papers/1706.08500).
-
-    Biased upwards for small sets: compare figures only at equal numbers of images, and have more images than features.
-
-    Args:
-        generated (`torch.Tensor`): features `[M, D]`, M > 1.
-        real (`torch.Tensor`): features `[N, D]`, N > 1.
-
-    Returns:
-        `float`: 0 for equal sets, unbounded above.
-    """
-    _check_features(generated=generated, real=real)
-    for name, features in (("generated", generated), ("real", real)):
-        if len(features) < 2:
-            raise ValueError(f"{name}: a Fréchet distance needs at least 2 images, but got {len(features)}")
-        if len(features) <= features.shape[1]:
-            warnings.warn(
-                f"fid of {len(features)} {name} images in {features.shape[1]} features is unstable: use more images",
-                stacklevel=2,
-            )
-    identity = nn.Identity()
-    identity.num_features = real.shape[1]
-    # Each process holds all of the features: summing them over the processes would count them several times.
-    metric = FrechetInceptionDistance(feature=identity, sync_on_compute=False)
-    metric.update(real.double(), real=True)
-    metric.update(generated.double(), real=False)
-    return max(0.0, metric.compute().item())
-
-
 def auth_pct(generated: torch.Tensor, train: torch.Tensor) -> float:
     """Share of generated images that are authentic, in percent (Alaa et al., https://huggingface.co/papers/2102.08921).
 
@@ -117,7 +86,7 @@ def auth_pct(generated: torch.Tensor, train: torch.Tensor) -> float:
     Returns:
         `float`: in [0, 100]; higher is safer, and 50 is about what fresh images of the same distribution have.
     """
-    _check_features(generated=generated, train=train)
+    check_features(generated=generated, train=train)
     train = torch.unique(train.double(), dim=0)
     if len(train) < 2:
         raise ValueError("train: the authentic share needs at least 2 different training images")
@@ -141,7 +110,7 @@ def c_t(generated: torch.Tensor, train: torch.Tensor, held_out: torch.Tensor) ->
         `float`: well below 0, generated images are nearer to the training images than held-out ones are (copying);
         well above 0, farther (underfitting). Standard normal where the two are alike.
     """
-    _check_features(generated=generated, train=train, held_out=held_out)
+    check_features(generated=generated, train=train, held_out=held_out)
     of_generated, _ = _nearest_euclidean(generated.double(), train.double())
     of_held_out, _ = _nearest_euclidean(held_out.double(), train.double())
     m, n = len(generated), len(held_out)
@@ -153,9 +122,10 @@ def c_t(generated: torch.Tensor, train: torch.Tensor, held_out: torch.Tensor) ->
 
 
 def _nearest_euclidean(
-    queries: torch.Tensor, references: torch.Tensor, exclude_self: bool = False, chunk: int = 1024
+    queries: torch.Tensor, references: torch.Tensor, exclude_self: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Euclidean distance to the nearest reference and its index, `[M]` each, in bounded memory."""
+    """Euclidean distance to the nearest reference and its index, `[M]` each, with about 2^24 distances at once."""
+    chunk = max(1, 2**24 // len(references))
     distances, indices = [], []
     for start in range(0, len(queries), chunk):
         block = torch.cdist(queries[start : start + chunk], references)
@@ -166,10 +136,6 @@ def _nearest_euclidean(
         distances.append(nearest.values)
         indices.append(nearest.indices)
     return torch.cat(distances), torch.cat(indices)
-
-
-QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-"""Of the distances in a [`NearestShareResult`]."""
 
 
 @dataclass(frozen=True)
@@ -183,28 +149,33 @@ class NearestShareResult:
             Of the share, at 95 %.
         references (`int`):
             How many images of each set they were compared with.
-        to_train, to_held_out (`dict[float, float]`):
-            Quantile (`QUANTILES`) -> cosine distance to the nearest image of the set.
+        to_train, to_held_out (`torch.Tensor`):
+            `[M]`, of each generated image the cosine distance to the nearest image of the set.
     """
 
     share: float
     interval: tuple[float, float]
     references: int
-    to_train: dict[float, float]
-    to_held_out: dict[float, float]
+    to_train: torch.Tensor
+    to_held_out: torch.Tensor
 
 
 def nearest_share(
-    generated: torch.Tensor, train: torch.Tensor, held_out: torch.Tensor, seed: int = 0, resamples: int = 2000
+    generated: torch.Tensor,
+    train: torch.Tensor,
+    held_out: torch.Tensor,
+    seed: int = 0,
+    resamples: int = 2000,
+    per_prompt: int = 1,
 ) -> NearestShareResult:
     """The share of generated images that are nearer to the training images than to held-out ones.
 
     By cosine distance to the nearest image, against equally many images of both sets: the larger one is subsampled,
     since more images are nearer by chance alone. A tie counts half.
 
-    The interval is the percentile bootstrap over the generated images (Efron & Tibshirani 1993, section 13.3). Where
-    all of them agree there is nothing to resample, and it is that of Clopper and Pearson. It takes the references and
-    the independence of the generated images as given: give one image for each prompt.
+    The interval is the percentile bootstrap over the prompts (Efron & Tibshirani 1993, section 13.3): images of one
+    prompt are alike and stay together. Where all of them agree there is nothing to resample, and it is that of Clopper
+    and Pearson. It takes the references as given.
 
     Args:
         generated (`torch.Tensor`): features `[M, D]`.
@@ -212,6 +183,7 @@ def nearest_share(
         held_out (`torch.Tensor`): features `[L, D]`, of the same domain as `train`.
         seed (`int`): of the subsample and of the bootstrap.
         resamples (`int`): of the bootstrap.
+        per_prompt (`int`): so many generated images in a row are of one prompt.
 
     Returns:
         [`NearestShareResult`]: a share well above .5 means that the training images were memorized.
@@ -219,27 +191,24 @@ def nearest_share(
     Raises:
         ValueError: for empty, non-finite, zero or mismatched features.
     """
-    _check_features(generated=generated, train=train, held_out=held_out)
+    check_features(generated=generated, train=train, held_out=held_out)
     count = min(len(train), len(held_out))
     distances = []
     for i, references in enumerate((train, held_out)):
         rows = torch.randperm(len(references), generator=seeded_generator(seed, i))[:count]
         distances.append(nearest_distances(generated, references[rows.to(references.device)]).double().cpu())
     to_train, to_held_out = distances
-    nearer = ((to_train < to_held_out).double() + (to_train == to_held_out).double() / 2).numpy()
+    nearer = (to_train < to_held_out).double() + (to_train == to_held_out).double() / 2
+    nearer = nearer.view(-1, per_prompt).mean(1).numpy()
     share = float(nearer.mean())
     if (nearer == nearer[0]).all():
-        interval = clopper_pearson(round(share * len(nearer)), len(nearer))
+        interval = clopper_pearson(share * len(nearer), len(nearer))
     else:
         result = bootstrap(
             (nearer,), np.mean, n_resamples=resamples, batch=100, method="percentile", rng=np.random.default_rng(seed)
         )
         interval = tuple(map(float, result.confidence_interval))
-    return NearestShareResult(share, interval, count, _quantiles(to_train), _quantiles(to_held_out))
-
-
-def _quantiles(distances: torch.Tensor) -> dict[float, float]:
-    return dict(zip(QUANTILES, np.quantile(distances.numpy(), QUANTILES).tolist()))
+    return NearestShareResult(share, interval, count, to_train, to_held_out)
 
 
 @dataclass(frozen=True)
@@ -250,7 +219,7 @@ class CopySimilarityResult:
         percentile_95 (`float`): of the generated images' similarity to the nearest training image, in [-1, 1].
         threshold (`float`): above it an image counts as a copy.
         share (`float`): of the generated images that count as copies.
-        interval (`tuple[float, float]`): of the share, Clopper-Pearson at 95 %.
+        interval (`tuple[float, float]`): of the share, Clopper-Pearson at 95 % over the prompts.
         similarities (`torch.Tensor`): `[M]`, of each generated image, on the CPU.
     """
 
@@ -262,7 +231,11 @@ class CopySimilarityResult:
 
 
 def copy_similarity(
-    generated: torch.Tensor, train: torch.Tensor, held_out: torch.Tensor, false_alarms: float = 0.01
+    generated: torch.Tensor,
+    train: torch.Tensor,
+    held_out: torch.Tensor,
+    false_alarms: float = 0.01,
+    per_prompt: int = 1,
 ) -> CopySimilarityResult:
     """How alike generated images are to the nearest training image, in the features of a copy detector.
 
@@ -278,6 +251,7 @@ def copy_similarity(
             images the threshold lies near the largest of them, and more than the nominal share is called a copy.
         false_alarms (`float`): nominal share of images that are no copies and are called so; .01 takes the 99th
             percentile.
+        per_prompt (`int`): so many generated images in a row are of one prompt, which counts as one draw.
 
     Returns:
         [`CopySimilarityResult`]: compare the share with `false_alarms`.
@@ -288,7 +262,7 @@ def copy_similarity(
     """
     if not 0 < false_alarms < 1:
         raise ValueError(f"false_alarms must lie between 0 and 1, but got {false_alarms}")
-    _check_features(generated=generated, train=train, held_out=held_out)
+    check_features(generated=generated, train=train, held_out=held_out)
     similarities = 1 - nearest_distances(generated, train).double().cpu()
     innocent = 1 - nearest_distances(held_out, train).double().cpu()
     threshold = float(np.quantile(innocent.numpy(), 1 - false_alarms))
@@ -297,91 +271,6 @@ def copy_similarity(
             f"{int((innocent > 1 - 1e-6).sum())} of {len(innocent)} held-out images are as near to a training image "
             "as a copy is: the sets overlap, or this detector cannot tell images apart, so that no copy can be told"
         )
-    copies = int((similarities > threshold).sum())
-    interval = clopper_pearson(copies, len(similarities))
+    share, prompts = (similarities > threshold).double().mean().item(), len(similarities) / per_prompt
     percentile = float(np.quantile(similarities.numpy(), 0.95))
-    return CopySimilarityResult(percentile, threshold, copies / len(similarities), interval, similarities)
-
-
-def kid(generated: torch.Tensor, real: torch.Tensor, chunk: int = 2048) -> float:
-    """Kernel distance between two sets of features (Bińkowski et al., https://huggingface.co/papers/1801.01401).
-
-    The unbiased squared MMD with the kernel `(x·y / D + 1)³`, over all images: no random subsets. Unlike the Fréchet
-    distance it has no bias for small sets.
-
-    Args:
-        generated (`torch.Tensor`): features `[M, D]`, M > 1.
-        real (`torch.Tensor`): features `[N, D]`, N > 1.
-        chunk (`int`): images compared at once; bounds the memory.
-
-    Returns:
-        `float`: 0 on average for sets of one distribution (it can be below), unbounded above; lower is better.
-
-    Raises:
-        ValueError: for fewer than 2 images, and for non-finite or mismatched features.
-    """
-    _check_features(generated=generated, real=real)
-    for name, features in (("generated", generated), ("real", real)):
-        if len(features) < 2:
-            raise ValueError(f"{name}: a kernel distance needs at least 2 images, but got {len(features)}")
-
-    def kernel(dots: torch.Tensor) -> torch.Tensor:
-        return (dots / real.shape[1] + 1).pow(3)
-
-    def total(a: torch.Tensor, b: torch.Tensor) -> float:
-        return sum(kernel(x @ y.T).sum().item() for x in a.split(chunk) for y in b.split(chunk))
-
-    def within(a: torch.Tensor) -> float:
-        return (total(a, a) - kernel(a.square().sum(1)).sum().item()) / (len(a) * (len(a) - 1))
-
-    x, y = generated.double(), real.double()
-    return within(x) + within(y) - 2 * total(x, y) / (len(x) * len(y))
-
-
-class PrecisionRecall(NamedTuple):
-    """How many generated images look real, and how much of the real images is covered: each in [0, 1]."""
-
-    precision: float
-    recall: float
-
-
-def precision_recall(
-    generated: torch.Tensor, real: torch.Tensor, neighbors: int = 3, chunk: int = 1024
-) -> PrecisionRecall:
-    """Precision and recall of Kynkäänniemi et al. 2019 (https://huggingface.co/papers/1904.06991).
-
-    A set covers the balls around its images that reach to each one's k-th nearest image of the same set, by Euclidean
-    distance. Precision is the share of generated images that the real ones cover, recall the share of real images that
-    the generated ones cover. Copies of real images have perfect precision: read it beside a measure of memorization.
-
-    Args:
-        generated (`torch.Tensor`): features `[M, D]`, M > `neighbors`.
-        real (`torch.Tensor`): features `[N, D]`, N > `neighbors`; the figures change with M and N.
-        neighbors (`int`): k; the paper's is 3.
-        chunk (`int`): images compared at once; bounds the memory.
-
-    Returns:
-        [`PrecisionRecall`]: `precision` and `recall`, each in [0, 1], higher is better.
-
-    Raises:
-        ValueError: for no more images than neighbours, and for non-finite or mismatched features.
-    """
-    _check_features(generated=generated, real=real)
-    for name, features in (("generated", generated), ("real", real)):
-        if not 1 <= neighbors < len(features):
-            raise ValueError(
-                f"{name}: {neighbors} neighbors of {len(features)} images; it must be 1 or more, and fewer"
-            )
-
-    def each(queries: torch.Tensor, references: torch.Tensor, judge: Callable) -> torch.Tensor:
-        return torch.cat([judge(torch.cdist(part, references)) for part in queries.split(chunk)])
-
-    def radii(features: torch.Tensor) -> torch.Tensor:  # an image is its own nearest, at 0
-        return each(features, features, lambda distances: distances.kthvalue(neighbors + 1, dim=1).values)
-
-    def covered(queries: torch.Tensor, references: torch.Tensor) -> float:
-        reach = radii(references)
-        return each(queries, references, lambda distances: (distances <= reach).any(1)).double().mean().item()
-
-    x, y = generated.double(), real.double()
-    return PrecisionRecall(covered(x, y), covered(y, x))
+    return CopySimilarityResult(percentile, threshold, share, clopper_pearson(share * prompts, prompts), similarities)

@@ -16,6 +16,7 @@ Args:
 Returns:
     membership_auc with its 95 % interval (membership_auc_low, membership_auc_high): .5 is chance.
     tpr_at_1_percent_fpr: None with fewer than 100 held-out images.
+    tpr_at_0.1_percent_fpr: None with fewer than 1,000 held-out images.
 """
 
 
@@ -35,10 +36,10 @@ class Membership(evaluate.Metric):
     def _compute(self, predictions, references) -> dict[str, float | None]:
         scores, members = torch.as_tensor(predictions), torch.as_tensor(references).bool()
         result = memcontrol_hf.metrics.membership(scores[members], scores[~members])
-        tpr = result.tpr_at_fpr(0.01)
+        rates = {f"tpr_at_{100 * fpr:g}_percent_fpr": result.tpr_at_fpr(fpr) for fpr in (0.01, 0.001)}
         return {
             "membership_auc": result.auc,
             "membership_auc_low": result.interval[0],
             "membership_auc_high": result.interval[1],
-            "tpr_at_1_percent_fpr": None if tpr != tpr else tpr,
+            **{name: None if rate != rate else rate for name, rate in rates.items()},
         }
