@@ -181,7 +181,8 @@ def test_the_snippet_of_the_card_runs(finished, assets, tmp_path):
 def test_the_same_command_again_repeats_no_trial(script, assets, finished, monkeypatch):
     before = (finished / "memorization_report.json").read_text()
     monkeypatch.setattr(script.MemControlTrainer, "train_and_evaluate", lambda self: pytest.fail("a trial was run"))
-    script.main(flags(assets, finished, validation_prompt='a "quoted" prompt'))
+    same = {"validation_prompt": 'a "quoted" prompt', "canaries": 1, "canary_repeats": 3}
+    script.main(flags(assets, finished, **same))
     assert (finished / "memorization_report.json").read_text() == before
 
 
