@@ -346,7 +346,7 @@ def _of_pipeline(
 ) -> _Attacked:
     """All attacks on a model: did it memorize `members`, given that it cannot have memorized `others`?"""
     family = family_of(pipeline)
-    denoiser = getattr(pipeline, family.denoiser_name).eval()
+    denoiser = family.denoiser.eval()
     figures: dict[str, Figure] = {}
     caught: dict[str, tuple[set[int], set[int]]] = {}
 
@@ -363,6 +363,8 @@ def _of_pipeline(
         limit = torch.quantile(of_others, 1 - FALSE_ALARMS)
         found = {row for row, score in zip(members.rows, of_members) if score > limit}
         caught[f"membership_{attack}"] = (found, set(members.rows))
+    for attack, reason in family.not_applicable.items():
+        figures[f"membership_auc_{attack}"] = Figure(None, note=f"not applicable: {reason}")
 
     rows, count = _prompt_rows(members, settings), settings.images_per_prompt
     images = _generate(pipeline, members, rows, count, _SAMPLES, settings)
@@ -441,15 +443,18 @@ def _membership_scores(family, denoiser, images: _Images, purpose: int, settings
     """White-box attack -> its score of each image, higher for what looks trained on: `[N]`."""
     encoded = encode(images.data, family, settings.resolution)[images.rows]
     seeds = [(settings.seed, purpose, row) for row in images.rows]
-    latents, embeds = encoded["latents"], encoded["prompt_embeds"]
-    null, timesteps, size = family.encode_prompts([""]), family.timesteps(settings.num_timesteps), settings.batch_size
-    losses = measures.denoising_losses(family, denoiser, latents, embeds, timesteps, seeds, size)
-    return {
+    latents, condition = encoded["latents"], {name: encoded[name] for name in family.conditions}
+    timesteps, size = family.timesteps(settings.num_timesteps), settings.batch_size
+    losses = measures.denoising_losses(family, denoiser, latents, condition, timesteps, seeds, size)
+    scores = {
         "loss": -losses.mean(1),
-        "secmi": measures.secmi(family, denoiser, latents, embeds, batch_size=size),
-        "pia": measures.pia(family, denoiser, latents, embeds, batch_size=size),
-        "clid": measures.clid(family, denoiser, latents, embeds, null.to(embeds), timesteps, seeds, size, losses),
+        "secmi": measures.secmi(family, denoiser, latents, condition, batch_size=size),
+        "pia": measures.pia(family, denoiser, latents, condition, batch_size=size),
     }
+    if "clid" not in family.not_applicable:
+        null = family.null_condition()
+        scores["clid"] = measures.clid(family, denoiser, latents, condition, null, timesteps, seeds, size, losses)
+    return scores
 
 
 def _of_images(images: _Images, members: _Images, others: _Images, settings: AuditSettings) -> _Attacked:

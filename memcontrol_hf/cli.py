@@ -146,8 +146,7 @@ def _images(name: str, split: str, caption_column: str | None) -> "Dataset":
 def _trained_at(pipeline) -> int:
     from .diffusion import family_of
 
-    denoiser = getattr(pipeline, family_of(pipeline).denoiser_name)
-    return denoiser.config.sample_size * pipeline.vae_scale_factor
+    return family_of(pipeline).trained_at
 
 
 if __name__ == "__main__":

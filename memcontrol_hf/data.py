@@ -18,6 +18,7 @@ from datasets import (
     DatasetDict,
     Features,
     Image,
+    List,
     Value,
     concatenate_datasets,
     load_dataset,
@@ -30,7 +31,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import nn
 
-from .diffusion import StableDiffusionFamily, seeded_generator
+from .diffusion import Family, seeded_generator
 from .metrics import near_duplicates
 
 SPLITS = ("train", "validation", "held_out")
@@ -272,7 +273,7 @@ def to_pixels(images: Sequence[PILImage.Image], resolution: int) -> torch.Tensor
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
 
 
-def encode(dataset: Dataset, family: StableDiffusionFamily, resolution: int, batch_size: int = 32) -> Dataset:
+def encode(dataset: Dataset, family: Family, resolution: int, batch_size: int = 32) -> Dataset:
     """Latents and text embeddings of a dataset, computed once and kept on disk by `datasets`.
 
     They are found again under a fingerprint of the rows, the weights of the autoencoder and the text encoder, and the
@@ -284,21 +285,19 @@ def encode(dataset: Dataset, family: StableDiffusionFamily, resolution: int, bat
         resolution (`int`): in pixels.
 
     Returns:
-        `Dataset`: columns `latents` `[C, h, w]`, `prompt_embeds` `[L, D]`, `pixels` (equal for exact copies of an
-        image) and `row`; in torch format.
+        `Dataset`: columns `latents` `[C, h, w]`, the family's conditions (`prompt_embeds` `[L, D]`, ...), `pixels`
+        (equal for exact copies of an image) and `row`; in torch format.
     """
-    pipeline = family.pipeline
-    fingerprint = Hasher.hash(
-        [dataset._fingerprint, weights_digest(pipeline.vae), weights_digest(pipeline.text_encoder), resolution]
-    )
+    digests = [weights_digest(module) for module in family.encoder_modules]
+    fingerprint = Hasher.hash([dataset._fingerprint, *digests, resolution])
     folder = Path(datasets_config.HF_DATASETS_CACHE) / "memcontrol_hf"
     folder.mkdir(parents=True, exist_ok=True)
     probe = family.encode_images(torch.zeros(1, 3, resolution, resolution))
-    embeds = family.encode_prompts([""])
+    condition = family.encode_prompts(dataset[:1]["text"])
     features = Features(
         {
             "latents": Array3D(tuple(probe.shape[1:]), "float32"),
-            "prompt_embeds": Array2D(tuple(embeds.shape[1:]), "float32"),
+            **{name: _feature(tensor[0]) for name, tensor in condition.items()},
             "pixels": Value("int64"),
         }
     )
@@ -306,7 +305,7 @@ def encode(dataset: Dataset, family: StableDiffusionFamily, resolution: int, bat
     def encode_batch(batch: dict[str, list]) -> dict[str, np.ndarray]:
         return {
             "latents": family.encode_images(to_pixels(batch["image"], resolution)).cpu().numpy(),
-            "prompt_embeds": family.encode_prompts(batch["text"]).cpu().numpy(),
+            **{name: tensor.cpu().numpy() for name, tensor in family.encode_prompts(batch["text"]).items()},
             "pixels": [int.from_bytes(_digest(image), "little", signed=True) for image in batch["image"]],
         }
 
@@ -323,6 +322,18 @@ def encode(dataset: Dataset, family: StableDiffusionFamily, resolution: int, bat
     )
     rows = Dataset.from_dict({"row": list(range(len(encoded)))})
     return concatenate_datasets([encoded.with_format(None), rows], axis=1).with_format("torch")
+
+
+def _feature(row: torch.Tensor) -> Value | List | Array2D:
+    """The column for one row of a condition's tensor: a number, a vector or a matrix."""
+    dtype = str(row.dtype).removeprefix("torch.")
+    match row.dim():
+        case 0:
+            return Value(dtype)
+        case 1:
+            return List(Value(dtype), length=len(row))
+        case _:
+            return Array2D(tuple(row.shape), dtype)
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -1,21 +1,29 @@
 """What differs between model families: encoding a picture and its condition, noise, target, and the denoiser's call.
 
-A family is one short class; [`family_of`] picks it from the pipeline's own class.
+A family is one short class; [`family_of`] picks it from the pipeline's own class. How to add one: docs/families.md.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
 from diffusers.training_utils import compute_snr
 from torch import nn
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+Condition = Mapping[str, torch.Tensor]
+"""What a denoiser is told beside the noisy latents: named tensors `[N, ...]`, a row for each image."""
+
+
+def null_like(null: Condition, condition: Condition) -> Condition:
+    """The null condition, whose tensors are one row with or without its dimension, for each row of a condition."""
+    return {name: null[name].reshape(1, *t.shape[1:]).to(t).expand_as(t) for name, t in condition.items()}
 
 
 def seeded_generator(*key: int) -> torch.Generator:
@@ -40,27 +48,103 @@ def captions_kept_out_of_logs(pipeline: "DiffusionPipeline") -> Iterator[None]:
         logger.setLevel(level)
 
 
-class StableDiffusionFamily:
-    """Stable Diffusion 1.x and 2.x: a UNet over VAE latents, conditioned on CLIP text embeddings."""
+class Family:
+    """What all families have in common: DDPM noise over VAE latents, conditioned on a caption.
 
-    pipeline_classes = ("StableDiffusionPipeline",)
-    denoiser_name = "unet"
+    Attributes:
+        pipeline_classes (tuple of `str`): names of the pipelines of this family.
+        denoiser_name (`str`): the pipeline's part that is tuned.
+        encoders (tuple of `str`): its parts that encode images and captions; those of them that are there.
+        optional (tuple of `str`): those that may be missing.
+        conditions (tuple of `str`): names of a condition's tensors, in the order in which [`Family.encode`] gives
+            them; also the arguments of [`Family.call`] and the columns of the cached data.
+        not_applicable (dict of `str`): measures that say nothing of this family, and why.
+        scheduler: of the training: `DDPMScheduler` with the pipeline's settings.
+
+    Raises:
+        ValueError: when the pipeline lacks a part, and for an unknown prediction type.
+    """
+
+    pipeline_classes: ClassVar[tuple[str, ...]] = ()
+    denoiser_name: ClassVar[str] = "transformer"
+    encoders: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
+    optional: ClassVar[tuple[str, ...]] = ()
+    conditions: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
+    not_applicable: ClassVar[dict[str, str]] = {}
 
     def __init__(self, pipeline: "DiffusionPipeline"):
-        self.pipeline = pipeline
-        self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        for name in (self.denoiser_name, *self.encoders):
+            if getattr(pipeline, name, None) is None and name not in self.optional:
+                raise ValueError(f"the {type(pipeline).__name__} has no {name}: load it with all of its parts")
+        self.pipeline: DiffusionPipeline | None = pipeline
+        self.set_scheduler(pipeline.scheduler)
+
+    @classmethod
+    def of_scheduler(cls, scheduler: SchedulerMixin) -> "Family":
+        """The family without a pipeline: it can add noise and call a denoiser, but not encode or sample."""
+        family = cls.__new__(cls)
+        family.pipeline = None
+        family.set_scheduler(scheduler)
+        return family
+
+    def set_scheduler(self, scheduler: SchedulerMixin) -> None:
+        """Take the noise schedule and the prediction type of a scheduler."""
+        prediction = scheduler.config.get("prediction_type", "epsilon")
+        if prediction not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(f"unknown prediction type {prediction!r}: use epsilon, v_prediction or sample")
+        self.scheduler = DDPMScheduler.from_config(scheduler.config)
+
+    # ---- a family's own: most write `encode` and `call` and leave the rest as it is ----
+
+    def encode(self, prompts: list[str]) -> tuple[torch.Tensor, ...]:
+        """`N` captions -> the tensors `[N, ...]` that `conditions` names."""
+        raise NotImplementedError
+
+    def call(self, denoiser: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, **condition: torch.Tensor):
+        """The prediction `[N, C, h, w]` for noisy latents `[N, C, h, w]` at `timesteps` `[N]` under a condition."""
+        raise NotImplementedError
+
+    def null_condition(self) -> dict[str, torch.Tensor] | None:
+        """What guidance steers away from, one row: the empty caption. `None` where there is no such thing."""
+        return self.encode_prompts([""])
+
+    def request(self, prompts: list[str], resolution: int, guidance_scale: float) -> dict[str, Any]:
+        """The arguments with which the pipeline samples an image for each caption."""
+        return {"prompt": prompts, "height": resolution, "width": resolution, "guidance_scale": guidance_scale}
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Pixels of the image for one value of the latent, in each direction."""
+        return self.pipeline.vae_scale_factor
+
+    @property
+    def trained_at(self) -> int:
+        """Side in pixels of the images that the model was trained at."""
+        return self.denoiser.config.sample_size * self.pixels_per_latent
 
     def check_resolution(self, resolution: int) -> None:
-        """Raise `ValueError` when the VAE and the UNet's levels do not divide `resolution` (pixels)."""
-        config = self.pipeline.unet.config
+        """Raise `ValueError` when the VAE and the patches of a transformer do not divide `resolution` (pixels)."""
         # An odd size on the way down is rounded up and no longer meets its skip connection on the way up, except
         # that diffusers' UNet forwards the upsample size below the first levels: only whole latents are needed.
-        factor = self.pipeline.vae_scale_factor
+        factor = self.pixels_per_latent * self.denoiser.config.get("patch_size", 1)
         if resolution <= 0 or resolution % factor:
             raise ValueError(
-                f"resolution {resolution} is not a positive multiple of {factor}, as the VAE needs; "
-                f"the model was trained at {config.sample_size * factor}"
+                f"resolution {resolution} is not a positive multiple of {factor}, as the model needs; "
+                f"it was trained at {self.trained_at}"
             )
+
+    # ---- images and captions ----
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The pipeline's part that is tuned."""
+        return getattr(self.pipeline, self.denoiser_name)
+
+    @property
+    def encoder_modules(self) -> list[nn.Module]:
+        """The parts that encode images and captions."""
+        parts = (getattr(self.pipeline, name, None) for name in self.encoders)
+        return [part for part in parts if part is not None]
 
     @torch.no_grad()
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -71,48 +155,178 @@ class StableDiffusionFamily:
         return ((latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).float()
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> torch.Tensor:
-        """`N` prompts -> text embeddings `[N, L, D]`; the empty prompt is the null condition."""
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """`N` captions -> a condition of `N` rows, floating-point tensors in float32."""
         with captions_kept_out_of_logs(self.pipeline):
-            embeds, _ = self.pipeline.encode_prompt(
-                list(prompts), device=self.pipeline.text_encoder.device, num_images_per_prompt=1,
-                do_classifier_free_guidance=False,
-            )  # fmt: skip
-        return embeds.float()
+            tensors = self.encode(list(prompts))
+        return {
+            name: tensor.float() if tensor.is_floating_point() else tensor
+            for name, tensor in zip(self.conditions, tensors, strict=True)
+        }
 
-    def timesteps(self, count: int) -> list[int]:
+    def sample(
+        self,
+        prompts: Sequence[str],
+        generators: list[torch.Generator],
+        resolution: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+    ) -> torch.Tensor:
+        """An image for each caption: `[N, 3, H, W]` in [0, 1] on the CPU."""
+        with captions_kept_out_of_logs(self.pipeline):
+            images = self.pipeline(
+                **self.request(list(prompts), resolution, guidance_scale),
+                num_inference_steps=num_inference_steps,
+                generator=generators,
+                output_type="pt",
+            ).images
+        return images.float().cpu()
+
+    # ---- noise ----
+
+    def coefficients(self, timestep: float) -> tuple[float, float]:
+        """`(a, s)` of `x_t = a · x_0 + s · ε`."""
+        signal = self.scheduler.alphas_cumprod[timestep].item()
+        return signal**0.5, (1 - signal) ** 0.5
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """`x_t` of latents and noise `[N, C, h, w]` at `timesteps` `[N]`."""
+        return self.scheduler.add_noise(latents, noise, timesteps)
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """What the denoiser shall predict, by the scheduler's prediction type."""
+        match self.scheduler.config.prediction_type:
+            case "epsilon":
+                return noise
+            case "v_prediction":
+                return self.scheduler.get_velocity(latents, noise, timesteps)
+            case _:  # "sample"
+                return latents
+
+    def to_epsilon(self, prediction: torch.Tensor, noisy: torch.Tensor, timestep: float) -> torch.Tensor:
+        """The noise that a prediction sees in `noisy`, whatever the denoiser predicts."""
+        signal, noise = self.coefficients(timestep)
+        match self.scheduler.config.prediction_type:
+            case "epsilon":
+                return prediction
+            case "v_prediction":
+                return signal * prediction + noise * noisy
+            case _:  # "sample"
+                return (noisy - signal * prediction) / noise
+
+    def epsilon_scale(self, timestep: float) -> float:
+        """How far the noise prediction moves for each unit of the denoiser's own prediction, at `x_t` held fixed."""
+        signal, noise = self.coefficients(timestep)
+        return {"epsilon": 1.0, "v_prediction": signal, "sample": signal / noise}[
+            self.scheduler.config.prediction_type
+        ]
+
+    def timesteps(self, count: int) -> list[int] | list[float]:
         """`count` timesteps in the middle of as many equal parts of the schedule, from low noise to high."""
         total = self.scheduler.config.num_train_timesteps
         return [int((i + 0.5) * total / count) for i in range(count)]
+
+    def check_timesteps(self, *timesteps: float) -> None:
+        """Raise `ValueError` for a timestep outside the schedule."""
+        total = self.scheduler.config.num_train_timesteps
+        for timestep in timesteps:
+            if not 0 <= timestep < total:
+                raise ValueError(f"timestep {timestep} lies outside the schedule: use 0 to {total - 1}")
+
+    def sample_timestep(self, generator: torch.Generator) -> torch.Tensor:
+        """A timestep as training draws it, `[]`: uniform."""
+        return torch.randint(self.scheduler.config.num_train_timesteps, (), generator=generator)
+
+    def trajectory(self, num_inference_steps: int) -> SchedulerMixin:
+        """A deterministic sampler with its timesteps set: DDIM."""
+        scheduler = DDIMScheduler.from_config(self.scheduler.config)
+        scheduler.set_timesteps(num_inference_steps)
+        return scheduler
+
+    # ---- the loss ----
+
+    def denoise(
+        self,
+        denoiser: nn.Module,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        condition: "Condition | torch.Tensor",
+    ) -> torch.Tensor:
+        """What the denoiser says of noisy latents, in float32.
+
+        Args:
+            denoiser (`nn.Module`): the pipeline's, or that with an adapter.
+            noisy (`torch.Tensor`): `[N, C, h, w]`.
+            timesteps (`torch.Tensor`): `[N]`.
+            condition (`Condition`): `N` rows. A tensor stands for the first of `conditions`.
+
+        Returns:
+            `torch.Tensor`: `[N, C, h, w]`.
+        """
+        dtype = noisy.dtype if self.pipeline is None else self.denoiser.dtype
+        cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in self.named(condition).items()}
+        return self.call(denoiser, noisy.to(dtype), timesteps, **cast).float()
+
+    def named(self, condition: "Condition | torch.Tensor") -> Condition:
+        """A condition; a tensor alone is the first of `conditions`."""
+        return {self.conditions[0]: condition} if isinstance(condition, torch.Tensor) else condition
+
+    def predict(
+        self,
+        denoiser: nn.Module,
+        latents: torch.Tensor,
+        condition: "Condition | torch.Tensor",
+        timesteps: torch.Tensor,
+        noise: torch.Tensor,
+    ) -> torch.Tensor:
+        """What the denoiser says of `latents` `[N, C, h, w]` with `noise` added at `timesteps` `[N]`."""
+        return self.denoise(denoiser, self.add_noise(latents, noise, timesteps), timesteps, condition)
 
     def losses(
         self,
         denoiser: nn.Module,
         latents: torch.Tensor,
-        embeds: torch.Tensor,
+        condition: "Condition | torch.Tensor",
         timesteps: torch.Tensor,
         noise: torch.Tensor,
-        snr_gamma: float | None = None,
+        weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The denoising loss of each image of a batch.
 
         Args:
             latents, noise (`torch.Tensor`): `[N, C, h, w]`.
-            embeds (`torch.Tensor`): `[N, L, D]`.
+            condition (`Condition`): `N` rows.
             timesteps (`torch.Tensor`): `[N]`.
-            snr_gamma (`float`, *optional*): min-SNR weighting (https://huggingface.co/papers/2303.09556).
+            weights (`torch.Tensor`, *optional*): `[N]`, as [`Family.loss_weights`] gives them for training.
 
         Returns:
-            `torch.Tensor`: `[N]`, the mean squared error to the target of the scheduler's prediction type.
+            `torch.Tensor`: `[N]`, the mean squared error to [`Family.target`], weighted.
         """
-        prediction = predict(denoiser, self.scheduler, latents, embeds, timesteps, noise)
-        target = _target(self.scheduler, latents, noise, timesteps)
-        losses = (prediction.float() - target.float()).square().flatten(1).mean(1)
-        return losses if snr_gamma is None else losses * self._min_snr_weights(timesteps, snr_gamma)
+        prediction = self.predict(denoiser, latents, condition, timesteps, noise)
+        return self.losses_of(prediction, latents, timesteps, noise, weights)
 
-    def _min_snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+    def losses_of(
+        self,
+        prediction: torch.Tensor,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        noise: torch.Tensor,
+        weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[`Family.losses`] of predictions that are there already."""
+        losses = (prediction - self.target(latents, noise, timesteps).float()).square().flatten(1).mean(1)
+        return losses if weights is None else losses * weights
+
+    def loss_weights(self, timesteps: torch.Tensor, snr_gamma: float | None = None) -> torch.Tensor | None:
+        """What training weighs the losses at `timesteps` `[N]` with; `None` for all alike.
+
+        Args:
+            snr_gamma (`float`, *optional*): min-SNR weighting (https://huggingface.co/papers/2303.09556).
+        """
+        if snr_gamma is None:
+            return None
         snr = compute_snr(self.scheduler, timesteps)
-        clipped = snr.clamp(max=gamma)
+        clipped = snr.clamp(max=snr_gamma)
         match self.scheduler.config.prediction_type:
             case "epsilon":
                 return clipped / snr
@@ -122,23 +336,42 @@ class StableDiffusionFamily:
                 return clipped
 
 
-FAMILIES = (StableDiffusionFamily,)
+class StableDiffusionFamily(Family):
+    """Stable Diffusion 1.x and 2.x: a UNet, conditioned on CLIP text embeddings.
+
+    As in diffusers' `train_text_to_image.py`: uniform timesteps, no weights but min-SNR where asked for.
+    """
+
+    pipeline_classes = ("StableDiffusionPipeline",)
+    denoiser_name = "unet"
+
+    def encode(self, prompts):
+        device = self.pipeline.text_encoder.device
+        return self.pipeline.encode_prompt(prompts, device, 1, do_classifier_free_guidance=False)[:1]
+
+    def call(self, denoiser, noisy, timesteps, prompt_embeds):
+        return denoiser(noisy, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
 
 
-def family_of(pipeline: "DiffusionPipeline") -> StableDiffusionFamily:
+FAMILIES: list[type[Family]] = [StableDiffusionFamily]
+"""The families that are known; append your own (docs/families.md)."""
+
+
+def family_of(pipeline: "DiffusionPipeline") -> Family:
     """The family of a pipeline.
 
     Raises:
-        ValueError: for a pipeline class that no family claims, or an unknown prediction type.
+        ValueError: for a pipeline class that no family claims, one that lacks a part, or an unknown prediction type.
     """
     for family in FAMILIES:
         if type(pipeline).__name__ in family.pipeline_classes:
-            prediction = pipeline.scheduler.config.get("prediction_type", "epsilon")
-            if prediction not in ("epsilon", "v_prediction", "sample"):
-                raise ValueError(f"unknown prediction type {prediction!r}: use epsilon, v_prediction or sample")
             return family(pipeline)
     known = ", ".join(name for family in FAMILIES for name in family.pipeline_classes)
-    raise ValueError(f"{type(pipeline).__name__} is no pipeline that can be tuned here; known: {known}")
+    raise ValueError(
+        f"{type(pipeline).__name__} is no pipeline that can be tuned here; known: {known}. For another, append "
+        "a subclass of memcontrol_hf.diffusion.Family to FAMILIES: it names pipeline_classes, denoiser_name, encoders "
+        "and conditions, and writes encode() (captions to tensors) and call() (the denoiser); see docs/families.md"
+    )
 
 
 def load_pipeline(name: str, revision: str | None = None, variant: str | None = None) -> "DiffusionPipeline":
@@ -157,28 +390,3 @@ def load_pipeline(name: str, revision: str | None = None, variant: str | None = 
         return DiffusionPipeline.from_pretrained(name, revision=revision, variant=variant)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the pipeline {name!r}: {str(error).splitlines()[0]}") from None
-
-
-def predict(
-    denoiser: nn.Module,
-    scheduler: DDPMScheduler,
-    latents: torch.Tensor,
-    embeds: torch.Tensor,
-    timesteps: torch.Tensor,
-    noise: torch.Tensor,
-) -> torch.Tensor:
-    """What the denoiser says of `latents` `[N, C, h, w]` with `noise` added at `timesteps` `[N]`."""
-    noisy = scheduler.add_noise(latents, noise, timesteps)
-    return denoiser(noisy, timesteps, encoder_hidden_states=embeds, return_dict=False)[0]
-
-
-def _target(
-    scheduler: DDPMScheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
-) -> torch.Tensor:
-    match scheduler.config.prediction_type:
-        case "epsilon":
-            return noise
-        case "v_prediction":
-            return scheduler.get_velocity(latents, noise, timesteps)
-        case _:
-            return latents

@@ -7,7 +7,7 @@ resuming play no part. None gives a formal guarantee.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .diffusion import StableDiffusionFamily, seeded_generator
+from .diffusion import Condition, Family, null_like, seeded_generator
 from .metrics import steering_norms
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class GaussianNoise(Mitigation):
             raise ValueError(f"std is {self.std}")
 
     def embedding(self, embedding: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """The text embedding `[L, D]` of a row as this read of it sees it."""
+        """One tensor of a row's condition, say the text embedding `[L, D]`, as this read of it sees it."""
         return embedding + self.std * torch.randn(embedding.shape, generator=generator).to(embedding)
 
 
@@ -205,38 +205,25 @@ class Threshold(Mitigation):
         self.dropped: int | torch.Tensor = 0  # since it was last set to 0
 
     def losses(
-        self, losses_of: Callable[[Callable], torch.Tensor], denoiser: nn.Module, null: torch.Tensor
+        self,
+        family: Family,
+        denoiser: nn.Module,
+        null: Condition,
+        latents: torch.Tensor,
+        condition: Condition,
+        timesteps: torch.Tensor,
+        noise: torch.Tensor,
+        weights: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The losses `[N]` of a batch, 0 for those that are left out.
-
-        Args:
-            losses_of (`Callable`): the losses `[N]` by a denoiser, which it calls once.
-            null (`torch.Tensor`): the embedding of the empty prompt, `[1, L, D]`.
-        """
-        recorded = _Recorded(denoiser)
-        losses = losses_of(recorded)
-        norms = steering_norms(recorded.prediction, recorded.again(null))
+        """[`Family.losses`] of a batch, 0 for those that are left out; `null` is the null condition."""
+        prediction = family.predict(denoiser, latents, condition, timesteps, noise)
+        with torch.no_grad():
+            without = family.predict(denoiser, latents, null_like(null, condition), timesteps, noise)
+        norms = steering_norms(prediction.detach(), without)
         drop = norms > (torch.quantile(norms, self.q) if self.value is None else self.value)
         self.dropped = self.dropped + drop.sum()
+        losses = family.losses_of(prediction, latents, timesteps, noise, weights)
         return torch.where(drop, 0.0, losses)
-
-
-class _Recorded:
-    """A denoiser that remembers its call, so that what the loss computed need not be computed again."""
-
-    def __init__(self, denoiser: nn.Module):
-        self.denoiser = denoiser
-
-    def __call__(self, noisy: torch.Tensor, timesteps: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        output = self.denoiser(noisy, timesteps, **kwargs)
-        self.noisy, self.timesteps, self.kwargs, self.prediction = noisy, timesteps, kwargs, output[0].detach()
-        return output
-
-    @torch.no_grad()
-    def again(self, embed: torch.Tensor) -> torch.Tensor:
-        """The prediction for the same noisy latents with one condition `[1, L, D]` for all."""
-        embeds = embed.to(self.kwargs["encoder_hidden_states"]).expand(len(self.noisy), -1, -1)
-        return self.denoiser(self.noisy, self.timesteps, **{**self.kwargs, "encoder_hidden_states": embeds})[0]
 
 
 @dataclass
@@ -371,19 +358,25 @@ class Conditions:
         rows (list of `int`): the number of each.
 
     Raises:
-        ValueError: when the column of [`MultipleCaptions`] is missing or holds no lists of captions.
+        ValueError: when the column of [`MultipleCaptions`] is missing or holds no lists of captions, and for a
+            mitigation that the family has no use for.
     """
 
     def __init__(
         self,
         mitigations: dict[str, Mitigation],
-        family: StableDiffusionFamily,
+        family: Family,
         images: Dataset,
         rows: Sequence[int],
     ):
         self.family = family
         self.of_captions = {n: m for n, m in mitigations.items() if m.changes_captions}
         self.noise = mitigations.get("gaussian_noise")
+        of_text = [*self.of_captions, *(["gaussian_noise"] if self.noise else [])]
+        if of_text and "prompt_embeds" not in family.conditions:
+            raise ValueError(f"{of_text[0]} changes a text, which {type(family).__name__} has not: leave it out")
+        if "threshold" in mitigations and "noise_norm" in family.not_applicable:
+            raise ValueError(f"threshold needs the noise norm: {family.not_applicable['noise_norm']}; leave it out")
         self.texts: dict[int, tuple[str, Sequence[str]]] = {}
         if self.of_captions:
             several = mitigations.get("multiple_captions")
@@ -402,20 +395,26 @@ class Conditions:
             captions.append(caption)
         return captions
 
-    def __call__(self, embeds: torch.Tensor, rows: Sequence[int], key: tuple[int, ...]) -> torch.Tensor:
-        """The text embeddings `[N, L, D]` of some rows.
+    def __call__(self, condition: Condition, rows: Sequence[int], key: tuple[int, ...]) -> Condition:
+        """The conditions of some rows.
 
         Args:
-            embeds (`torch.Tensor`): `[N, L, D]`, of the captions as they are: what is used unless a caption changes.
+            condition (`Condition`): of the captions as they are: what is used unless a caption changes.
             rows (list of `int`): their numbers.
             key (tuple of `int`): seed, purpose and epoch. With the row, this is all that a draw depends on.
         """
         if self.of_captions:
-            embeds = self.family.encode_prompts(self.captions(rows, key)).to(embeds)
+            encoded = self.family.encode_prompts(self.captions(rows, key))
+            condition = {name: encoded[name].to(tensor) for name, tensor in condition.items()}
         if self.noise is None:
-            return embeds
+            return condition
         generators = [_generator(key, "gaussian_noise", row) for row in rows]
-        return torch.stack([self.noise.embedding(*pair) for pair in zip(embeds, generators)])
+        return {
+            name: torch.stack([self.noise.embedding(*pair) for pair in zip(tensor, generators)])
+            if tensor.is_floating_point()
+            else tensor
+            for name, tensor in condition.items()
+        }
 
 
 def _generator(key: tuple[int, ...], name: str, row: int) -> torch.Generator:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .diffusion import captions_kept_out_of_logs, family_of, seeded_generator
+from .diffusion import family_of, seeded_generator
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -49,19 +49,11 @@ def generate(
     """
     if len(prompts) != len(keys):
         raise ValueError(f"{len(prompts)} prompts but {len(keys)} seeds")
+    family = family_of(pipeline)
     images = []
     pipeline.set_progress_bar_config(disable=True)
     for start in range(0, len(prompts), batch_size):
         batch = slice(start, start + batch_size)
-        with captions_kept_out_of_logs(pipeline):
-            output = pipeline(
-                list(prompts[batch]),
-                height=resolution,
-                width=resolution,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                generator=[seeded_generator(*key) for key in keys[batch]],
-                output_type="pt",
-            )
-        images.append(output.images.float().cpu())
+        generators = [seeded_generator(*key) for key in keys[batch]]
+        images.append(family.sample(prompts[batch], generators, resolution, num_inference_steps, guidance_scale))
     return torch.cat(images) if images else torch.empty(0, 3, resolution, resolution)

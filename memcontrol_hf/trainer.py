@@ -4,7 +4,7 @@ The loop, checkpoints, resuming, mixed precision, distribution, schedulers and t
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -20,7 +20,7 @@ from transformers.trainer_utils import BestRun, TrainOutput, get_last_checkpoint
 
 from . import metrics as measures
 from .data import encode, unique_rows
-from .diffusion import family_of, seeded_generator
+from .diffusion import Condition, family_of, null_like, seeded_generator
 from .features import Encoder, features_of, load_encoder
 from .mitigations import Conditions, EarlyStopCallback, parse_mitigations
 from .sampling import denoiser_in_place, generate
@@ -163,7 +163,7 @@ class MemControlTrainer(Trainer):
         self.family = family_of(pipeline)
         self.family.check_resolution(args.resolution)
         self.pipeline = pipeline
-        self.denoiser: nn.Module = getattr(pipeline, self.family.denoiser_name).requires_grad_(False)
+        self.denoiser: nn.Module = self.family.denoiser.requires_grad_(False)
         self.peft_config = peft_config
         self.search_space = search_space or SearchSpace.from_model(self.denoiser)
         self.mask = self.search_space.check(self.search_space.mask(True) if mask is None else mask)
@@ -175,16 +175,16 @@ class MemControlTrainer(Trainer):
         if args.gradient_checkpointing or args.activation_checkpointing:
             self.denoiser.enable_gradient_checkpointing()  # diffusers' own switch, which the Trainer does not know
             args.gradient_checkpointing = args.activation_checkpointing = False
-        for part in ("vae", "text_encoder"):
-            getattr(pipeline, part).requires_grad_(False).to(args.device)
-        self._null = self.family.encode_prompts([""])
+        for part in self.family.encoder_modules:
+            part.requires_grad_(False).to(args.device)
+        self._null = self.family.null_condition()
         train_dataset = self._full_train_dataset = self._encode(train_dataset, args.resolution)
         super().__init__(
             args=args,
             model_init=self._init_model,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=_collate,
+            data_collator=partial(_collate, names=("latents", *self.family.conditions, "row")),
             callbacks=callbacks,
         )
         self.loss_is_scaled_for_ga = False
@@ -260,29 +260,34 @@ class MemControlTrainer(Trainer):
         Timestep, noise, caption dropout and the mitigations' draws of a row depend on the seed, the epoch and the row
         alone: the same rows give the same loss at any batch size, on any number of processes, and after resuming.
         """
-        latents, embeds, rows = inputs["latents"], inputs["prompt_embeds"], inputs["row"].tolist()
+        latents, rows = inputs["latents"], inputs["row"].tolist()
+        condition = {name: inputs[name] for name in self.family.conditions}
         epoch = int(self.state.epoch or 0)
-        total = self.family.scheduler.config.num_train_timesteps
         noise, timesteps, dropped = [], [], []
         for row in rows:
             generator = seeded_generator(self.args.seed, _TRAINING, epoch, row)
-            timesteps.append(torch.randint(total, (), generator=generator))
+            timesteps.append(self.family.sample_timestep(generator))
             dropped.append(torch.rand((), generator=generator) < self.args.caption_dropout)
             noise.append(torch.randn(latents.shape[1:], generator=generator))
-        embeds = self._conditions(embeds, rows, (self.args.seed, _MITIGATIONS, epoch))
-        if any(dropped):
-            embeds = torch.where(torch.stack(dropped).to(embeds.device)[:, None, None], self._null.to(embeds), embeds)
-        losses_of = partial(
-            self.family.losses,
-            latents=latents,
-            embeds=embeds,
-            timesteps=torch.stack(timesteps).to(latents.device),
-            noise=torch.stack(noise).to(latents.device),
-            snr_gamma=self.args.snr_gamma,
-        )
+        condition = self._conditions(condition, rows, (self.args.seed, _MITIGATIONS, epoch))
+        if any(dropped) and self._null is not None:
+            null, drop = null_like(self._null, condition), torch.stack(dropped).to(latents.device)
+            condition = {
+                name: torch.where(drop.view(-1, *[1] * (tensor.dim() - 1)), null[name], tensor)
+                for name, tensor in condition.items()
+            }
+        timesteps = torch.stack(timesteps).to(latents.device)
+        batch = {
+            "latents": latents,
+            "condition": condition,
+            "timesteps": timesteps,
+            "noise": torch.stack(noise).to(latents.device),
+            "weights": self.family.loss_weights(timesteps, self.args.snr_gamma),
+        }
         threshold = self._mitigations.get("threshold")
-        losses = threshold.losses(losses_of, model, self._null) if threshold else losses_of(model)
-        return losses.mean()
+        if threshold is None:
+            return self.family.losses(model, **batch).mean()
+        return threshold.losses(self.family, model, self._null, **batch).mean()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As of transformers; with the mitigation `threshold` also `dropped_samples`, those since the log before."""
@@ -409,13 +414,13 @@ class MemControlTrainer(Trainer):
     def _noise_norms(self, data: "EncodedImages", purpose: int) -> torch.Tensor:
         """Mean noise norm of each distinct image at the fixed timesteps: `[N]`."""
 
-        def norms(latents: torch.Tensor, embeds: torch.Tensor, *rest: Any) -> torch.Tensor:
-            return measures.noise_norm(self.model, latents, embeds, self._null, self.family.scheduler, *rest)
+        def norms(latents: torch.Tensor, condition: Condition, *rest: Any) -> torch.Tensor:
+            return measures.noise_norm(self.model, latents, condition, self._null, self.family, *rest)
 
         return self._of_images(norms, data, purpose)
 
     def _of_images(self, measure: Callable[..., torch.Tensor], data: "EncodedImages", purpose: int) -> torch.Tensor:
-        """Mean over the fixed timesteps of `measure(latents, embeds, timesteps, seeds)`, `[n, T]`, read in batches."""
+        """Mean over fixed timesteps of `measure(latents, condition, timesteps, seeds)`, `[n, T]`, read in batches."""
         timesteps, size = self.family.timesteps(self.args.eval_num_timesteps), self.args.per_device_eval_batch_size
 
         def of(rows: list[int]) -> torch.Tensor:
@@ -423,7 +428,8 @@ class MemControlTrainer(Trainer):
             for start in range(0, len(rows), size):
                 batch = data.encoded[rows[start : start + size]]
                 seeds = [(self.args.seed, purpose, row) for row in batch["row"].tolist()]
-                values.append(measure(batch["latents"], batch["prompt_embeds"], timesteps, seeds, size).mean(1))
+                condition = {name: batch[name] for name in self.family.conditions}
+                values.append(measure(batch["latents"], condition, timesteps, seeds, size).mean(1))
             return torch.cat(values)
 
         return self._over_processes(of, data.unique)
@@ -586,5 +592,5 @@ class EncodedImages(torch.utils.data.Dataset):
         return EncodedImages(self.images.select(rows), self.encoded.select(rows))
 
 
-def _collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {key: torch.stack([example[key] for example in examples]) for key in ("latents", "prompt_embeds", "row")}
+def _collate(examples: list[dict[str, torch.Tensor]], names: Sequence[str]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([example[name] for example in examples]) for name in names}

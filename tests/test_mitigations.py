@@ -145,11 +145,15 @@ def test_the_name_sets_the_caption_dropout(tmp_path):
 def test_noise_on_text_embeddings_has_its_standard_deviation_and_is_drawn_afresh(tmp_path):
     trainer = tiny_trainer(tmp_path, mitigations=["gaussian_noise:std=0.5"])
     embeds, rows = batch_of(trainer, range(10))["prompt_embeds"], list(range(10))
-    noise = [trainer._conditions(embeds, rows, (0, 6, epoch)) - embeds for epoch in range(40)]
+
+    def noise_on(embeds, rows, epoch):
+        return trainer._conditions({"prompt_embeds": embeds}, rows, (0, 6, epoch))["prompt_embeds"] - embeds
+
+    noise = [noise_on(embeds, rows, epoch) for epoch in range(40)]
     assert torch.stack(noise).std().item() == pytest.approx(0.5, rel=0.02)
     assert torch.stack(noise).mean().item() == pytest.approx(0, abs=0.02)
     assert not torch.equal(noise[0], noise[1]) and not torch.equal(noise[0][0], noise[0][1])
-    alone = trainer._conditions(embeds[3:4], [3], (0, 6, 0)) - embeds[3:4]
+    alone = noise_on(embeds[3:4], [3], 0)
     assert torch.equal(alone[0], noise[0][3])
 
 
@@ -176,7 +180,7 @@ def norms_of(trainer, batch) -> torch.Tensor:
     hook.remove()
     (noisy, timesteps), _, conditional = calls[0]
     with torch.no_grad():
-        null = trainer._null.expand(len(noisy), -1, -1)
+        null = trainer._null["prompt_embeds"].expand(len(noisy), -1, -1)
         unconditional = trainer.model(noisy, timesteps, encoder_hidden_states=null).sample
     return steering_norms(conditional, unconditional)
 

@@ -1,12 +1,13 @@
 """Attacks that query a denoiser. No result depends on the batch size or on the global random state."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, SchedulerMixin
+from diffusers import SchedulerMixin
 from torch import nn
 
-from ..diffusion import StableDiffusionFamily, predict, seeded_generator
+from ..diffusion import Condition, Family, StableDiffusionFamily, null_like, seeded_generator
 
 
 def _noise(seed: int | tuple[int, ...], shape: Sequence[int], count: int) -> torch.Tensor:
@@ -27,10 +28,10 @@ def _check_seeds(latents: torch.Tensor, seeds: Sequence) -> None:
 
 @torch.no_grad()
 def denoising_losses(
-    family: StableDiffusionFamily,
+    family: Family,
     denoiser: nn.Module,
     latents: torch.Tensor,
-    embeds: torch.Tensor,
+    embeds: Condition | torch.Tensor,
     timesteps: Sequence[int],
     seeds: Sequence[int | tuple[int, ...]],
     batch_size: int = 64,
@@ -44,7 +45,7 @@ def denoising_losses(
         family: the pipeline's family (`memcontrol_hf.diffusion.family_of`).
         denoiser (`nn.Module`): as the family calls it.
         latents (`torch.Tensor`): `[N, C, h, w]`.
-        embeds (`torch.Tensor`): `[N, L, D]`.
+        embeds (`Condition`): `N` rows; a tensor alone is the first of the family's conditions, `[N, L, D]`.
         timesteps (list of `int`): `T` of them.
         seeds (list of `int` or tuples): one for each image.
         batch_size (`int`): only a matter of speed.
@@ -54,7 +55,7 @@ def denoising_losses(
     """
     _check_seeds(latents, seeds)
 
-    def score(x: torch.Tensor, c: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def score(x: torch.Tensor, c: Condition, rows: torch.Tensor) -> torch.Tensor:
         noise = _noises(seeds, rows, x, len(timesteps))
         columns = [
             family.losses(denoiser, x, c, torch.full((len(x),), t, device=x.device), noise[:, k])
@@ -62,7 +63,7 @@ def denoising_losses(
         ]
         return torch.stack(columns, dim=1)
 
-    return _in_batches(score, denoiser, batch_size, latents, embeds, torch.arange(len(latents)))
+    return _in_batches(score, denoiser, batch_size, latents, family.named(embeds), torch.arange(len(latents)))
 
 
 def steering_norms(conditional: torch.Tensor, unconditional: torch.Tensor) -> torch.Tensor:
@@ -74,9 +75,9 @@ def steering_norms(conditional: torch.Tensor, unconditional: torch.Tensor) -> to
 def noise_norm(
     unet: nn.Module,
     latents: torch.Tensor,
-    embeddings: torch.Tensor,
-    null_embedding: torch.Tensor,
-    scheduler: SchedulerMixin,
+    embeddings: Condition | torch.Tensor,
+    null_embedding: Condition | torch.Tensor,
+    scheduler: SchedulerMixin | Family,
     timesteps: Sequence[int],
     seeds: Sequence[int | tuple[int, ...]],
     batch_size: int = 64,
@@ -87,11 +88,11 @@ def noise_norm(
     fixed timesteps and with one generator for each image.
 
     Args:
-        unet (`nn.Module`): called as `unet(x, t, encoder_hidden_states=...)`.
+        unet (`nn.Module`): the denoiser.
         latents (`torch.Tensor`): `[N, C, h, w]`.
-        embeddings (`torch.Tensor`): text embeddings `[N, L, D]`.
-        null_embedding (`torch.Tensor`): of the empty prompt, `[L, D]` or `[1, L, D]`.
-        scheduler: with `add_noise`.
+        embeddings (`Condition`): `N` rows; a tensor alone is the first of the family's conditions, `[N, L, D]`.
+        null_embedding (`Condition`): of the empty prompt; its tensors are one row, `[L, D]` or `[1, L, D]`.
+        scheduler: the pipeline's family; for Stable Diffusion its scheduler will do.
         timesteps (list of `int`): `T` of them.
         seeds (list of `int` or tuples): one for each image.
         batch_size (`int`): only a matter of speed.
@@ -100,71 +101,67 @@ def noise_norm(
         `torch.Tensor`: `[N, T]` on the CPU, ≥ 0.
     """
     _check_seeds(latents, seeds)
+    family = _as_family(scheduler)
+    null = _null(family, null_embedding)
 
-    def score(x: torch.Tensor, c: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def score(x: torch.Tensor, c: Condition, rows: torch.Tensor) -> torch.Tensor:
         noise = _noises(seeds, rows, x, len(timesteps))
-        both = torch.cat([c, null_embedding.reshape(1, *c.shape[1:]).to(x.device).expand_as(c)])
+        both = _with_null(c, null)
         columns = []
         for k, t in enumerate(timesteps):
             steps = torch.full((2 * len(x),), t, device=x.device)
             twice = noise[:, k].repeat(2, 1, 1, 1)
-            conditional, unconditional = predict(unet, scheduler, x.repeat(2, 1, 1, 1), both, steps, twice).chunk(2)
+            conditional, unconditional = family.predict(unet, x.repeat(2, 1, 1, 1), both, steps, twice).chunk(2)
             columns.append(steering_norms(conditional, unconditional))
         return torch.stack(columns, dim=1)
 
-    return _in_batches(score, unet, batch_size, latents, embeddings, torch.arange(len(latents)))
+    return _in_batches(score, unet, batch_size, latents, family.named(embeddings), torch.arange(len(latents)))
 
 
-def _epsilon_scale(scheduler: SchedulerMixin, timesteps: Sequence[int]) -> torch.Tensor:
-    """How far the noise prediction moves for each unit of the model's own prediction, at `x_t` held fixed: `[T]`."""
-    signal = scheduler.alphas_cumprod[torch.as_tensor(timesteps)]
-    match scheduler.config.prediction_type:
-        case "epsilon":
-            return torch.ones_like(signal)
-        case "v_prediction":
-            return signal.sqrt()
-        case _:  # "sample"
-            return (signal / (1 - signal)).sqrt()
+def _as_family(scheduler: SchedulerMixin | Family) -> Family:
+    return scheduler if isinstance(scheduler, Family) else StableDiffusionFamily.of_scheduler(scheduler)
 
 
-def _epsilon(
-    family: StableDiffusionFamily, denoiser: nn.Module, noisy: torch.Tensor, embeds: torch.Tensor, timestep: int
-) -> torch.Tensor:
+def _null(family: Family, null: Condition | torch.Tensor | None) -> Condition:
+    if null is None:
+        raise ValueError(f"{type(family).__name__} has no null condition, without which this has no meaning")
+    return family.named(null)
+
+
+def _with_null(condition: Condition, null: Condition) -> Condition:
+    """The rows of a condition `[n, ...]`, then the null condition as often: `[2 n, ...]`."""
+    expanded = null_like(null, condition)
+    return {name: torch.cat([tensor, expanded[name]]) for name, tensor in condition.items()}
+
+
+def _epsilon(family: Family, denoiser: nn.Module, noisy: torch.Tensor, c: Condition, timestep: int) -> torch.Tensor:
     """The noise that the denoiser sees in `noisy` `[N, C, h, w]`, whatever it predicts."""
     steps = torch.full((len(noisy),), timestep, device=noisy.device)
-    prediction = denoiser(noisy, steps, encoder_hidden_states=embeds, return_dict=False)[0].float()
-    signal = family.scheduler.alphas_cumprod[timestep].item()
-    match family.scheduler.config.prediction_type:
-        case "epsilon":
-            return prediction
-        case "v_prediction":
-            return signal**0.5 * prediction + (1 - signal) ** 0.5 * noisy
-        case _:  # "sample"
-            return (noisy - signal**0.5 * prediction) / (1 - signal) ** 0.5
+    return family.to_epsilon(family.denoise(denoiser, noisy, steps, c), noisy, timestep)
 
 
-def _check_timesteps(family: StableDiffusionFamily, *timesteps: int) -> None:
-    total = family.scheduler.config.num_train_timesteps
-    for timestep in timesteps:
-        if not 0 <= timestep < total:
-            raise ValueError(f"timestep {timestep} lies outside the schedule: use 0 to {total - 1}")
-
-
-def _in_batches(score: Callable, denoiser: nn.Module, batch_size: int, *tensors: torch.Tensor) -> torch.Tensor:
-    """`score` of tensors `[N, ...]` in batches on the denoiser's device -> `[N, ...]` on the CPU."""
-    if len({len(tensor) for tensor in tensors}) > 1 or len(tensors[0]) == 0:
-        raise ValueError(f"give as many images as conditions, at least one, not {[len(tensor) for tensor in tensors]}")
+def _in_batches(
+    score: Callable, denoiser: nn.Module, batch_size: int, latents: torch.Tensor, condition: Condition, *rest: Any
+) -> torch.Tensor:
+    """`score` of what has `N` rows, in batches on the denoiser's device -> `[N, ...]` on the CPU."""
+    lengths = [len(tensor) for tensor in (latents, *condition.values(), *rest)]
+    if len(set(lengths)) > 1 or len(latents) == 0:
+        raise ValueError(f"give as many images as conditions, at least one, not {lengths}")
     device = next(denoiser.parameters()).device
-    batches = zip(*(tensor.split(batch_size) for tensor in tensors))
-    return torch.cat([score(*(part.to(device) for part in batch)).cpu() for batch in batches])
+    results = []
+    for start in range(0, len(latents), batch_size):
+        rows = slice(start, start + batch_size)
+        c = {name: tensor[rows].to(device) for name, tensor in condition.items()}
+        results.append(score(latents[rows].to(device), c, *(tensor[rows].to(device) for tensor in rest)).cpu())
+    return torch.cat(results)
 
 
 @torch.no_grad()
 def secmi(
-    family: StableDiffusionFamily,
+    family: Family,
     denoiser: nn.Module,
     latents: torch.Tensor,
-    embeds: torch.Tensor,
+    embeds: Condition | torch.Tensor,
     timestep: int = 100,
     stride: int = 10,
     batch_size: int = 64,
@@ -178,7 +175,7 @@ def secmi(
         family: the pipeline's family (`memcontrol_hf.diffusion.family_of`).
         denoiser (`nn.Module`): as the family calls it, in evaluation mode.
         latents (`torch.Tensor`): `[N, C, h, w]`.
-        embeds (`torch.Tensor`): `[N, L, D]`.
+        embeds (`Condition`): `N` rows; a tensor alone is the first of the family's conditions, `[N, L, D]`.
         timestep (`int`): a multiple of `stride`; the paper's is 100 of 1,000.
         stride (`int`): timesteps that one step goes over; the paper's is 10.
         batch_size (`int`): only a matter of speed.
@@ -191,28 +188,28 @@ def secmi(
     """
     if stride < 1 or timestep < stride or timestep % stride:
         raise ValueError(f"timestep must be a positive multiple of stride {stride}, but got {timestep}")
-    _check_timesteps(family, timestep + stride)
+    family.check_timesteps(timestep + stride)
 
-    def step(x: torch.Tensor, c: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def step(x: torch.Tensor, c: Condition, start: int, stop: int) -> torch.Tensor:
         noise = _epsilon(family, denoiser, x, c, start)
-        before, after = (family.scheduler.alphas_cumprod[t].item() for t in (start, stop))
-        return (after / before) ** 0.5 * (x - (1 - before) ** 0.5 * noise) + (1 - after) ** 0.5 * noise
+        (signal, amount), (next_signal, next_amount) = (family.coefficients(t) for t in (start, stop))
+        return next_signal / signal * (x - amount * noise) + next_amount * noise
 
-    def score(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    def score(x: torch.Tensor, c: Condition) -> torch.Tensor:
         for start in range(0, timestep, stride):
             x = step(x, c, start, start + stride)
         back = step(step(x, c, timestep, timestep + stride), c, timestep + stride, timestep)
         return -(back - x).square().flatten(1).sum(1)
 
-    return _in_batches(score, denoiser, batch_size, latents, embeds)
+    return _in_batches(score, denoiser, batch_size, latents, family.named(embeds))
 
 
 @torch.no_grad()
 def pia(
-    family: StableDiffusionFamily,
+    family: Family,
     denoiser: nn.Module,
     latents: torch.Tensor,
-    embeds: torch.Tensor,
+    embeds: Condition | torch.Tensor,
     timestep: int = 200,
     p: float = 4.0,
     batch_size: int = 64,
@@ -226,7 +223,7 @@ def pia(
         family: the pipeline's family (`memcontrol_hf.diffusion.family_of`).
         denoiser (`nn.Module`): as the family calls it, in evaluation mode.
         latents (`torch.Tensor`): `[N, C, h, w]`.
-        embeds (`torch.Tensor`): `[N, L, D]`.
+        embeds (`Condition`): `N` rows; a tensor alone is the first of the family's conditions, `[N, L, D]`.
         timestep (`int`): 200 of 1,000 is where the paper's figures peak.
         p (`float`): of the norm; 4 is the paper's.
         batch_size (`int`): only a matter of speed.
@@ -237,23 +234,23 @@ def pia(
     Raises:
         ValueError: for a timestep outside the schedule.
     """
-    _check_timesteps(family, timestep)
-    signal = family.scheduler.alphas_cumprod[timestep].item()
+    family.check_timesteps(timestep)
+    signal, amount = family.coefficients(timestep)
 
-    def score(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    def score(x: torch.Tensor, c: Condition) -> torch.Tensor:
         noise = _epsilon(family, denoiser, x, c, 0)
-        again = _epsilon(family, denoiser, signal**0.5 * x + (1 - signal) ** 0.5 * noise, c, timestep)
+        again = _epsilon(family, denoiser, signal * x + amount * noise, c, timestep)
         return -(noise - again).flatten(1).norm(p=p, dim=1)
 
-    return _in_batches(score, denoiser, batch_size, latents, embeds)
+    return _in_batches(score, denoiser, batch_size, latents, family.named(embeds))
 
 
 def clid(
-    family: StableDiffusionFamily,
+    family: Family,
     denoiser: nn.Module,
     latents: torch.Tensor,
-    embeds: torch.Tensor,
-    null_embedding: torch.Tensor,
+    embeds: Condition | torch.Tensor,
+    null_embedding: Condition | torch.Tensor,
     timesteps: Sequence[int],
     seeds: Sequence[int | tuple[int, ...]],
     batch_size: int = 64,
@@ -270,8 +267,8 @@ def clid(
         family: the pipeline's family (`memcontrol_hf.diffusion.family_of`).
         denoiser (`nn.Module`): as the family calls it, in evaluation mode.
         latents (`torch.Tensor`): `[N, C, h, w]`.
-        embeds (`torch.Tensor`): `[N, L, D]`.
-        null_embedding (`torch.Tensor`): of the empty prompt, `[L, D]` or `[1, L, D]`.
+        embeds (`Condition`): `N` rows; a tensor alone is the first of the family's conditions, `[N, L, D]`.
+        null_embedding (`Condition`): of the empty prompt; its tensors are one row, `[L, D]` or `[1, L, D]`.
         timesteps (list of `int`): `T` of them.
         seeds (list of `int` or tuples): one for each image.
         batch_size (`int`): only a matter of speed.
@@ -283,20 +280,22 @@ def clid(
     Raises:
         ValueError: for a timestep outside the schedule, and when the seeds are not as many as the images.
     """
-    _check_timesteps(family, *timesteps)
-    null = null_embedding.reshape(1, *embeds.shape[1:]).expand_as(embeds)
+    family.check_timesteps(*timesteps)
+    embeds = family.named(embeds)
+    null = null_like(_null(family, null_embedding), embeds)
     if losses is None:
         losses = denoising_losses(family, denoiser, latents, embeds, timesteps, seeds, batch_size)
     without = denoising_losses(family, denoiser, latents, null, timesteps, seeds, batch_size)
-    return ((without - losses) * _epsilon_scale(family.scheduler, timesteps).square()).mean(1)
+    scales = torch.tensor([family.epsilon_scale(t) for t in timesteps])
+    return ((without - losses) * scales.square()).mean(1)
 
 
 @torch.no_grad()
 def trajectory_noise_norms(
     denoiser: nn.Module,
-    embeds: torch.Tensor,
-    null_embedding: torch.Tensor,
-    scheduler: SchedulerMixin,
+    embeds: Condition | torch.Tensor,
+    null_embedding: Condition | torch.Tensor,
+    scheduler: SchedulerMixin | Family,
     shape: Sequence[int],
     seeds: Sequence[int | tuple[int, ...]],
     num_inference_steps: int = 50,
@@ -307,13 +306,14 @@ def trajectory_noise_norms(
     """How hard a prompt steers the sampling of an image: Wen et al. (https://huggingface.co/papers/2407.21720).
 
     The mean over the steps of a sampling trajectory of `||ε(x_t, t, c) - ε(x_t, t, ∅)||₂`. It needs no training image,
-    only the prompt. Trajectories are those of DDIM, which draws no noise on the way, with guidance.
+    only the prompt. Trajectories are those of DDIM (of Euler steps for flow matching), which draw no noise on the way,
+    with guidance.
 
     Args:
-        denoiser (`nn.Module`): called as `denoiser(x, t, encoder_hidden_states=...)`, in evaluation mode.
-        embeds (`torch.Tensor`): text embeddings of the prompts, `[N, L, D]`.
-        null_embedding (`torch.Tensor`): of the empty prompt, `[L, D]` or `[1, L, D]`.
-        scheduler: the model's; its noise schedule and prediction type are used.
+        denoiser (`nn.Module`): in evaluation mode.
+        embeds (`Condition`): of the prompts, `N` rows; a tensor alone is the first of the family's conditions.
+        null_embedding (`Condition`): of the empty prompt; its tensors are one row, `[L, D]` or `[1, L, D]`.
+        scheduler: the pipeline's family; for Stable Diffusion its scheduler will do.
         shape (list of `int`): of one image's latent, `(C, h, w)`.
         seeds (list of `int` or tuples): one for each prompt.
         num_inference_steps (`int`): of the trajectory.
@@ -328,25 +328,26 @@ def trajectory_noise_norms(
     Raises:
         ValueError: when the seeds are not as many as the prompts, and for no step at all.
     """
-    _check_seeds(embeds, seeds)
+    family = _as_family(scheduler)
+    embeds, null = family.named(embeds), _null(family, null_embedding)
+    _check_seeds(next(iter(embeds.values())), seeds)
     first = num_inference_steps if first is None else first
     if not 1 <= first <= num_inference_steps:
         raise ValueError(f"first must lie between 1 and num_inference_steps {num_inference_steps}, but got {first}")
-    ddim = DDIMScheduler.from_config(scheduler.config)
-    ddim.set_timesteps(num_inference_steps)
-    steps = ddim.timesteps[:first]
-    scales = _epsilon_scale(ddim, steps)
+    steps = family.trajectory(num_inference_steps).timesteps[:first]
     start = torch.cat([_noise(seed, shape, 1) for seed in seeds])
 
-    def score(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        both = torch.cat([c, null_embedding.reshape(1, *c.shape[1:]).to(c).expand_as(c)])
+    def score(x: torch.Tensor, c: Condition) -> torch.Tensor:
+        both = _with_null(c, null)
+        sampler = family.trajectory(num_inference_steps)
         norms = []
-        for t, scale in zip(steps, scales):
-            prediction = denoiser(x.repeat(2, 1, 1, 1), t, encoder_hidden_states=both, return_dict=False)[0]
-            conditional, unconditional = prediction.float().chunk(2)
-            norms.append(scale.item() * steering_norms(conditional, unconditional))
+        for t in steps:
+            twice = x.repeat(2, 1, 1, 1)
+            prediction = family.denoise(denoiser, twice, t.expand(len(twice)).to(x.device), both)
+            conditional, unconditional = prediction.chunk(2)
+            norms.append(family.epsilon_scale(t.item()) * steering_norms(conditional, unconditional))
             guided = unconditional + guidance_scale * (conditional - unconditional)
-            x = ddim.step(guided, t, x).prev_sample
+            x = sampler.step(guided, t, x).prev_sample
         return torch.stack(norms).mean(0)
 
     return _in_batches(score, denoiser, batch_size, start, embeds)
