@@ -25,10 +25,10 @@ from peft import PeftModel
 from torch.nn import functional as F
 
 from . import metrics as measures
-from .data import encode, first_rows, to_pixels
+from .data import encode, first_rows, to_pixels, without_captions
 from .diffusion import family_of, seeded_generator
 from .features import Encoder, encoder_name, features_of, load_encoder
-from .report import MemorizationReport
+from .report import NOT_APPLICABLE, MemorizationReport
 from .sampling import generate
 
 if TYPE_CHECKING:
@@ -196,7 +196,8 @@ def audit_memorization(
 
     Args:
         train (`Dataset`):
-            The images that it was fine-tuned on: column `image`, and `text` unless only `generated` is given.
+            The images that it was fine-tuned on: column `image`, and `text` unless only `generated` is given or the
+            pipeline is unconditional.
         held_out (`Dataset`):
             Likewise, of the same domain, which it never saw.
         pipeline (`DiffusionPipeline`, *optional*):
@@ -225,6 +226,8 @@ def audit_memorization(
     settings = settings or AuditSettings()
     if (pipeline is None) == (generated is None):
         raise ValueError("give either a pipeline or generated images")
+    if pipeline is not None and not family_of(pipeline).conditions:
+        train, held_out = (without_captions(data) for data in (train, held_out))
     columns = ["image"] if pipeline is None else ["image", "text"]
     _check_columns({"train": train, "held_out": held_out}, columns)
     if pipeline is not None:
@@ -310,7 +313,7 @@ def load_adapter(pipeline: "DiffusionPipeline", adapter: str | Path) -> None:
             setattr(pipeline, name, PeftModel.from_pretrained(getattr(pipeline, name), str(adapter)).eval())
         else:
             pipeline.load_lora_weights(str(adapter))
-    except (OSError, KeyError, ValueError, RuntimeError, HfHubHTTPError, HFValidationError) as error:
+    except (OSError, AttributeError, KeyError, ValueError, RuntimeError, HfHubHTTPError, HFValidationError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"cannot load the adapter {str(adapter)!r}: {reason} Give a PEFT folder or Hub id, or a LoRA file"
@@ -363,8 +366,9 @@ def _of_pipeline(
         limit = torch.quantile(of_others, 1 - FALSE_ALARMS)
         found = {row for row, score in zip(members.rows, of_members) if score > limit}
         caught[f"membership_{attack}"] = (found, set(members.rows))
-    for attack, reason in family.not_applicable.items():
-        figures[f"membership_auc_{attack}"] = Figure(None, note=f"not applicable: {reason}")
+    if "clid" in family.not_applicable:
+        for measure in ("membership_auc_clid", "membership_tpr_clid"):
+            figures[measure] = Figure(None, note=f"{NOT_APPLICABLE}: {family.not_applicable['clid']}")
 
     rows, count = _prompt_rows(members, settings), settings.images_per_prompt
     images = _generate(pipeline, members, rows, count, _SAMPLES, settings)

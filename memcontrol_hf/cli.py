@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--base_pipeline", help="base of a whole fine-tuned pipeline, for the control")
     audit.add_argument("--train", required=True, help="folder with the training images, or demo")
     audit.add_argument("--held_out", required=True, help="folder with images of the same domain, never trained on")
-    audit.add_argument("--caption_column", default="text", help="in the folders' metadata.jsonl")
+    audit.add_argument("--caption_column", default="text", help="in the folders' metadata.jsonl; '' if none")
     audit.add_argument("--output_dir", required=True, type=Path, help="the report goes there, and private/review.html")
     audit.add_argument("--gate", type=Path, help="gate file; the package's own by default")
     audit.add_argument("--encoder", default="demo", help="image encoder: demo, a Hub id or a folder")
@@ -83,7 +83,7 @@ def _audit(args: argparse.Namespace) -> int:
     from .audit import AuditSettings, audit_memorization
     from .diffusion import load_pipeline
 
-    captions = args.caption_column if args.pipeline else None
+    captions = (args.caption_column or None) if args.pipeline else None
     train, held_out = (_images(getattr(args, name), name, captions) for name in ("train", "held_out"))
     generated = None if args.generated is None else _images(args.generated, "generated", None)
     device = torch.device(args.device) if args.device else torch.accelerator.current_accelerator() or "cpu"

@@ -14,6 +14,7 @@ import torch
 from datasets import (
     Array2D,
     Array3D,
+    ClassLabel,
     Dataset,
     DatasetDict,
     Features,
@@ -55,7 +56,8 @@ def load_images(
         train_data_dir (`str`, *optional*):
             A folder of images with a `metadata.jsonl` (or `.csv`) beside them, as `imagefolder` reads it.
         image_column, caption_column (`str`):
-            Their columns. Without the caption column every caption is empty only if `caption_column` is `""`.
+            Their columns. With `caption_column=""` every caption is empty, as for a model without captions; of a
+            column of classes (`ClassLabel`), the caption is the class's name.
         group_column (`str`, *optional*):
             Rows of one group (a patient, say) go to one split. Exact copies of an image always do.
         seed (`int`):
@@ -100,6 +102,8 @@ def _columns(
     if captions_column in (image_column, caption_column, group_column) and captions_column is not None:
         raise ValueError(f"the column {captions_column!r} cannot hold lists of captions and be another column, too")
     wanted = {"image": image_column, "text": caption_column, "group": group_column, captions_column: captions_column}
+    if caption_column == "":
+        del wanted["text"]
     wanted = {new: old for new, old in wanted.items() if old is not None}
     for old in wanted.values():
         if old not in dataset.column_names:
@@ -108,7 +112,18 @@ def _columns(
                 "Choose with --image_column, --caption_column, --group_column, --mitigation multiple_captions:COLUMN"
             )
     dataset = dataset.select_columns(list(wanted.values()))
-    return dataset.rename_columns({old: new for new, old in wanted.items() if old != new})
+    dataset = dataset.rename_columns({old: new for new, old in wanted.items() if old != new})
+    if caption_column == "":
+        return without_captions(dataset)
+    classes = dataset.features["text"]
+    if isinstance(classes, ClassLabel):
+        return dataset.remove_columns("text").add_column("text", classes.int2str(dataset["text"][:]))
+    return dataset
+
+
+def without_captions(dataset: Dataset) -> Dataset:
+    """A dataset whose captions are all empty."""
+    return dataset.remove_columns({"text"} & {*dataset.column_names}).add_column("text", [""] * len(dataset))
 
 
 def check_images(data: DatasetDict) -> None:

@@ -6,12 +6,15 @@ A family is one short class; [`family_of`] picks it from the pipeline's own clas
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
-from diffusers.training_utils import compute_snr
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers.models.embeddings import LabelEmbedding
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 from torch import nn
 
 if TYPE_CHECKING:
@@ -112,10 +115,24 @@ class Family:
         """The arguments with which the pipeline samples an image for each caption."""
         return {"prompt": prompts, "height": resolution, "width": resolution, "guidance_scale": guidance_scale}
 
+    def example(self) -> dict[str, torch.Tensor]:
+        """A condition of one row on the meta device, as `encode` makes them; read off configs, for the dry run."""
+        raise NotImplementedError
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return self.pipeline.vae.config.latent_channels
+
     @property
     def pixels_per_latent(self) -> int:
         """Pixels of the image for one value of the latent, in each direction."""
         return self.pipeline.vae_scale_factor
+
+    @property
+    def patch(self) -> int:
+        """Latent values that one token of a transformer covers, in each direction."""
+        return self.denoiser.config.get("patch_size", 1)
 
     @property
     def trained_at(self) -> int:
@@ -126,7 +143,7 @@ class Family:
         """Raise `ValueError` when the VAE and the patches of a transformer do not divide `resolution` (pixels)."""
         # An odd size on the way down is rounded up and no longer meets its skip connection on the way up, except
         # that diffusers' UNet forwards the upsample size below the first levels: only whole latents are needed.
-        factor = self.pixels_per_latent * self.denoiser.config.get("patch_size", 1)
+        factor = self.pixels_per_latent * self.patch
         if resolution <= 0 or resolution % factor:
             raise ValueError(
                 f"resolution {resolution} is not a positive multiple of {factor}, as the model needs; "
@@ -141,6 +158,11 @@ class Family:
         return getattr(self.pipeline, self.denoiser_name)
 
     @property
+    def device(self) -> torch.device:
+        """Where captions are encoded."""
+        return self.encoder_modules[-1].device
+
+    @property
     def encoder_modules(self) -> list[nn.Module]:
         """The parts that encode images and captions."""
         parts = (getattr(self.pipeline, name, None) for name in self.encoders)
@@ -150,8 +172,13 @@ class Family:
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """Images `[N, 3, H, W]` in [0, 1] -> latents `[N, C, h, w]`, the mean of the posterior, scaled."""
         vae = self.pipeline.vae
+        overflows = vae.dtype == torch.float16 and vae.config.force_upcast  # as diffusers' own pipelines take it
+        if overflows:
+            vae.to(torch.float32)
         pixels = pixels.to(vae.device, vae.dtype) * 2 - 1
         latents = vae.encode(pixels).latent_dist.mode()
+        if overflows:
+            vae.to(torch.float16)
         return ((latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).float()
 
     @torch.no_grad()
@@ -237,8 +264,8 @@ class Family:
         """A timestep as training draws it, `[]`: uniform."""
         return torch.randint(self.scheduler.config.num_train_timesteps, (), generator=generator)
 
-    def trajectory(self, num_inference_steps: int) -> SchedulerMixin:
-        """A deterministic sampler with its timesteps set: DDIM."""
+    def trajectory(self, num_inference_steps: int, shape: Sequence[int]) -> SchedulerMixin:
+        """A deterministic sampler of latents of a shape `(C, h, w)` with its timesteps set: DDIM."""
         scheduler = DDIMScheduler.from_config(self.scheduler.config)
         scheduler.set_timesteps(num_inference_steps)
         return scheduler
@@ -317,6 +344,9 @@ class Family:
         losses = (prediction - self.target(latents, noise, timesteps).float()).square().flatten(1).mean(1)
         return losses if weights is None else losses * weights
 
+    def check_snr_gamma(self, snr_gamma: float | None) -> None:
+        """Raise `ValueError` for a weighting that the family has no use for."""
+
     def loss_weights(self, timesteps: torch.Tensor, snr_gamma: float | None = None) -> torch.Tensor | None:
         """What training weighs the losses at `timesteps` `[N]` with; `None` for all alike.
 
@@ -346,14 +376,378 @@ class StableDiffusionFamily(Family):
     denoiser_name = "unet"
 
     def encode(self, prompts):
-        device = self.pipeline.text_encoder.device
-        return self.pipeline.encode_prompt(prompts, device, 1, do_classifier_free_guidance=False)[:1]
+        return self.pipeline.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)[:1]
+
+    def example(self):
+        tokens = self.pipeline.text_encoder.config.max_position_embeddings
+        width = self.denoiser.config.cross_attention_dim
+        return {"prompt_embeds": torch.empty(1, tokens, width, device="meta")}
 
     def call(self, denoiser, noisy, timesteps, prompt_embeds):
         return denoiser(noisy, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
 
 
-FAMILIES: list[type[Family]] = [StableDiffusionFamily]
+class StableDiffusionXLFamily(Family):
+    """SDXL: a UNet, conditioned on two text encoders, a pooled embedding, and sizes.
+
+    As in diffusers' `train_text_to_image_sdxl.py`: uniform timesteps, no weights but min-SNR where asked for. The time
+    ids are those of an image that was neither resized nor cropped, as the pipeline samples by default. The null
+    condition is the pipeline's own: zeros with `force_zeros_for_empty_prompt`, else the empty caption.
+    """
+
+    pipeline_classes = ("StableDiffusionXLPipeline",)
+    denoiser_name = "unet"
+    encoders = ("vae", "text_encoder", "text_encoder_2")
+    conditions = ("prompt_embeds", "pooled_prompt_embeds")
+
+    def encode(self, prompts):
+        encoded = self.pipeline.encode_prompt(prompts, device=self.device, do_classifier_free_guidance=False)
+        return encoded[0], encoded[2]
+
+    def null_condition(self):
+        null = super().null_condition()
+        if self.pipeline.config.force_zeros_for_empty_prompt:
+            null = {name: torch.zeros_like(tensor) for name, tensor in null.items()}
+        return null
+
+    def example(self):
+        tokens = self.pipeline.text_encoder.config.max_position_embeddings
+        width = self.denoiser.config.cross_attention_dim
+        pooled = self.pipeline.text_encoder_2.config.projection_dim
+        return {
+            "prompt_embeds": torch.empty(1, tokens, width, device="meta"),
+            "pooled_prompt_embeds": torch.empty(1, pooled, device="meta"),
+        }
+
+    def call(self, denoiser, noisy, timesteps, prompt_embeds, pooled_prompt_embeds):
+        height, width = (side * self.pixels_per_latent for side in noisy.shape[2:])
+        time_ids = noisy.new_tensor([[height, width, 0, 0, height, width]]).expand(len(noisy), -1)
+        added = {"text_embeds": pooled_prompt_embeds, "time_ids": time_ids}
+        return denoiser(
+            noisy, timesteps, encoder_hidden_states=prompt_embeds, added_cond_kwargs=added, return_dict=False
+        )[0]
+
+
+class PixArtFamily(Family):
+    """PixArt-α and PixArt-Σ: a transformer that predicts the noise, conditioned on T5.
+
+    As in diffusers' `research_projects/pixart`: uniform timesteps, no weights but min-SNR where asked for, and the
+    channels of the learned variance are dropped.
+    """
+
+    pipeline_classes = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+    conditions = ("prompt_embeds", "prompt_attention_mask")
+
+    def encode(self, prompts):
+        encoded = self.pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, device=self.device)
+        return encoded[0], encoded[1]
+
+    def example(self):
+        tokens = signature(self.pipeline.encode_prompt).parameters["max_sequence_length"].default
+        return {
+            "prompt_embeds": torch.empty(1, tokens, self.denoiser.config.caption_channels, device="meta"),
+            "prompt_attention_mask": torch.empty(1, tokens, dtype=torch.int64, device="meta"),
+        }
+
+    def call(self, denoiser, noisy, timesteps, prompt_embeds, prompt_attention_mask):
+        added = {"resolution": None, "aspect_ratio": None}
+        if self.denoiser.use_additional_conditions:
+            height, width = (side * self.pixels_per_latent for side in noisy.shape[2:])
+            added["resolution"] = noisy.new_tensor([[height, width]]).expand(len(noisy), -1)
+            added["aspect_ratio"] = noisy.new_tensor([[height / width]]).expand(len(noisy), -1)
+        prediction = denoiser(
+            noisy,
+            encoder_hidden_states=prompt_embeds,
+            encoder_attention_mask=prompt_attention_mask,
+            timestep=timesteps,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        return prediction[:, : noisy.shape[1]]
+
+    def request(self, prompts, resolution, guidance_scale):
+        request = super().request(prompts, resolution, guidance_scale)
+        return request | {"clean_caption": False, "use_resolution_binning": False}  # as `encode` does it
+
+
+class DiTFamily(Family):
+    """DiT: a transformer over VAE latents, conditioned on a class; a caption is its number or its name.
+
+    Names are those of the pipeline's `id2label`. diffusers has no training script: uniform timesteps and the mean
+    squared error of the noise, as the DiT paper (https://huggingface.co/papers/2212.09748); the channels of the
+    learned variance are dropped. The null condition is the class that DiT adds for guidance.
+    """
+
+    pipeline_classes = ("DiTPipeline",)
+    encoders = ("vae",)
+    conditions = ("class_labels",)
+
+    def __init__(self, pipeline):
+        super().__init__(pipeline)
+        for module in pipeline.transformer.modules():
+            if isinstance(module, LabelEmbedding):
+                module.dropout_prob = 0.0  # it would draw from the global random state; `caption_dropout` is ours
+
+    @property
+    def pixels_per_latent(self):
+        return 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
+
+    def check_resolution(self, resolution):
+        _check_only_resolution(resolution, self.trained_at)
+
+    def labels(self, captions: list[str]) -> list[int]:
+        """The classes that captions name."""
+        names, count = self.pipeline.labels, self.denoiser.config.num_embeds_ada_norm
+        labels = [names.get(text, int(text) if text.isdecimal() else -1) for text in captions]
+        for text, label in zip(captions, labels):
+            if not 0 <= label < count:
+                raise ValueError(f"{text!r} is no class: give a number below {count}, or a name of the id2label")
+        return labels
+
+    def encode(self, prompts):
+        return (torch.tensor(self.labels(prompts), device=self.device),)
+
+    def null_condition(self):
+        return {"class_labels": torch.tensor([self.denoiser.config.num_embeds_ada_norm], device=self.device)}
+
+    def example(self):
+        return {"class_labels": torch.empty(1, dtype=torch.int64, device="meta")}
+
+    def call(self, denoiser, noisy, timesteps, class_labels):
+        prediction = denoiser(noisy, timestep=timesteps, class_labels=class_labels, return_dict=False)[0]
+        return prediction[:, : noisy.shape[1]]
+
+    def request(self, prompts, resolution, guidance_scale):
+        count = self.denoiser.config.num_embeds_ada_norm
+        if guidance_scale > 1 and count != 1000:  # what the pipeline takes for the null class
+            raise ValueError(
+                f"DiTPipeline guides only models of 1000 classes, not {count}: set the guidance scale to 1"
+            )
+        return {"class_labels": self.labels(prompts), "guidance_scale": guidance_scale}
+
+
+class UnconditionalFamily(Family):
+    """DDPM and DDIM: a UNet over pixels, without a condition; captions are not read.
+
+    As in diffusers' `train_unconditional.py`: uniform timesteps, no weights, but the SNR where the image itself is
+    predicted. Images of one channel are the mean of the three.
+    """
+
+    pipeline_classes = ("DDPMPipeline", "DDIMPipeline")
+    denoiser_name = "unet"
+    encoders = ()
+    conditions = ()
+    not_applicable = dict.fromkeys(("noise_norm", "clid"), "an unconditional model has no condition to leave out")
+    pixels_per_latent = 1
+
+    def __init__(self, pipeline):
+        super().__init__(pipeline)
+        if pipeline.unet.config.in_channels not in (1, 3):
+            raise ValueError(
+                f"the UNet has {pipeline.unet.config.in_channels} channels: only images of 1 or 3 are read"
+            )
+
+    def check_resolution(self, resolution):
+        _check_only_resolution(resolution, self.trained_at)
+
+    def encode_images(self, pixels):
+        if self.denoiser.config.in_channels == 1:
+            pixels = pixels.mean(1, keepdim=True)
+        return pixels * 2 - 1
+
+    def encode(self, prompts):
+        return ()
+
+    def null_condition(self):
+        return None
+
+    def example(self):
+        return {}
+
+    def call(self, denoiser, noisy, timesteps):
+        return denoiser(noisy, timesteps, return_dict=False)[0]
+
+    def loss_weights(self, timesteps, snr_gamma=None):
+        if snr_gamma is None and self.scheduler.config.prediction_type == "sample":
+            return compute_snr(self.scheduler, timesteps)
+        return super().loss_weights(timesteps, snr_gamma)
+
+    def request(self, prompts, resolution, guidance_scale):
+        return {"batch_size": len(prompts)}
+
+    def sample(self, *args, **kwargs):
+        images = super().sample(*args, **kwargs)
+        return images.expand(-1, 3, -1, -1)
+
+
+def _check_only_resolution(resolution: int, trained_at: int) -> None:
+    if resolution != trained_at:
+        raise ValueError(f"resolution {resolution} is not {trained_at}, the only one that this model samples at")
+
+
+class FlowMatchingFamily(Family):
+    """Flow matching: `x_t = (1 - σ) x_0 + σ ε`, and the denoiser predicts the velocity `ε - x_0`.
+
+    Timesteps are real numbers, the schedule's `1000 σ`. SecMI and PIA have exact counterparts: an Euler step along the
+    velocity is a DDIM step for this noise, and the noise that the denoiser sees is `x_t + (1 - σ) v`. They may be
+    asked at any timestep from 0 to 1000; the papers' own are those of DDPM noise, which at the same number is more.
+    """
+
+    def set_scheduler(self, scheduler):
+        self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+
+    def coefficients(self, timestep):
+        sigma = timestep / self.scheduler.config.num_train_timesteps
+        return 1 - sigma, sigma
+
+    def add_noise(self, latents, noise, timesteps):
+        sigmas = self._sigmas(timesteps)
+        return (1 - sigmas) * latents + sigmas * noise
+
+    def _sigmas(self, timesteps: torch.Tensor) -> torch.Tensor:
+        return (timesteps / self.scheduler.config.num_train_timesteps).view(-1, 1, 1, 1)
+
+    def target(self, latents, noise, timesteps):
+        return noise - latents
+
+    def to_epsilon(self, prediction, noisy, timestep):
+        return noisy + self.coefficients(timestep)[0] * prediction
+
+    def epsilon_scale(self, timestep):
+        """1: the velocity takes the noise's place. Of the noise, its difference would vanish where sampling starts."""
+        return 1.0
+
+    def timesteps(self, count):
+        return self.scheduler.timesteps.flip(0)[super().timesteps(count)].tolist()
+
+    def check_timesteps(self, *timesteps):
+        total = self.scheduler.config.num_train_timesteps
+        for timestep in timesteps:
+            if not 0 <= timestep <= total:
+                raise ValueError(f"timestep {timestep} lies outside the schedule: use 0 to {total}")
+
+    def trajectory(self, num_inference_steps, shape):
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
+        if not scheduler.config.use_dynamic_shifting:
+            scheduler.set_timesteps(num_inference_steps)
+            return scheduler
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        tokens = shape[1] * shape[2] // self.patch**2
+        mu = calculate_shift(tokens, *(scheduler.config[name] for name in names))
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_inference_steps, num_inference_steps), mu=mu)
+        return scheduler
+
+    def check_snr_gamma(self, snr_gamma):
+        if snr_gamma is not None:
+            raise ValueError(
+                f"snr_gamma {snr_gamma} is for DDPM noise, but this model has flow matching: leave it out"
+            )
+
+    def loss_weights(self, timesteps, snr_gamma=None):
+        return None
+
+
+class StableDiffusion3Family(FlowMatchingFamily):
+    """Stable Diffusion 3 and 3.5: a transformer, conditioned on two CLIPs and (if it is there) T5.
+
+    As in diffusers' `train_dreambooth_sd3.py`: the place in the schedule is drawn logit-normal, and the outputs are
+    preconditioned, so that the loss is that of `x_0`: `σ²` times the loss of the velocity.
+    """
+
+    pipeline_classes = ("StableDiffusion3Pipeline",)
+    encoders = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    optional = ("text_encoder_3",)
+    conditions = ("prompt_embeds", "pooled_prompt_embeds")
+
+    def encode(self, prompts):
+        encoded = self.pipeline.encode_prompt(
+            prompts, None, None, device=self.device, do_classifier_free_guidance=False
+        )  # fmt: skip
+        return encoded[0], encoded[2]
+
+    def example(self):
+        config = self.denoiser.config
+        clip = self.pipeline.text_encoder.config.max_position_embeddings
+        t5 = signature(self.pipeline.encode_prompt).parameters["max_sequence_length"].default
+        return {
+            "prompt_embeds": torch.empty(1, clip + t5, config.joint_attention_dim, device="meta"),
+            "pooled_prompt_embeds": torch.empty(1, config.pooled_projection_dim, device="meta"),
+        }
+
+    def call(self, denoiser, noisy, timesteps, prompt_embeds, pooled_prompt_embeds):
+        return denoiser(
+            hidden_states=noisy,
+            timestep=timesteps,
+            encoder_hidden_states=prompt_embeds,
+            pooled_projections=pooled_prompt_embeds,
+            return_dict=False,
+        )[0]
+
+    def sample_timestep(self, generator):
+        place = compute_density_for_timestep_sampling("logit_normal", 1, 0.0, 1.0, generator=generator)
+        return self.scheduler.timesteps[int(place * self.scheduler.config.num_train_timesteps)]
+
+    def loss_weights(self, timesteps, snr_gamma=None):
+        return self._sigmas(timesteps).flatten().square()
+
+
+class FluxFamily(FlowMatchingFamily):
+    """Flux: a transformer, conditioned on T5 and a pooled CLIP embedding.
+
+    As in diffusers' `train_dreambooth_flux.py`: the place in the schedule is drawn uniformly, no weights. A model that
+    guidance was distilled into (dev) is given the scale 3.5 in training and by every attack. Such a model was not
+    trained to leave a caption out, so that its null condition, the empty caption, is one caption among others.
+    """
+
+    pipeline_classes = ("FluxPipeline",)
+    encoders = ("vae", "text_encoder", "text_encoder_2")
+    conditions = ("prompt_embeds", "pooled_prompt_embeds")
+    guidance = 3.5
+    patch = 2
+
+    @property
+    def trained_at(self):
+        return self.pipeline.default_sample_size * self.pixels_per_latent
+
+    def encode(self, prompts):
+        return self.pipeline.encode_prompt(prompts, device=self.device)[:2]
+
+    def example(self):
+        config = self.denoiser.config
+        tokens = signature(self.pipeline.encode_prompt).parameters["max_sequence_length"].default
+        return {
+            "prompt_embeds": torch.empty(1, tokens, config.joint_attention_dim, device="meta"),
+            "pooled_prompt_embeds": torch.empty(1, config.pooled_projection_dim, device="meta"),
+        }
+
+    def call(self, denoiser, noisy, timesteps, prompt_embeds, pooled_prompt_embeds):
+        n, channels, h, w = noisy.shape
+        prediction = denoiser(
+            hidden_states=self.pipeline._pack_latents(noisy, n, channels, h, w),
+            timestep=timesteps / self.scheduler.config.num_train_timesteps,
+            guidance=noisy.new_full((n,), self.guidance) if self.denoiser.config.guidance_embeds else None,
+            pooled_projections=pooled_prompt_embeds,
+            encoder_hidden_states=prompt_embeds,
+            txt_ids=noisy.new_zeros(prompt_embeds.shape[1], 3),
+            img_ids=self.pipeline._prepare_latent_image_ids(n, h // 2, w // 2, noisy.device, noisy.dtype),
+            return_dict=False,
+        )[0]
+        factor = self.pixels_per_latent
+        return self.pipeline._unpack_latents(prediction, h * factor, w * factor, factor)
+
+    def sample_timestep(self, generator):
+        return self.scheduler.timesteps[super().sample_timestep(generator)]
+
+
+FAMILIES: list[type[Family]] = [
+    StableDiffusionFamily,
+    StableDiffusionXLFamily,
+    StableDiffusion3Family,
+    FluxFamily,
+    PixArtFamily,
+    DiTFamily,
+    UnconditionalFamily,
+]
 """The families that are known; append your own (docs/families.md)."""
 
 

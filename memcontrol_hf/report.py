@@ -22,6 +22,8 @@ SCHEMA_VERSION = 2
 REPORT_SCHEMA = Path(__file__).with_name("report_schema.json")
 """The JSON Schema of a report."""
 FROZEN_BASE, ALL_ON, SELECTED = "frozen base", "all blocks", "selected mask"
+NOT_APPLICABLE = "not applicable"
+"""How the note of a measure begins that has no meaning for a model; a gate passes over it."""
 _PACKAGES = ("memcontrol_hf", "torch", "diffusers", "transformers", "peft", "optuna")
 
 
@@ -115,7 +117,7 @@ class MemorizationReport:
                 f"{f['fid']:.2f}",
                 f"{f['amd']:.4f} ({f['amd_held_out']:.4f})",
                 f"{f['membership_auc']:.3f} ({f['membership_auc_low']:.3f} to {f['membership_auc_high']:.3f})",
-                f"{f['noise_norm']:.3f} ({f['noise_norm_held_out']:.3f})",
+                f"{f['noise_norm']:.3f} ({f['noise_norm_held_out']:.3f})" if "noise_norm" in f else NOT_APPLICABLE,
             ]
             for name, f in self.figures.items()
         ]
@@ -161,7 +163,7 @@ def _cell(figure: Mapping[str, Any] | None, interval: bool) -> str:
     if figure is None:
         return "not measured"
     if figure["value"] is None:
-        return "not estimable"
+        return NOT_APPLICABLE if (figure.get("note") or "").startswith(NOT_APPLICABLE) else "not estimable"
     text = f"{figure['value']:.3f}"
     return f"{text} ({figure['low']:.3f} to {figure['high']:.3f})" if interval and figure["low"] is not None else text
 
@@ -197,6 +199,8 @@ def load_gate(path: str | Path = DEFAULT_GATE) -> dict[str, dict[str, float]]:
 def _violation(name: str, kind: str, bound: float, figures: Mapping[str, Any]) -> str | None:
     """What is wrong, in one line."""
     model = figures.get("model")
+    if model and (model.get("note") or "").startswith(NOT_APPLICABLE):
+        return None
     if not model or model["value"] is None:
         return f"{name}: {(model or {}).get('note') or 'was not measured'}; what is not measured does not pass"
     end = model["low" if kind == "min" else "high"]

@@ -162,6 +162,10 @@ class MemControlTrainer(Trainer):
     ):
         self.family = family_of(pipeline)
         self.family.check_resolution(args.resolution)
+        self.family.check_snr_gamma(args.snr_gamma)
+        for name in args.objectives:
+            if name in self.family.not_applicable:
+                raise ValueError(f"the objective {name} is not applicable: {self.family.not_applicable[name]}")
         self.pipeline = pipeline
         self.denoiser: nn.Module = self.family.denoiser.requires_grad_(False)
         self.peft_config = peft_config
@@ -343,7 +347,8 @@ class MemControlTrainer(Trainer):
 
             - `loss` (on `eval_dataset`), `loss_train` (on the training images, each once)
             - `membership_auc`, `membership_auc_low`, `membership_auc_high` (95 %)
-            - `noise_norm` (of the training images), `noise_norm_held_out` (of `eval_dataset`)
+            - `noise_norm` (of the training images), `noise_norm_held_out` (of `eval_dataset`); left out where it is
+              not applicable
             - `fid`: images generated from the captions of `eval_dataset`, against its images
             - `amd`: images generated from training captions, against training images; `amd_held_out`: the same
               images, against those of `eval_dataset`
@@ -383,7 +388,7 @@ class MemControlTrainer(Trainer):
                 result = measures.membership(-member_losses, -other_losses)
                 figures["membership_auc"] = result.auc
                 figures["membership_auc_low"], figures["membership_auc_high"] = result.interval
-        if "noise_norm" in wanted:
+        if "noise_norm" in wanted - self.family.not_applicable.keys():
             figures["noise_norm"] = self._noise_norms(train, _MEMBERS).mean().item()
             figures["noise_norm_held_out"] = self._noise_norms(others, _NONMEMBERS).mean().item()
         if "fid" in wanted:

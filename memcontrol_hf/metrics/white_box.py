@@ -334,12 +334,12 @@ def trajectory_noise_norms(
     first = num_inference_steps if first is None else first
     if not 1 <= first <= num_inference_steps:
         raise ValueError(f"first must lie between 1 and num_inference_steps {num_inference_steps}, but got {first}")
-    steps = family.trajectory(num_inference_steps).timesteps[:first]
+    steps = family.trajectory(num_inference_steps, shape).timesteps[:first]
     start = torch.cat([_noise(seed, shape, 1) for seed in seeds])
 
     def score(x: torch.Tensor, c: Condition) -> torch.Tensor:
         both = _with_null(c, null)
-        sampler = family.trajectory(num_inference_steps)
+        sampler = family.trajectory(num_inference_steps, shape)
         norms = []
         for t in steps:
             twice = x.repeat(2, 1, 1, 1)
