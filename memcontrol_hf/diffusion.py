@@ -4,18 +4,28 @@ A family is one short class; [`family_of`] picks it from the pipeline's own clas
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from inspect import signature
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers.loaders.single_file_utils import (
+    SingleFileComponentError,
+    fetch_diffusers_config,
+    load_single_file_checkpoint,
+)
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 from torch import nn
+
+from .demo import DEMO_PIPELINE
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -542,16 +552,18 @@ class UnconditionalFamily(Family):
 
     def __init__(self, pipeline):
         super().__init__(pipeline)
-        if pipeline.unet.config.in_channels not in (1, 3):
-            raise ValueError(
-                f"the UNet has {pipeline.unet.config.in_channels} channels: only images of 1 or 3 are read"
-            )
+        if self.latent_channels not in (1, 3):
+            raise ValueError(f"the UNet reads images of {self.latent_channels} channels, but only 1 or 3 can be given")
+
+    @property
+    def latent_channels(self):
+        return self.denoiser.config.in_channels
 
     def check_resolution(self, resolution):
         _check_only_resolution(resolution, self.trained_at)
 
     def encode_images(self, pixels):
-        if self.denoiser.config.in_channels == 1:
+        if self.latent_channels == 1:
             pixels = pixels.mean(1, keepdim=True)
         return pixels * 2 - 1
 
@@ -768,19 +780,82 @@ def family_of(pipeline: "DiffusionPipeline") -> Family:
     )
 
 
-def load_pipeline(name: str, revision: str | None = None, variant: str | None = None) -> "DiffusionPipeline":
-    """A pipeline by name: `"demo"` for the one in the package, a Hub id or a folder.
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""Of a pipeline's weights, by name."""
+
+QUANTIZATIONS = {
+    "bnb_4bit": ("bitsandbytes", 0.5),
+    "bnb_8bit": ("bitsandbytes", 1.0),
+    "torchao_int8": ("torchao", 1.0),
+}
+"""How the denoiser can be quantized: the package that does it, and bytes for each parameter."""
+
+
+def load_pipeline(
+    name: str,
+    revision: str | None = None,
+    variant: str | None = None,
+    dtype: str | None = None,
+    quantization: str | None = None,
+    config: str | None = None,
+) -> "DiffusionPipeline":
+    """A pipeline by name.
+
+    Args:
+        name (`str`): a Hub id, a folder or a single `.safetensors` file; `"demo"` for the one in the package.
+        revision, variant (`str`, *optional*): on the Hub; and of the weights, say `"fp16"`.
+        dtype (`str`, *optional*): of the weights, out of `DTYPES`; float32 by default.
+        quantization (`str`, *optional*): of the denoiser, out of `QUANTIZATIONS`; only LoRA trains on such a base.
+        config (`str`, *optional*): for a single file, a folder or Hub id of a pipeline with the same architecture; by
+            default the one that diffusers recognizes in the file's tensors.
 
     Raises:
-        ValueError: when it cannot be loaded.
+        ValueError: when it cannot be loaded, and for a quantization whose package is missing.
     """
-    if name == "demo":
-        from .demo import demo_pipeline
-
-        return demo_pipeline()
-    from diffusers import DiffusionPipeline
-
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: use {', '.join(DTYPES)}")
+    if quantization is not None:
+        if quantization not in QUANTIZATIONS:
+            raise ValueError(f"unknown quantization {quantization!r}: use {', '.join(QUANTIZATIONS)}")
+        package = QUANTIZATIONS[quantization][0]
+        if find_spec(package) is None:
+            raise ValueError(f"quantization {quantization} needs {package}: pip install {package}")
+    arguments: dict[str, Any] = {"dtype": DTYPES[dtype or "float32"]}
+    name = str(DEMO_PIPELINE) if name == "demo" else name
     try:
-        return DiffusionPipeline.from_pretrained(name, revision=revision, variant=variant)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the pipeline {name!r}: {str(error).splitlines()[0]}") from None
+        if name.endswith(".safetensors"):
+            if quantization is not None:
+                raise ValueError("a single file cannot be quantized: save it as a folder first (save_pretrained)")
+            return _load_single_file(name, config, **arguments)
+        if quantization is not None:
+            parts = diffusers.DiffusionPipeline.load_config(name, revision=revision)
+            arguments["quantization_config"] = _quantization(quantization, parts, arguments["dtype"])
+        return diffusers.DiffusionPipeline.from_pretrained(name, revision=revision, variant=variant, **arguments)
+    except (OSError, ValueError, KeyError, RuntimeError, SingleFileComponentError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"cannot load the pipeline {name!r}: {reason}") from None
+
+
+def _load_single_file(file: str, config: str | None, **arguments: Any) -> "DiffusionPipeline":
+    if not Path(file).is_file():
+        raise ValueError("there is no such file")
+    if config is None:
+        config = fetch_diffusers_config(load_single_file_checkpoint(file))["pretrained_model_name_or_path"]
+    cls = getattr(diffusers, diffusers.DiffusionPipeline.load_config(config)["_class_name"])
+    return cls.from_single_file(file, config=config, **arguments)
+
+
+def _quantization(quantization: str, parts: Iterable[str], dtype: torch.dtype) -> diffusers.PipelineQuantizationConfig:
+    """For the denoiser among a pipeline's parts."""
+    if quantization == "torchao_int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config = diffusers.TorchAoConfig(Int8WeightOnlyConfig())
+    elif quantization == "bnb_4bit":
+        config = diffusers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    else:
+        config = diffusers.BitsAndBytesConfig(load_in_8bit=True)
+    denoisers = {family.denoiser_name for family in FAMILIES}
+    return diffusers.PipelineQuantizationConfig(quant_mapping={name: config for name in parts if name in denoisers})

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import BestRun, TrainOutput, get_last_checkpoint
+from transformers.utils import is_bitsandbytes_available
 
 from . import metrics as measures
 from .data import encode, unique_rows
@@ -104,6 +105,8 @@ class MemControlTrainingArguments(TrainingArguments):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but got {getattr(self, name)}")
         super().__post_init__()
+        if "bnb" in self.optim and not is_bitsandbytes_available():
+            raise ValueError(f"the optimizer {self.optim.value} needs bitsandbytes: pip install bitsandbytes")
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
 
 
@@ -166,6 +169,11 @@ class MemControlTrainer(Trainer):
         for name in args.objectives:
             if name in self.family.not_applicable:
                 raise ValueError(f"the objective {name} is not applicable: {self.family.not_applicable[name]}")
+        if getattr(self.family.denoiser, "hf_quantizer", None) is not None and peft_config.peft_type != PeftType.LORA:
+            name = getattr(peft_config, "method", peft_config.peft_type.value)
+            raise ValueError(
+                f"{name} cannot be trained on a quantized base: use LoRA (--method lora), or no quantization"
+            )
         self.pipeline = pipeline
         self.denoiser: nn.Module = self.family.denoiser.requires_grad_(False)
         self.peft_config = peft_config

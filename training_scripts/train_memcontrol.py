@@ -44,7 +44,8 @@ from memcontrol_hf import (
 )
 from memcontrol_hf.audit import AuditSettings
 from memcontrol_hf.data import check_near_duplicates, load_images, plant_canaries
-from memcontrol_hf.diffusion import family_of, load_pipeline
+from memcontrol_hf.diffusion import DTYPES, QUANTIZATIONS, family_of, load_pipeline
+from memcontrol_hf.dry_run import load_architecture, measured_speed, plan
 from memcontrol_hf.features import encoder_name, load_encoder
 from memcontrol_hf.mitigations import MITIGATIONS, parse_mitigations
 from memcontrol_hf.model_card import push, render_card
@@ -114,10 +115,24 @@ class ScriptArguments:
     """What is tuned, on which images, how it is searched, and where the result goes."""
 
     pretrained_model_name_or_path: str = field(
-        default="demo", metadata={"help": "Pipeline to tune: a Hub id or a folder. `demo`: the one in the package."}
+        default="demo",
+        metadata={
+            "help": "Pipeline to tune: a Hub id, a folder or a .safetensors file. `demo`: the one in the package."
+        },
     )
     revision: str | None = field(default=None, metadata={"help": "Of the pipeline on the Hub."})
     variant: str | None = field(default=None, metadata={"help": "Of the pipeline's weights, say fp16."})
+    dtype: str | None = field(
+        default=None, metadata={"help": f"Of the frozen weights: {', '.join(DTYPES)}. float32 if not given."}
+    )
+    quantization: str | None = field(
+        default=None,
+        metadata={"help": f"Of the frozen denoiser, for --method lora: {', '.join(QUANTIZATIONS)}."},
+    )
+    single_file_config: str | None = field(
+        default=None,
+        metadata={"help": "For a .safetensors file: a Hub id or folder of a pipeline that is built alike."},
+    )
     dataset_name: str = field(
         default="demo",
         metadata={"help": "Images: a Hub id or a folder that `load_dataset` reads. `demo`: those in the package."},
@@ -220,6 +235,13 @@ class ScriptArguments:
         default=None, metadata={"help": "Prompt in the card's loading snippet. It is published."}
     )
 
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Read nothing but the model's configs; print blocks, trainable parameters, adapter size, memory "
+            "and time of the search, and stop."
+        },
+    )
     seed: int = field(default=0, metadata={"help": "Of everything."})
     checkpointing_steps: int | None = field(
         default=None, metadata={"help": "Save the state of the final fine-tune each so many steps."}
@@ -265,6 +287,9 @@ def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[
     audit_settings(args)
     check_objectives(args.objectives)
     check_sampler(args.sampler)
+    for flag, known in (("dtype", DTYPES), ("quantization", QUANTIZATIONS)):
+        if (value := getattr(args, flag)) is not None and value not in known:
+            raise ValueError(f"unknown --{flag} {value!r}: use {', '.join(known)}")
     if args.mixed_precision not in ("no", "fp16", "bf16"):
         raise ValueError(f"unknown mixed precision {args.mixed_precision!r}: use no, fp16 or bf16")
     if args.n_trials < 1:
@@ -308,7 +333,8 @@ def mask_from(path: str) -> dict[str, bool]:
 def settings(args: ScriptArguments) -> dict[str, Any]:
     """What a study depends on: going on with another value is refused."""
     depends_on = (
-        *("pretrained_model_name_or_path", "revision", "variant", "dataset_name", "train_data_dir", "image_column"),
+        *("pretrained_model_name_or_path", "revision", "variant", "dtype", "quantization", "single_file_config"),
+        *("dataset_name", "train_data_dir", "image_column"),
         *("caption_column", "group_column", "method", "peft_config", "granularity", "objectives", "sampler"),
         *("search_fraction", "search_max_steps", "resolution", "train_batch_size", "gradient_accumulation_steps"),
         *("learning_rate", "lr_scheduler", "lr_warmup_steps", "snr_gamma", "caption_dropout", "mixed_precision"),
@@ -345,7 +371,14 @@ def without_place(value: Any) -> Any:
 
 def load(args: ScriptArguments) -> tuple[Any, DatasetDict]:
     """The pipeline and the images, checked against each other."""
-    pipeline = load_pipeline(args.pretrained_model_name_or_path, args.revision, args.variant)
+    pipeline = load_pipeline(
+        args.pretrained_model_name_or_path,
+        args.revision,
+        args.variant,
+        args.dtype,
+        args.quantization,
+        args.single_file_config,
+    )
     family_of(pipeline).check_resolution(args.resolution)
     if args.train_data_dir is None and args.dataset_name == "demo":
         data = demo_dataset()
@@ -408,15 +441,48 @@ def training_arguments(args: ScriptArguments) -> MemControlTrainingArguments:
     )
 
 
+def dry_run(args: ScriptArguments) -> str:
+    """What the search would take, to print."""
+    config, _, _ = check(args)
+    trainer_args = training_arguments(args)
+    weight_bytes = DTYPES[args.dtype or "float32"].itemsize
+    if args.quantization is not None:
+        weight_bytes = QUANTIZATIONS[args.quantization][1]
+    planned = plan(
+        load_architecture(args.pretrained_model_name_or_path, args.revision),
+        config,
+        granularity_of(args),
+        resolution=args.resolution,
+        batch_size=args.train_batch_size,
+        n_trials=args.n_trials,
+        steps=args.search_max_steps * args.gradient_accumulation_steps,
+        num_images=args.eval_num_images,
+        inference_steps=args.eval_inference_steps,
+        guidance=args.eval_guidance_scale > 1,
+        eval_samplings=len({"fid", "amd"} & {*args.objectives}),
+        weight_bytes=weight_bytes,
+        optimizer_bytes=2 if "8bit" in trainer_args.optim else 8,
+        low_precision=args.mixed_precision != "no" or args.dtype in ("float16", "bfloat16"),
+    )
+    return planned.text(measured_speed(trainer_args.device))
+
+
+def granularity_of(args: ScriptArguments) -> str | list[str]:
+    """A name, or a list of expressions."""
+    return args.granularity[0] if args.granularity in (["block"], ["site"]) else args.granularity
+
+
 def prepare(argv: list[str] | None) -> tuple[ScriptArguments, MemControlTrainer, DatasetDict, tuple, dict | None]:
-    """Parse, check and load."""
+    """Parse, check and load; a dry run ends here."""
     parser = HfArgumentParser(ScriptArguments, description=__doc__, formatter_class=_HelpFormatter)
     (args,) = parser.parse_args_into_dataclasses(argv)
+    if args.dry_run:
+        print(dry_run(args))
+        raise SystemExit
     config, rates, mask = check(args)
     trainer_args = training_arguments(args)
     pipeline, data = load(args)
-    granularity = args.granularity[0] if args.granularity in (["block"], ["site"]) else args.granularity
-    space = SearchSpace.from_model(getattr(pipeline, family_of(pipeline).denoiser_name), granularity)
+    space = SearchSpace.from_model(family_of(pipeline).denoiser, granularity_of(args))
     on_hub = args.pretrained_model_name_or_path != "demo" and not Path(args.pretrained_model_name_or_path).exists()
     config.base_model_name_or_path = args.pretrained_model_name_or_path if on_hub else None
     trainer = MemControlTrainer(
@@ -571,7 +637,8 @@ def count_images(trainer: MemControlTrainer, data: DatasetDict) -> dict[str, int
 def public_flags(args: ScriptArguments) -> str:
     """The flags that differ from the defaults, without what names a place or a person's data."""
     private = {"train_data_dir", "dataset_name", "output_dir", "storage", "mask_from", "peft_config", "trainer_args",
-               "resume_from_checkpoint", "gate", "pretrained_model_name_or_path", "hub_model_id"}  # fmt: skip
+               "resume_from_checkpoint", "gate", "pretrained_model_name_or_path", "hub_model_id",
+               "single_file_config"}  # fmt: skip
     default = ScriptArguments()
     if args.train_data_dir is None and args.dataset_name == "demo" and args.pretrained_model_name_or_path == "demo":
         private -= {"output_dir"} if not Path(args.output_dir).is_absolute() else set()

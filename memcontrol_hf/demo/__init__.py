@@ -37,10 +37,10 @@ def demo_pipeline(**kwargs: Any) -> StableDiffusionPipeline:
     """Load the demo pipeline: Stable Diffusion 1.x's layout at 64x64 pixels, trained on Noto emoji.
 
     Args:
-        **kwargs: Passed on to `StableDiffusionPipeline.from_pretrained`, such as `torch_dtype`.
+        **kwargs: Passed on to `StableDiffusionPipeline.from_pretrained`, such as `dtype`.
 
     Returns:
-        The pipeline, as float32 unless `torch_dtype` says otherwise.
+        The pipeline, as float32 unless `dtype` says otherwise.
     """
     from diffusers import StableDiffusionPipeline
 

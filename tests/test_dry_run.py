@@ -1,0 +1,191 @@
+"""What a search would take, and loading a pipeline in other ways than the plain one."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from conftest import RESOLUTION, adapter_of, images_of, tiny_pipeline, tiny_trainer
+from safetensors.torch import load_file
+from tiny_families import PIPELINES, sd3
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from memcontrol_hf import MemControlConfig, SearchSpace
+from memcontrol_hf.diffusion import family_of, load_pipeline
+from memcontrol_hf.dry_run import load_architecture, plan
+
+ARCHITECTURES = Path(__file__).parent / "architectures"
+LORA = peft.LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+
+
+def without_weights(pipeline, folder: Path) -> Path:
+    pipeline.save_pretrained(folder)
+    for weights in folder.rglob("*.safetensors"):
+        weights.unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "resolution", "parameters", "blocks"),
+    [
+        ("stable-diffusion-v1-5", 512, 859_520_964, 16),
+        ("stable-diffusion-xl-base-1.0", 1024, 2_567_463_684, 11),
+        # the weights' file holds 2,084,951,104 values: the position embedding of 192² × 1536 is no parameter
+        ("stable-diffusion-3-medium", 1024, 2_084_951_104 - 192**2 * 1536, 24),
+        ("flux-1-dev", 1024, 11_901_408_320, 19 + 38),
+    ],
+)
+def test_the_large_models_have_their_known_sizes(name, resolution, parameters, blocks):
+    planned = plan(load_architecture(str(ARCHITECTURES / name)), LORA, resolution=resolution, batch_size=1)
+    assert planned.denoiser_parameters == parameters
+    assert len(planned.blocks) == blocks and all(planned.blocks.values())
+    assert sum(planned.blocks.values()) == planned.trainable == planned.adapter_bytes // 4
+    assert planned.memory["frozen denoiser"] == 4 * parameters
+    assert f"{parameters:,} parameters, {blocks} blocks" in planned.text(1e14)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_plan_is_what_the_training_has(tmp_path, name):
+    """From a folder with configs alone, for each family."""
+    config = peft.LoraConfig(r=2)
+    planned = plan(load_architecture(str(without_weights(PIPELINES[name](), tmp_path))), config, resolution=RESOLUTION)
+    family = family_of(PIPELINES[name]())
+    assert planned.denoiser_parameters == sum(p.numel() for p in family.denoiser.parameters())
+    condition = family.encode_prompts(["7"])
+    example = family.example()
+    assert {k: (t.shape, t.dtype) for k, t in example.items()} == {k: (t.shape, t.dtype) for k, t in condition.items()}
+    space = SearchSpace.from_model(family.denoiser)
+    block, count = list(planned.blocks.items())[-1]
+    model = peft.get_peft_model(family.denoiser, space.apply(config, {block: True}))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+
+
+def test_the_adapter_is_as_large_as_planned_and_single_blocks_add_up(tmp_path):
+    trainer = tiny_trainer(tmp_path / "adapter")
+    trainer.train()
+    trainer.save_model()
+    folder = without_weights(tiny_pipeline(), tmp_path / "model")
+    planned = plan(load_architecture(str(folder)), MemControlConfig(), resolution=RESOLUTION)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert planned.adapter_bytes == sum(t.nbytes for t in tensors.values())
+    assert planned.trainable == trainer.trainable_parameters
+    for block, count in planned.blocks.items():
+        trainer.set_mask({block: True})
+        assert trainer.trainable_parameters == count, block
+
+
+def test_the_operations_are_those_of_a_real_call(tmp_path):
+    planned = plan(load_architecture(str(without_weights(sd3(), tmp_path))), LORA, resolution=RESOLUTION)
+    family, counter = family_of(sd3()), FlopCounterMode(display=False)
+    condition = family.encode_prompts(["a"])
+    with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
+        family.denoise(family.denoiser, torch.zeros(1, 4, 8, 8), torch.zeros(1), condition)
+    assert planned.forward_flops == counter.get_total_flops()
+
+
+def test_activations_grow_with_the_batch_and_shrink_with_precision(tmp_path):
+    folder = str(without_weights(tiny_pipeline(), tmp_path))
+    sizes = [
+        plan(load_architecture(folder), LORA, resolution=16, batch_size=size, low_precision=low).memory
+        for size, low in ((1, False), (4, False), (4, True))
+    ]
+    one, four, half = (memory[f"activations of {n} images"] for memory, n in zip(sizes, (1, 4, 4)))
+    assert one > 0 and four == 4 * one and half == four // 2
+
+
+@pytest.fixture
+def script():
+    path = Path(__file__).parents[1] / "training_scripts" / "train_memcontrol.py"
+    spec = importlib.util.spec_from_file_location("train_memcontrol_dry", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_plans_from_configs_alone(tmp_path, script, capsys):
+    folder = without_weights(sd3(), tmp_path / "model")
+    arguments = ["--pretrained_model_name_or_path", str(folder), "--resolution", "16", "--method", "lora"]
+    with pytest.raises(SystemExit) as ended:
+        script.main(
+            [*arguments, "--dry_run", "--train_data_dir", str(tmp_path), "--output_dir", str(tmp_path / "out")]
+        )
+    assert not ended.value.code
+    printed = capsys.readouterr().out
+    assert "SD3Transformer2DModel" in printed and "transformer_blocks.1" in printed and "hours" in printed
+    assert not (tmp_path / "out").exists(), "nothing is written"
+
+
+def broken(folder: Path) -> str:
+    without_weights(sd3(), folder)
+    (folder / "transformer" / "config.json").unlink()
+    return str(folder)
+
+
+def strange(folder: Path) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "NoPipeline"}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        (lambda path: str(path), "a dry run needs the model_index.json"),
+        (broken, "cannot build the transformer"),
+        (strange, "is a NoPipeline, which diffusers lacks"),
+    ],
+)
+def test_configs_that_do_not_suffice_are_named(tmp_path, folder, message):
+    with pytest.raises(ValueError, match=message):
+        load_architecture(folder(tmp_path))
+
+
+# --- loading
+
+
+def test_a_base_in_half_precision_is_tuned_in_full(tmp_path):
+    sd3().save_pretrained(tmp_path / "model", variant="bf16")
+    pipeline = load_pipeline(str(tmp_path / "model"), variant="bf16", dtype="bfloat16")
+    assert pipeline.transformer.dtype == pipeline.text_encoder_3.dtype == torch.bfloat16
+    trainer = tiny_trainer(tmp_path, pipeline=pipeline, config=LORA, train=images_of(4), max_steps=1)
+    before = adapter_of(trainer.model)
+    trainer.train()
+    after = adapter_of(trainer.model)
+    assert all(tensor.dtype == torch.float32 for tensor in after.values())
+    assert any(not torch.equal(before[name], after[name]) for name in after)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "float8"}, "unknown dtype 'float8': use float32, float16, bfloat16"),
+        ({"quantization": "int3"}, "unknown quantization 'int3': use bnb_4bit, bnb_8bit, torchao_int8"),
+        ({"name": "none.safetensors"}, "cannot load the pipeline 'none.safetensors': there is no such file"),
+    ],
+)
+def test_wrong_ways_to_load_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_pipeline(**{"name": "demo", **arguments})
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_a_missing_bitsandbytes_is_said_before_anything_is_loaded(tmp_path):
+    with pytest.raises(ValueError, match="quantization bnb_4bit needs bitsandbytes: pip install bitsandbytes"):
+        load_pipeline("demo", quantization="bnb_4bit")
+    with pytest.raises(ValueError, match="optimizer adamw_bnb_8bit needs bitsandbytes"):
+        tiny_trainer(tmp_path, optim="adamw_bnb_8bit")
+
+
+def test_a_quantized_base_takes_lora_alone(tmp_path):
+    pytest.importorskip("torchao")
+    sd3().save_pretrained(tmp_path / "model")
+    pipeline = load_pipeline(str(tmp_path / "model"), quantization="torchao_int8")
+    with pytest.raises(ValueError, match="svdiff cannot be trained on a quantized base: use LoRA"):
+        tiny_trainer(tmp_path, pipeline=pipeline)
+    trainer = tiny_trainer(tmp_path, pipeline=pipeline, config=LORA, train=images_of(4), max_steps=1)
+    before = adapter_of(trainer.model)
+    trainer.train()
+    assert any(not torch.equal(before[name], tensor) for name, tensor in adapter_of(trainer.model).items())
