@@ -291,8 +291,8 @@ def to_pixels(images: Sequence[PILImage.Image], resolution: int) -> torch.Tensor
 def encode(dataset: Dataset, family: Family, resolution: int, batch_size: int = 32) -> Dataset:
     """Latents and text embeddings of a dataset, computed once and kept on disk by `datasets`.
 
-    They are found again under a fingerprint of the rows, the weights of the autoencoder and the text encoder, and the
-    resolution.
+    They are found again under a fingerprint of the rows, the weights of the autoencoder and the text encoders, what
+    else the family says that they depend on, and the resolution.
 
     Args:
         dataset (`Dataset`): columns `image`, `text`.
@@ -304,7 +304,7 @@ def encode(dataset: Dataset, family: Family, resolution: int, batch_size: int = 
         (equal for exact copies of an image) and `row`; in torch format.
     """
     digests = [weights_digest(module) for module in family.encoder_modules]
-    fingerprint = Hasher.hash([dataset._fingerprint, *digests, resolution])
+    fingerprint = Hasher.hash([dataset._fingerprint, *digests, *family.encoding(), resolution])
     folder = Path(datasets_config.HF_DATASETS_CACHE) / "memcontrol_hf"
     folder.mkdir(parents=True, exist_ok=True)
     probe = family.encode_images(torch.zeros(1, 3, resolution, resolution))

@@ -178,6 +178,11 @@ class Family:
         parts = (getattr(self.pipeline, name, None) for name in self.encoders)
         return [part for part in parts if part is not None]
 
+    def encoding(self) -> list[Any]:
+        """What cached latents and conditions depend on beside the data and the encoders' weights."""
+        config = self.pipeline.vae.config
+        return [type(self).__name__, config.scaling_factor, config.shift_factor]
+
     @torch.no_grad()
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """Images `[N, 3, H, W]` in [0, 1] -> latents `[N, C, h, w]`, the mean of the posterior, scaled."""
@@ -254,9 +259,13 @@ class Family:
     def epsilon_scale(self, timestep: float) -> float:
         """How far the noise prediction moves for each unit of the denoiser's own prediction, at `x_t` held fixed."""
         signal, noise = self.coefficients(timestep)
-        return {"epsilon": 1.0, "v_prediction": signal, "sample": signal / noise}[
-            self.scheduler.config.prediction_type
-        ]
+        match self.scheduler.config.prediction_type:
+            case "epsilon":
+                return 1.0
+            case "v_prediction":
+                return signal
+            case _:  # "sample"
+                return signal / noise
 
     def timesteps(self, count: int) -> list[int] | list[float]:
         """`count` timesteps in the middle of as many equal parts of the schedule, from low noise to high."""
@@ -505,6 +514,9 @@ class DiTFamily(Family):
     def check_resolution(self, resolution):
         _check_only_resolution(resolution, self.trained_at)
 
+    def encoding(self):
+        return [*super().encoding(), self.pipeline.labels]
+
     def labels(self, captions: list[str]) -> list[int]:
         """The classes that captions name."""
         names, count = self.pipeline.labels, self.denoiser.config.num_embeds_ada_norm
@@ -561,6 +573,9 @@ class UnconditionalFamily(Family):
 
     def check_resolution(self, resolution):
         _check_only_resolution(resolution, self.trained_at)
+
+    def encoding(self):
+        return [type(self).__name__, self.latent_channels]
 
     def encode_images(self, pixels):
         if self.latent_channels == 1:

@@ -195,3 +195,14 @@ def test_the_ends_of_long_captions_are_not_logged(pipeline, caplog, capfd):
         logger.removeHandler(caplog.handler)
     assert "secret" not in quiet.replace(" ", "")
     assert "zzzsecret" in caplog.text.replace(" ", ""), "the pipeline itself does print it"
+
+
+def test_a_class_is_read_by_its_name_and_no_caption_column_gives_empty_ones(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(images_of(4, seed=len(list(tmp_path.rglob("*.png"))))["image"]):
+            image.save(tmp_path / name / f"{i}.png")
+    named = load_images(train_data_dir=str(tmp_path), caption_column="label")
+    assert {text for split in named.values() for text in split["text"]} == {"cat", "dog"}
+    empty = load_images(train_data_dir=str(tmp_path), caption_column="")
+    assert {text for split in empty.values() for text in split["text"]} == {""}

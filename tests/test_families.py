@@ -7,15 +7,16 @@ import pytest
 import torch
 from conftest import RESOLUTION, adapter_of, images_of, tiny_trainer
 from datasets import Dataset
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline, UNet2DModel
 from peft import PeftModel
 from tiny_families import PIPELINES, ddpm, dit, sd3, sdxl
 
 from memcontrol_hf import MemControlConfig, SearchSpace, audit_memorization, demo_pipeline, metrics
 from memcontrol_hf.audit import AuditSettings
+from memcontrol_hf.data import encode
 from memcontrol_hf.diffusion import family_of, seeded_generator
 from memcontrol_hf.report import load_gate
-from memcontrol_hf.sampling import denoiser_in_place, generate
+from memcontrol_hf.sampling import generate
 from memcontrol_hf.trainer import METRICS
 
 TUNERS = {
@@ -73,15 +74,16 @@ def test_every_family_with_every_tuner(tmp_path, name, tuner):
     pipeline = PIPELINES[name]()
     family = family_of(pipeline)
     loaded = PeftModel.from_pretrained(family.denoiser, tmp_path).eval()
+    setattr(pipeline, family.denoiser_name, loaded)
+    family = family_of(pipeline)
     inputs = inputs_of(trainer)
     tuned = prediction(trainer.family, trainer.model, inputs)
     torch.testing.assert_close(prediction(family, loaded, inputs), tuned, atol=1e-6, rtol=1e-5)
     with loaded.disable_adapter():
         assert not torch.allclose(prediction(family, loaded, inputs), tuned, atol=1e-5)
 
-    with denoiser_in_place(pipeline, loaded):
-        captions = data_of(name, 2)["text"][:]
-        images = generate(pipeline, captions, [(0,), (1,)], RESOLUTION, num_inference_steps=2, guidance_scale=3.0)
+    captions = data_of(name, 2)["text"][:]
+    images = generate(pipeline, captions, [(0,), (1,)], RESOLUTION, num_inference_steps=2, guidance_scale=3.0)
     assert images.shape == (2, 3, RESOLUTION, RESOLUTION)
     assert images.min() >= 0 and images.max() <= 1 and not torch.equal(images[0], images[1])
     scores = metrics.pia(family, loaded, *inputs[:2])
@@ -226,6 +228,19 @@ def test_classes_are_named_or_numbered_and_the_null_class_is_the_last():
     family = family_of(dit())
     assert family.encode_prompts(["bbb", "7"])["class_labels"].tolist() == [1, 7]
     assert family.null_condition()["class_labels"].tolist() == [1000]
+
+
+def test_cached_data_are_not_those_of_a_pipeline_that_reads_them_differently():
+    """The same weights of the encoders, or none at all, but other classes or channels."""
+    data, other = data_of("dit"), dit()
+    other.labels = {"aaa": 5}
+    labels = [encode(data, family_of(pipeline), RESOLUTION)[:]["class_labels"][0] for pipeline in (dit(), other)]
+    assert [int(label) for label in labels] == [0, 5]
+    gray = ddpm()
+    gray.unet = UNet2DModel(**{**gray.unet.config, "in_channels": 1, "out_channels": 1}).eval()
+    shapes = [encode(data, family_of(pipeline), RESOLUTION)[:]["latents"].shape[1] for pipeline in (ddpm(), gray)]
+    assert shapes == [3, 1]
+    assert generate(gray, ["", ""], [(0,), (1,)], RESOLUTION, 1).shape == (2, 3, RESOLUTION, RESOLUTION)
 
 
 def test_a_dropped_class_is_drawn_by_our_seed_alone():
