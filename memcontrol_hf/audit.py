@@ -367,7 +367,7 @@ def _of_pipeline(
         found = {row for row, score in zip(members.rows, of_members) if score > limit}
         caught[f"membership_{attack}"] = (found, set(members.rows))
     if "clid" in family.not_applicable:
-        for measure in ("membership_auc_clid", "membership_tpr_clid"):
+        for measure in ("membership_auc_clid", "membership_tpr_clid", "membership_tpr_strict_clid"):
             figures[measure] = Figure(None, note=f"{NOT_APPLICABLE}: {family.not_applicable['clid']}")
 
     rows, count = _prompt_rows(members, settings), settings.images_per_prompt
@@ -392,24 +392,35 @@ def _of_pipeline(
         to_own = (F.normalize(features, dim=1).unflatten(0, (len(rows), count)) * own).sum(-1).amax(1)
         caught["copy"] = ({row for row, similarity in zip(rows, to_own) if similarity > limit}, set(rows))
 
-    norms = _trajectory_norms(family, denoiser, members, rows, settings)
-    other_rows = others.shuffled(settings.seed, _PROMPTS)[: settings.num_prompts]
-    of_others = _trajectory_norms(family, denoiser, others, other_rows, settings)
-    outcome = measures.membership(norms, of_others)
-    result.figures["trajectory_norm_auc"] = Figure(outcome.auc, *outcome.interval)
-    limit = torch.quantile(of_others, 1 - FALSE_ALARMS)
-    caught["trajectory_norm"] = ({row for row, norm in zip(rows, norms) if norm > limit}, set(rows))
-    repeated = members.repeated()
-    of_canaries = [norm for row, norm in zip(rows, norms.tolist()) if row in repeated]
-    if of_canaries:
-        outcome = measures.membership(torch.tensor(of_canaries), of_others)
-        result.figures["trajectory_norm_auc_canaries"] = Figure(outcome.auc, *outcome.interval)
+    if "noise_norm" in family.not_applicable:
+        note = f"{NOT_APPLICABLE}: {family.not_applicable['noise_norm']}"
+        result.figures["trajectory_norm_auc"] = Figure(None, note=note)
+    else:
+        _trajectories(result, family, denoiser, members, others, rows, settings)
 
     if quality:
         fresh_rows = others.shuffled(settings.seed, _QUALITY)[: settings.num_quality_images]
         fresh = _generate(pipeline, others, fresh_rows, 1, _QUALITY, settings)
         result.figures |= _quality(fresh, others, others.data[fresh_rows]["text"], clip_model)
     return result
+
+
+def _trajectories(
+    result: _Attacked, family, denoiser, members: _Images, others: _Images, rows: list[int], settings: AuditSettings
+) -> None:
+    """Add whether the captions of `rows`, and the canaries' among them, steer harder than held-out captions do."""
+    norms = _trajectory_norms(family, denoiser, members, rows, settings)
+    other_rows = others.shuffled(settings.seed, _PROMPTS)[: settings.num_prompts]
+    of_others = _trajectory_norms(family, denoiser, others, other_rows, settings)
+    outcome = measures.membership(norms, of_others)
+    result.figures["trajectory_norm_auc"] = Figure(outcome.auc, *outcome.interval)
+    limit = torch.quantile(of_others, 1 - FALSE_ALARMS)
+    result.caught["trajectory_norm"] = ({row for row, norm in zip(rows, norms) if norm > limit}, set(rows))
+    repeated = members.repeated()
+    of_canaries = [norm for row, norm in zip(rows, norms.tolist()) if row in repeated]
+    if of_canaries:
+        outcome = measures.membership(torch.tensor(of_canaries), of_others)
+        result.figures["trajectory_norm_auc_canaries"] = Figure(outcome.auc, *outcome.interval)
 
 
 def _quality(images: torch.Tensor, others: _Images, captions: list[str], clip_model: str | None) -> dict[str, Figure]:
@@ -429,13 +440,13 @@ def _quality(images: torch.Tensor, others: _Images, captions: list[str], clip_mo
 
 def _trajectory_norms(family, denoiser, images: _Images, rows: Sequence[int], settings: AuditSettings) -> torch.Tensor:
     """How hard the caption of each row steers the sampling: `[len(rows)]`."""
-    encoded = encode(images.data, family, settings.resolution)[list(rows)]
+    latents, condition = _encoded(family, images, rows, settings)
     return measures.trajectory_noise_norms(
         denoiser,
-        encoded["prompt_embeds"],
-        family.encode_prompts([""]),
-        family.scheduler,
-        encoded["latents"].shape[1:],
+        condition,
+        family.null_condition(),
+        family,
+        latents.shape[1:],
         [(settings.seed, _TRAJECTORIES, row) for row in rows],
         settings.inference_steps,
         settings.guidance_scale,
@@ -443,11 +454,16 @@ def _trajectory_norms(family, denoiser, images: _Images, rows: Sequence[int], se
     )
 
 
+def _encoded(family, images: _Images, rows: Sequence[int], settings: AuditSettings) -> tuple[torch.Tensor, dict]:
+    """Latents and condition of some rows."""
+    encoded = encode(images.data, family, settings.resolution)[list(rows)]
+    return encoded["latents"], {name: encoded[name] for name in family.conditions}
+
+
 def _membership_scores(family, denoiser, images: _Images, purpose: int, settings: AuditSettings) -> dict:
     """White-box attack -> its score of each image, higher for what looks trained on: `[N]`."""
-    encoded = encode(images.data, family, settings.resolution)[images.rows]
+    latents, condition = _encoded(family, images, images.rows, settings)
     seeds = [(settings.seed, purpose, row) for row in images.rows]
-    latents, condition = encoded["latents"], {name: encoded[name] for name in family.conditions}
     timesteps, size = family.timesteps(settings.num_timesteps), settings.batch_size
     losses = measures.denoising_losses(family, denoiser, latents, condition, timesteps, seeds, size)
     scores = {
