@@ -213,11 +213,12 @@ class Family:
         resolution: int,
         num_inference_steps: int,
         guidance_scale: float,
+        changes: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
-        """An image for each caption: `[N, 3, H, W]` in [0, 1] on the CPU."""
+        """An image for each caption: `[N, 3, H, W]` in [0, 1] on the CPU; `changes` are made to the `request`."""
         with captions_kept_out_of_logs(self.pipeline):
             images = self.pipeline(
-                **self.request(list(prompts), resolution, guidance_scale),
+                **{**self.request(list(prompts), resolution, guidance_scale), **(changes or {})},
                 num_inference_steps=num_inference_steps,
                 generator=generators,
                 output_type="pt",

@@ -12,6 +12,8 @@ from .diffusion import family_of, seeded_generator
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from .mitigations import PromptEmbedding
+
 
 @contextmanager
 def denoiser_in_place(pipeline: "DiffusionPipeline", denoiser: nn.Module) -> Iterator[None]:
@@ -35,6 +37,7 @@ def generate(
     num_inference_steps: int = 50,
     guidance_scale: float = 7.5,
     batch_size: int = 16,
+    prompt_embedding: "PromptEmbedding | None" = None,
 ) -> torch.Tensor:
     """Generate one image for each prompt.
 
@@ -43,6 +46,7 @@ def generate(
         keys (list of tuples of `int`): for each image, what its noise is seeded with.
         resolution (`int`): height and width in pixels.
         batch_size (`int`): only a matter of speed.
+        prompt_embedding ([`~memcontrol_hf.mitigations.PromptEmbedding`], *optional*): adjusts the prompts first.
 
     Returns:
         `torch.Tensor`: `[N, 3, H, W]` in [0, 1] on the CPU.
@@ -55,5 +59,7 @@ def generate(
     for start in range(0, len(prompts), batch_size):
         batch = slice(start, start + batch_size)
         generators = [seeded_generator(*key) for key in keys[batch]]
-        images.append(family.sample(prompts[batch], generators, resolution, num_inference_steps, guidance_scale))
+        how = (prompts[batch], generators, resolution, num_inference_steps)
+        changes = None if prompt_embedding is None else prompt_embedding.inputs(family, *how)
+        images.append(family.sample(*how, guidance_scale, changes))
     return torch.cat(images) if images else torch.empty(0, 3, resolution, resolution)

@@ -5,9 +5,10 @@ The loop, checkpoints, resuming, mixed precision, distribution, schedulers and t
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,14 +17,14 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import BestRun, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, BestRun, TrainOutput, get_last_checkpoint
 from transformers.utils import is_bitsandbytes_available
 
 from . import metrics as measures
 from .data import encode, unique_rows
 from .diffusion import Condition, family_of, null_like, seeded_generator
 from .features import Encoder, features_of, load_encoder
-from .mitigations import Conditions, EarlyStopCallback, parse_mitigations
+from .mitigations import Conditions, EarlyStopCallback, PrivateGradients, parse_mitigations, per_sample_gradients
 from .sampling import denoiser_in_place, generate
 from .search import run_search
 from .search_space import SearchSpace
@@ -95,8 +96,11 @@ class MemControlTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_objectives(self.objectives)
-        if dropout := parse_mitigations(self.mitigations).get("caption_dropout"):
+        mitigations = parse_mitigations(self.mitigations)
+        if dropout := mitigations.get("caption_dropout"):
             self.caption_dropout = dropout.p
+        if guidance := mitigations.get("anti_memorization_guidance"):
+            guidance.check(self.eval_guidance_scale)
         for name in ("caption_dropout", "search_fraction"):
             value = getattr(self, name)
             if not 0 <= value <= 1 or (name == "search_fraction" and value == 0):
@@ -107,6 +111,9 @@ class MemControlTrainingArguments(TrainingArguments):
         super().__post_init__()
         if "bnb" in self.optim and not is_bitsandbytes_available():
             raise ValueError(f"the optimizer {self.optim.value} needs bitsandbytes: pip install bitsandbytes")
+        if dp_sgd := mitigations.get("dp_sgd"):
+            dp_sgd.check(self, mitigations)
+            self.max_grad_norm = 0.0  # it clips the gradients itself, before the noise
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
 
 
@@ -203,6 +210,9 @@ class MemControlTrainer(Trainer):
         self._mitigations = parse_mitigations(args.mitigations)
         numbers = train_dataset.encoded["row"][:].tolist()
         self._conditions = Conditions(self._mitigations, self.family, train_dataset.images, numbers)
+        self._private: PrivateGradients | None = None
+        if "dp_sgd" in self._mitigations and self._adapted is not None:
+            self._check_private()
         if "early_stop" in self._mitigations:
             self.add_callback(EarlyStopCallback(self._mitigations["early_stop"], self))
         if not args.disable_tqdm:
@@ -249,16 +259,26 @@ class MemControlTrainer(Trainer):
         """
         if not any(self.mask.values()):
             raise ValueError("the mask selects no block: the frozen base can be evaluated, but not trained")
+        latest = resume_from_checkpoint is True
+        checkpoint = get_last_checkpoint(self.args.output_dir) if latest else resume_from_checkpoint
         if "threshold" in self._mitigations:
             self._mitigations["threshold"].dropped = 0
-        if "early_stop" in self._mitigations and resume_from_checkpoint:
-            latest = resume_from_checkpoint is True
-            checkpoint = get_last_checkpoint(self.args.output_dir) if latest else resume_from_checkpoint
-            if checkpoint and (state := self._mitigations["early_stop"].stopped(checkpoint)):
-                self._load_from_checkpoint(checkpoint)  # the Trainer would go on
-                self.state = state
-                return TrainOutput(state.global_step, 0.0, {})
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if (
+            "early_stop" in self._mitigations
+            and checkpoint
+            and (state := self._mitigations["early_stop"].stopped(checkpoint))
+        ):
+            self._load_from_checkpoint(checkpoint)  # the Trainer would go on
+            self.state = state
+            return TrainOutput(state.global_step, 0.0, {})
+        if "dp_sgd" in self._mitigations:
+            self._private = self._private_gradients()
+            if checkpoint:
+                self._private.load(checkpoint)
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self._private is not None:
+            self._private.check_moved()
+        return output
 
     def compute_loss(
         self,
@@ -272,16 +292,25 @@ class MemControlTrainer(Trainer):
         Timestep, noise, caption dropout and the mitigations' draws of a row depend on the seed, the epoch and the row
         alone: the same rows give the same loss at any batch size, on any number of processes, and after resuming.
         """
+        batch = self._draws(inputs)
+        threshold = self._mitigations.get("threshold")
+        if threshold is None:
+            return self.family.losses(model, **batch).mean()
+        return threshold.losses(self.family, model, self._null, **batch).mean()
+
+    def _draws(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """The arguments of [`Family.losses`] for the rows of a batch."""
         latents, rows = inputs["latents"], inputs["row"].tolist()
         condition = {name: inputs[name] for name in self.family.conditions}
-        epoch = int(self.state.epoch or 0)
+        # An epoch of DP-SGD is the whole training, in which a row comes up again and again.
+        turn = int(self.state.epoch or 0) if self._private is None else self.state.global_step
         noise, timesteps, dropped = [], [], []
         for row in rows:
-            generator = seeded_generator(self.args.seed, _TRAINING, epoch, row)
+            generator = seeded_generator(self.args.seed, _TRAINING, turn, row)
             timesteps.append(self.family.sample_timestep(generator))
             dropped.append(torch.rand((), generator=generator) < self.args.caption_dropout)
             noise.append(torch.randn(latents.shape[1:], generator=generator))
-        condition = self._conditions(condition, rows, (self.args.seed, _MITIGATIONS, epoch))
+        condition = self._conditions(condition, rows, (self.args.seed, _MITIGATIONS, turn))
         if any(dropped) and self._null is not None:
             null, drop = null_like(self._null, condition), torch.stack(dropped).to(latents.device)
             condition = {
@@ -289,17 +318,74 @@ class MemControlTrainer(Trainer):
                 for name, tensor in condition.items()
             }
         timesteps = torch.stack(timesteps).to(latents.device)
-        batch = {
+        return {
             "latents": latents,
             "condition": condition,
             "timesteps": timesteps,
             "noise": torch.stack(noise).to(latents.device),
             "weights": self.family.loss_weights(timesteps, self.args.snr_gamma),
         }
-        threshold = self._mitigations.get("threshold")
-        if threshold is None:
-            return self.family.losses(model, **batch).mean()
-        return threshold.losses(self.family, model, self._null, **batch).mean()
+
+    # ---- differentially private training ----
+
+    @property
+    def privacy(self) -> dict[str, Any] | None:
+        """What the last training with `dp_sgd` has spent; `None` without it. See [`PrivateGradients.report`]."""
+        return None if self._private is None else self._private.report()
+
+    def _private_gradients(self) -> PrivateGradients:
+        args, rows = self.args, len(self.train_dataset)
+        size = args.train_batch_size * args.gradient_accumulation_steps
+        dp_sgd, parts = self._mitigations["dp_sgd"], args.gradient_accumulation_steps
+        return PrivateGradients(dp_sgd, rows, size, parts, args.max_steps)
+
+    def _check_private(self) -> None:
+        """Raise `ValueError` when the adapter's layers or the number of rows do not allow for DP-SGD."""
+        self._private_gradients()
+        inputs = self._prepare_inputs(self.data_collator(self.train_dataset.__getitems__([0])))
+        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        try:
+            per_sample_gradients(self.model, parameters, self.family.losses, self._draws(inputs))
+        except RuntimeError as error:
+            raise ValueError(
+                "dp_sgd cannot compute the gradient of each row for this method, whose layers torch.func cannot "
+                "transform: use svdiff, difffit, attention, weights, norm, bias or lora"
+            ) from error
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """As of transformers; with the mitigation `dp_sgd` one epoch of all steps, each of which draws its rows."""
+        if self._private is None:
+            return super().get_train_dataloader()
+        loader = torch.utils.data.DataLoader(
+            self.train_dataset,
+            batch_sampler=self._private,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """As of transformers; with the mitigation `dp_sgd` by the gradients of single rows."""
+        if self._private is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        batch = self._draws(self._prepare_inputs(inputs)) if inputs else {}
+        with self.compute_loss_context_manager():
+            return self._private.backward(
+                model, self.family.losses, batch, self.state.global_step, last=self.accelerator.sync_gradients
+            )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self._private is not None and self.args.should_save:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self._private.save(Path(self._get_output_dir(trial)) / folder)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As of transformers; with the mitigation `threshold` also `dropped_samples`, those since the log before."""
@@ -453,7 +539,7 @@ class MemControlTrainer(Trainer):
         rows = [data.unique[i] for i in order[: self.args.eval_num_images]]
 
         def of(rows: list[int]) -> torch.Tensor:
-            with denoiser_in_place(self.pipeline, self.model):
+            with denoiser_in_place(self.pipeline, self.model), self._guided():
                 images = generate(
                     self.pipeline,
                     data.images[rows]["text"],
@@ -462,10 +548,20 @@ class MemControlTrainer(Trainer):
                     self.args.eval_inference_steps,
                     self.args.eval_guidance_scale,
                     self.args.per_device_eval_batch_size,
+                    self._mitigations.get("prompt_embedding"),
                 )
             return self.encoder(images)
 
         return self._over_processes(of, rows)
+
+    def _guided(self) -> AbstractContextManager[None]:
+        """With the mitigation `anti_memorization_guidance`, sampling keeps away from the training images."""
+        guidance = self._mitigations.get("anti_memorization_guidance")
+        if guidance is None:
+            return nullcontext()
+        encoded = self.train_dataset.encoded
+        latents, embeds = encoded["latents"][:], encoded["prompt_embeds"][:]
+        return guidance.on(self.family, self.model, latents, embeds, self.args.eval_guidance_scale)
 
     def _real_features(self, data: "EncodedImages") -> torch.Tensor:
         """Features of the distinct images themselves, computed once: `[N, D]`."""
@@ -606,4 +702,6 @@ class EncodedImages(torch.utils.data.Dataset):
 
 
 def _collate(examples: list[dict[str, torch.Tensor]], names: Sequence[str]) -> dict[str, torch.Tensor]:
+    if not examples:
+        return {}  # no row was drawn
     return {name: torch.stack([example[name] for example in examples]) for name in names}

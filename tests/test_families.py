@@ -320,6 +320,7 @@ def test_stable_diffusion_3_may_lack_t5():
         ("ddpm", {"mitigations": ["gaussian_noise"]}, "gaussian_noise changes a text, which UnconditionalFamily"),
         ("dit", {"mitigations": ["rwa"]}, "rwa changes a text, which DiTFamily has not"),
         ("ddpm", {"mitigations": ["threshold"]}, "threshold needs the noise norm: an unconditional model"),
+        ("sdxl", {"mitigations": ["prompt_embedding"]}, "prompt_embedding is there for Stable Diffusion 1.x and 2.x"),
     ],
 )
 def test_what_a_family_cannot_do_is_said_at_once(tmp_path, name, arguments, message):

@@ -303,6 +303,11 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
                 tensor = (original if tensor is None else tensor) + difference.view_as(original)
         return tensor
 
+    def cache_factors(self) -> None:
+        """Compute what the next forward pass would: inside the transforms of torch.func it cannot."""
+        if any(adapter in self.memcontrol_delta for adapter in self.active_adapters):
+            self._factors(self._original("weight"))
+
     @torch.compiler.disable
     def _factors(self, weight: torch.Tensor) -> SVDFactors:
         # FSDP puts a new view in the parameter's place for each forward pass: no state to compare.

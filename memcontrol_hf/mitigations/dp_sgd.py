@@ -1,0 +1,281 @@
+"""Differentially private training: the one mitigation with a formal guarantee."""
+
+import json
+import math
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.func import functional_call, grad_and_value, vmap
+from torch.utils._pytree import tree_map
+
+from ..diffusion import seeded_generator
+from ..tuners import MemControlLayer
+from .base import Mitigation
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+EPSILON_LIMIT = 10.0
+"""The largest epsilon that still says something: tier 2 of https://huggingface.co/papers/2303.00654, section 5.2.1."""
+STATE_NAME = "dp_sgd.json"
+"""In each checkpoint: the key of the draws and the accountant's history. It must stay as private as the images."""
+
+_ROWS, _NOISE = range(2)
+
+
+@dataclass
+class DPSGD(Mitigation):
+    """DP-SGD of Abadi et al. (https://huggingface.co/papers/1607.00133) on the adapter's parameters, by Opacus.
+
+    `g = (Σ_i clip(∇_θ L_i, C) + σ C · n) / B`, `n ~ N(0, 1)`: the gradient of each row that a step has drawn is cut
+    to the norm `C`, and noise is added to the sum. A step draws each row with the probability `B / N` (Poisson), as
+    the accountant assumes; `B` is the batch size times the accumulated batches. The guarantee, `(ε, δ)` by Opacus'
+    RDP accountant, compares the training with one that lacks one *row*: of an image in four rows, or a patient with
+    four images, it says less (as four times the ε does, at a larger δ). It covers the adapter's weights, and no
+    choice or figure that was made with the training images outside of its steps: not the search of a mask and a
+    learning rate, nor the figures of the report.
+
+    - Cost: no forward pass more, but a gradient of each row: memory of a batch's size times the adapter's.
+    - Against: every attack on the weights, up to ε, while the noise's key is secret (see `STATE_NAME`).
+    - Not against: what the base model knows; several rows of one person; an ε above `EPSILON_LIMIT` says nothing.
+
+    Args:
+        epsilon (`float`, *optional*):
+            That the whole training may spend; the noise follows from it. 8 when `noise_multiplier` is not given.
+        delta (`float`):
+            Below 1 over the number of rows.
+        max_grad_norm (`float`):
+            `C`; about the median norm of a row's gradient is usual, which depends on what is tuned.
+        noise_multiplier (`float`, *optional*):
+            `σ` instead of `epsilon`, which then follows from it.
+    """
+
+    usage = (
+        "dp_sgd[:epsilon=8,delta=1e-5,max_grad_norm=0.1], or noise_multiplier=1, at least 0.01, instead of epsilon; "
+        "numbers above 0, delta below 1"
+    )
+    epsilon: float | None = None
+    delta: float = 1e-5
+    max_grad_norm: float = 0.1
+    noise_multiplier: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.epsilon is not None and self.noise_multiplier is not None:
+            raise ValueError(f"epsilon is {self.epsilon} and noise_multiplier is {self.noise_multiplier}")
+        if self.epsilon is None and self.noise_multiplier is None:
+            self.epsilon = 8.0
+        for name, value in vars(self).items():
+            if value is not None and not 0 < value < (1 if name == "delta" else math.inf):
+                raise ValueError(f"{name} is {value}")
+        if self.noise_multiplier is not None and self.noise_multiplier < 0.01:
+            raise ValueError(f"noise_multiplier is {self.noise_multiplier}, which is no noise")
+
+    def check(self, args: "TrainingArguments", others: Mapping[str, Mitigation]) -> None:
+        """Raise `ValueError` where Opacus is missing or the guarantee would not hold with these arguments."""
+        if find_spec("opacus") is None:
+            raise ValueError("dp_sgd needs Opacus, which is not installed: pip install 'memcontrol_hf[dp]'")
+        wrong = {
+            "the mitigation threshold, by which rows decide on each other": "threshold" in others,
+            "the mitigation early_stop, which looks at the training images": "early_stop" in others,
+            "load_best_model_at_end, which may go by the training images": args.load_best_model_at_end,
+            "a schedule that goes by evaluations": args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"),
+            "num_train_epochs in the place of max_steps": args.max_steps < 1,
+            "several processes": args.world_size > 1,
+            "several devices in one process": args.n_gpu > 1,
+            "mixed precision": args.fp16 or args.bf16,
+            "gradient checkpointing": args.gradient_checkpointing or args.activation_checkpointing,
+            "torch_compile": args.torch_compile,
+            "the Trainer's own push_to_hub, whose checkpoints hold the key of the noise": args.push_to_hub,
+            "auto_find_batch_size, since epsilon depends on the batch size": args.auto_find_batch_size,
+        }
+        found = [name for name, is_so in wrong.items() if is_so]
+        if found:
+            raise ValueError(
+                f"dp_sgd cannot be combined with {' and '.join(found)}: train on one device in float32, with "
+                "smaller batches and gradient_accumulation_steps where memory is short"
+            )
+
+
+class PrivateGradients:
+    """The draws, the noise and the account of one training. As a batch sampler it gives the rows of each batch.
+
+    Whatever the guarantee rests on is drawn by a key from the operating system, and not by the seed, which is
+    published: with it anybody could take the noise off again. Draws depend on the key and the step alone, so that
+    resuming is exact.
+
+    Args:
+        dp_sgd ([`DPSGD`]): the arguments.
+        rows (`int`): of the training data.
+        batch_size (`int`): rows that a step draws on average.
+        parts (`int`): batches that a step's rows are read in: `gradient_accumulation_steps`.
+        steps (`int`): of the whole training.
+
+    Raises:
+        ValueError: for batches larger than the data, and a delta that would allow to publish a whole row.
+    """
+
+    def __init__(self, dp_sgd: DPSGD, rows: int, batch_size: int, parts: int, steps: int):
+        from opacus.accountants import RDPAccountant
+
+        if batch_size > rows:
+            raise ValueError(f"dp_sgd draws {batch_size} of {rows} rows a step: use a batch size of at most {rows}")
+        if dp_sgd.delta * rows >= 1:
+            raise ValueError(f"dp_sgd: delta is {dp_sgd.delta:g}, but must be below 1 / {rows}, the number of rows")
+        self.rows, self.batch_size, self.parts, self.steps = rows, batch_size, parts, steps
+        self.delta, self.max_grad_norm = dp_sgd.delta, dp_sgd.max_grad_norm
+        self.sample_rate = batch_size / rows
+        self.noise_multiplier = dp_sgd.noise_multiplier or _noise_multiplier(
+            dp_sgd.epsilon, dp_sgd.delta, self.sample_rate, steps
+        )
+        self.key = secrets.randbits(128)
+        self.accountant = RDPAccountant()
+        self.optimizer = None
+
+    def __len__(self) -> int:
+        return self.steps * self.parts
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.steps):
+            draws = torch.rand(self.rows, generator=seeded_generator(self.key, _ROWS, step), dtype=torch.float64)
+            drawn = (draws < self.sample_rate).nonzero().flatten()
+            yield from (part.tolist() for part in drawn.tensor_split(self.parts))
+
+    # ---- the gradients ----
+
+    def start(self, model: nn.Module) -> None:
+        """Take the trainable parameters of a model as they are before the first step."""
+        from opacus.optimizers import DPOptimizer
+
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.before = {name: p.detach().clone() for name, p in self.parameters.items()}
+        # Only its clipping, noise and accounting are used: the Trainer's own optimizer makes the step.
+        self.optimizer = DPOptimizer(
+            torch.optim.SGD(self.parameters.values(), lr=1.0),
+            noise_multiplier=self.noise_multiplier,
+            max_grad_norm=self.max_grad_norm,
+            expected_batch_size=self.batch_size,
+            generator=torch.Generator(next(iter(self.parameters.values())).device),
+        )
+        self.optimizer.attach_step_hook(self.accountant.get_optimizer_hook_fn(self.sample_rate))
+
+    def backward(
+        self, model: nn.Module, losses_of: Callable, batch: dict[str, Any], step: int, last: bool
+    ) -> torch.Tensor:
+        """Add the clipped gradients of a batch; with the last one of a step, set `grad` of the parameters.
+
+        Args:
+            model (`nn.Module`): with the adapter.
+            losses_of (`Callable`): the losses `[N]` of a batch by a denoiser and the batch: [`Family.losses`].
+            batch (`dict`): its arguments beside the denoiser, tensors `[N, ...]`; empty when no row was drawn.
+            step (`int`): the number of the step, from 0.
+            last (`bool`): whether it is the last batch of the step.
+
+        Returns:
+            `torch.Tensor`: the sum of the losses over the batch size, for the log.
+        """
+        if self.optimizer is None:
+            self.start(model)
+        self.optimizer.zero_grad(set_to_none=True)
+        if batch:
+            gradients, losses = per_sample_gradients(model, self.parameters, losses_of, batch)
+        else:
+            gradients = {name: p.new_zeros(0, *p.shape) for name, p in self.parameters.items()}
+            losses = next(iter(self.parameters.values())).new_zeros(0)
+        for name, parameter in self.parameters.items():
+            parameter.grad_sample = gradients[name]
+        self.optimizer.signal_skip_step(not last)
+        self.optimizer.generator.manual_seed(seeded_generator(self.key, _NOISE, step).initial_seed())
+        self.optimizer.pre_step()
+        for parameter in self.parameters.values():
+            parameter.grad_sample = None  # as large as a batch of adapters
+        return losses.sum() / self.batch_size
+
+    def check_moved(self) -> None:
+        """Raise `RuntimeError` when the steps left every weight as it was."""
+        if self.optimizer is not None and all(torch.equal(self.before[n], p) for n, p in self.parameters.items()):
+            raise RuntimeError(
+                "dp_sgd: the training left the adapter's weights as they were, so its epsilon would say nothing: "
+                "see that the learning rate is above 0"
+            )
+
+    # ---- the account ----
+
+    def report(self) -> dict[str, Any]:
+        """What the steps so far have spent."""
+        epsilon = self.accountant.get_epsilon(self.delta)
+        return {
+            "epsilon": epsilon,
+            "delta": self.delta,
+            "says_something": epsilon <= EPSILON_LIMIT,
+            "epsilon_limit": EPSILON_LIMIT,
+            "accountant": "Opacus, RDP",
+            "unit": "one row of the training data",
+            "noise_multiplier": self.noise_multiplier,
+            "max_grad_norm": self.max_grad_norm,
+            "sample_rate": self.sample_rate,
+            "steps": sum(steps for _, _, steps in self.accountant.history),
+        }
+
+    def save(self, checkpoint: str | Path) -> None:
+        """Write what resuming needs into a checkpoint's folder, readable for its owner only."""
+        file = Path(checkpoint) / STATE_NAME
+        file.touch(mode=0o600)
+        file.write_text(json.dumps({"key": self.key, "history": self.accountant.history}), encoding="utf-8")
+
+    def load(self, checkpoint: str | Path) -> None:
+        """Go on with the draws and the account of a checkpoint.
+
+        Raises:
+            ValueError: when it was written without DP-SGD.
+        """
+        file = Path(checkpoint) / STATE_NAME
+        if not file.exists():
+            raise ValueError(
+                f"the checkpoint {checkpoint} was not trained with dp_sgd, so epsilon cannot cover its steps: start "
+                "anew, or resume without dp_sgd"
+            )
+        state = json.loads(file.read_text(encoding="utf-8"))
+        self.key = state["key"]
+        self.accountant.history = [tuple(entry) for entry in state["history"]]
+
+
+@cache  # it takes seconds
+def _noise_multiplier(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
+    from opacus.accountants.utils import get_noise_multiplier
+
+    try:
+        return get_noise_multiplier(target_epsilon=epsilon, target_delta=delta, sample_rate=sample_rate, steps=steps)
+    except ValueError:
+        raise ValueError(f"dp_sgd: no noise gives epsilon {epsilon:g} in {steps} steps: allow for more") from None
+
+
+def per_sample_gradients(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], losses_of: Callable, batch: dict[str, Any]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The gradient of each row's own loss by `parameters`, `[N, ...]` each, and the losses `[N]`.
+
+    Each row passes the model as a batch of one, so that no row can reach the gradient of another.
+
+    Raises:
+        RuntimeError: when torch.func cannot transform the model's layers.
+    """
+    for module in model.modules():
+        if isinstance(module, MemControlLayer):
+            module.cache_factors()
+
+    def loss_of(values: dict[str, torch.Tensor], row: dict[str, Any]) -> torch.Tensor:
+        def denoiser(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(model, values, args, kwargs)
+
+        return losses_of(denoiser, **tree_map(lambda tensor: tensor[None], row))[0]
+
+    values = {name: parameter.detach() for name, parameter in parameters.items()}
+    batch = {name: tensors for name, tensors in batch.items() if tensors is not None}
+    return vmap(grad_and_value(loss_of), in_dims=(None, 0), randomness="different")(values, batch)
