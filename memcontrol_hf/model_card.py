@@ -64,6 +64,7 @@ def render_card(
         table=report.table(),
         images=report.images,
         training=report.training,
+        privacy=report.privacy(),
         encoder=report.encoder,
         method=report.method,
         parameters=f"{figures['trainable_parameters']:,}",

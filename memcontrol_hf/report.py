@@ -40,7 +40,9 @@ class MemorizationReport:
         figures (`dict[str, dict[str, float]]`):
             For `"frozen base"`, `"all blocks"` and `"selected mask"`, each trained equally long: `trainable_percent`,
             `trainable_parameters`, and what [`MemControlTrainer.evaluate`] returns, against held-out images.
-        training (`dict`): learning rate, steps, batch size, resolution, seed, ...
+        training (`dict`): learning rate, steps, batch size, resolution, seed, ...; `mitigations`, and where there are
+            any `sampling_mitigations`, `stopped_at_step` (of each run that was stopped early) and `dp_sgd` (what
+            [`MemControlTrainer.privacy`] says of the selected mask's run).
         images (`dict[str, int]`): rows and different images of each split.
         encoder (`str`): whose features `fid` and `amd` use.
         search (`dict`, *optional*): the study; `None` when the mask was given.
@@ -107,6 +109,29 @@ class MemorizationReport:
         self.gate["passed"] = not self.gate["failures"]
         return self.gate["passed"]
 
+    def privacy(self) -> str | None:
+        """What the differentially private training guarantees, in words; `None` without one."""
+        spent = self.training.get("dp_sgd")
+        if spent is None:
+            return None
+        terms = (
+            f"epsilon {spent['epsilon']:.2f} at delta {spent['delta']:g} for each row of the training data "
+            f"({spent['accountant']}: noise multiplier {spent['noise_multiplier']:.3g}, gradients cut to the norm "
+            f"{spent['max_grad_norm']:g}, sampling rate {spent['sample_rate']:.3g}, {spent['steps']} steps)"
+        )
+        if not spent["says_something"]:
+            return (
+                f"Too little noise: the training was differentially private with {terms}, but an epsilon above "
+                f"{spent['epsilon_limit']:g} guarantees next to nothing."
+            )
+        looked = "by the search, which trained" if self.search else "if it was made by training"
+        return (
+            f"The training was differentially private: {terms}. An image in several rows, or a person with several "
+            "images, is protected less. This covers the adapter's weights, while the key of the noise is kept secret. "
+            f"It does not cover the figures of this report, nor the choice of mask and learning rate, {looked} on "
+            "the same images."
+        )
+
     def table(self) -> list[list[str]]:
         """The figures as rows of text, the head first."""
         head = ["", "trainable %", "fid ↓", "amd ↑ (held-out)", "membership AUC ↓ (95 %)", "noise norm (held-out)"]
@@ -139,6 +164,8 @@ class MemorizationReport:
         parts = []
         if self.figures:
             parts.append(_aligned(self.table()))
+        if privacy := self.privacy():
+            parts.append(privacy)
         if self.audit is not None:
             parts.append(_aligned(self.audit_table()))
             canaries = self.audit["canaries"]

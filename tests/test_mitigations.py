@@ -7,12 +7,12 @@ import math
 import optuna
 import pytest
 import torch
-from conftest import adapter_of, images_of, tiny_trainer
+from conftest import adapter_of, images_of, tiny_trainer, tiny_unet
 from safetensors.torch import load_file
 from test_train_memcontrol import assets, flags, script  # noqa: F401  (fixtures)
 from test_trainer import equal
 
-from memcontrol_hf import MemControlTrainingArguments, MemorizationReport
+from memcontrol_hf import MemControlTrainingArguments, MemorizationReport, SearchSpace
 from memcontrol_hf.metrics import steering_norms
 from memcontrol_hf.mitigations import MITIGATIONS, EarlyStopCallback, parse_mitigations
 from memcontrol_hf.search import open_storage
@@ -263,7 +263,8 @@ ALL = [
 
 
 def test_all_of_them_combine_with_a_mask_whatever_their_order(tmp_path):
-    assert {text.partition(":")[0] for text in ALL} == set(MITIGATIONS)
+    elsewhere = {"dp_sgd", "prompt_embedding", "anti_memorization_guidance"}  # test_dp_sgd, test_sampling_mitigations
+    assert {text.partition(":")[0] for text in ALL} == set(MITIGATIONS) - elsewhere
     runs = []
     for mitigations in (ALL, ALL[::-1]):
         trainer = tiny_trainer(tmp_path, train=several_captions(), mitigations=mitigations, mask={SITE: True})
@@ -428,11 +429,11 @@ def test_the_script_takes_them_names_them_and_refuses_to_go_on_without(script, a
     plain = flags(assets, tmp_path / "out", train_data_dir=own_images, objectives=["fid", "amd"], n_trials=3)
     script.main([*plain, *given])
     report = MemorizationReport.from_json(tmp_path / "out" / "memorization_report.json")
-    assert report.training["stopped_at_step"] == 2
+    assert report.training["stopped_at_step"] == {"all blocks": 2, "selected mask": 2}
     assert report.training["mitigations"] == names
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"--mitigation {' '.join(names)}" in card
-    assert f"Mitigations on while training: `{'`, `'.join(names)}`. It was stopped early, after step 2." in card
+    assert f"Mitigations on while training: `{'`, `'.join(names)}`. Stopped early: all blocks after step 2" in card
     assert load_file(tmp_path / "out" / "adapter_model.safetensors")
     study = optuna.load_study(study_name="memcontrol", storage=open_storage(str(tmp_path / "out" / "study.journal")))
     assert study.user_attrs["settings"]["mitigation"] == sorted(names)
@@ -441,6 +442,21 @@ def test_the_script_takes_them_names_them_and_refuses_to_go_on_without(script, a
         script.main(plain)
     assert stopped.value.code == 2
     assert f"mitigation was {sorted(names)}" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_the_card_names_the_epsilon_and_what_protects_no_published_weights(script, assets, tmp_path):  # noqa: F811
+    names = ["dp_sgd:noise_multiplier=0.2,delta=0.01", "prompt_embedding:iterations=1", "anti_memorization_guidance"]
+    mask = tmp_path / "mask.json"
+    mask.write_text(json.dumps(SearchSpace.from_model(tiny_unet()).mask(True)))
+    script.main([*flags(assets, tmp_path / "out", mask_from=mask, max_train_steps=2), "--mitigation", *names])
+    report = MemorizationReport.from_json(tmp_path / "out" / "memorization_report.json")
+    assert report.training["mitigations"] == names[:1] and report.training["sampling_mitigations"] == names[1:]
+    assert report.training["dp_sgd"]["steps"] == 2 and report.training["dp_sgd"]["epsilon"] > 10
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"**Differential privacy.** {report.privacy()}" in card and "Too little noise" in card
+    assert "**No formal guarantee.**" in card
+    assert f"while the images for fid and amd were sampled: `{'`, `'.join(names[1:])}`. **These are no prot" in card
 
 
 def test_the_settings_of_a_study_without_mitigations_are_as_before(script, tmp_path):  # noqa: F811

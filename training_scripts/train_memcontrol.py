@@ -211,7 +211,7 @@ class ScriptArguments:
         metadata={
             "action": "extend",
             "help": f"Further means against memorization, NAME[:arguments]: {', '.join(MITIGATIONS)}. Several "
-            "combine: rwa:n=4 threshold:q=0.9. See memcontrol_hf.mitigations.",
+            "combine: rwa:n=4 threshold:q=0.9. See docs/mitigations.md.",
         },
     )
     mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16."})
@@ -549,7 +549,7 @@ def main(argv: list[str] | None = None) -> None:
         rate = args.learning_rate or (rates[0] * rates[1]) ** 0.5
         hyperparameters = {"mask": trainer.mask, "learning_rate": rate}
 
-    figures = {}
+    figures, stopped = {}, {}
     everything, nothing = trainer.search_space.mask(True), trainer.search_space.mask(False)
     for name, blocks in ((FROZEN_BASE, nothing), (ALL_ON, everything), (SELECTED, hyperparameters["mask"])):
         trainer.apply_hyperparameters({**hyperparameters, "mask": blocks}, final_model=True)
@@ -557,9 +557,11 @@ def main(argv: list[str] | None = None) -> None:
         start_tracking(trainer, args.study_name, name, "final", {**hyperparameters, "mask": blocks})
         resume = args.resume_from_checkpoint if name == SELECTED else None
         figures[name] = fine_tune_and_measure(trainer, data, True if resume == "latest" else resume)
+        if any(blocks.values()) and trainer.state.global_step < trainer.args.max_steps:
+            stopped[name] = trainer.state.global_step
 
     if trainer.is_world_process_zero():
-        save(args, trainer, data, figures, study, selected)
+        save(args, trainer, data, figures, stopped, study, selected)
 
 
 def save(
@@ -567,13 +569,14 @@ def save(
     trainer: MemControlTrainer,
     data: DatasetDict,
     figures: dict[str, dict[str, float]],
+    stopped: dict[str, int],
     study: Any,
     selected: int | None,
 ) -> None:
     """The adapter, the report, the plot and the card; and the push, when asked."""
     folder = Path(args.output_dir)
     trainer.save_model(args.output_dir)
-    early = any(trainer.mask.values()) and trainer.state.global_step < trainer.args.max_steps
+    sampling = [m for m in args.mitigation if not MITIGATIONS[m.partition(":")[0]].guards_weights]
     report = MemorizationReport(
         base_model=model_name(args),
         method=args.method if args.peft_config is None else str(trainer.peft_config.peft_type),
@@ -586,9 +589,11 @@ def save(
             "world_size": trainer.args.world_size,
             "resolution": args.resolution,
             "seed": args.seed,
-            "mitigations": trainer.args.mitigations,
+            "mitigations": [mitigation for mitigation in args.mitigation if mitigation not in sampling],
+            **({"sampling_mitigations": sampling} if sampling else {}),
             **({"canaries": args.canaries, "canary_repeats": args.canary_repeats} if args.canaries else {}),
-            **({"stopped_at_step": trainer.state.global_step} if early else {}),
+            **({"stopped_at_step": stopped} if stopped else {}),
+            **({"dp_sgd": trainer.privacy} if trainer.privacy else {}),
         },
         images=count_images(trainer, data),
         encoder=encoder_name(args.encoder),
