@@ -1,14 +1,19 @@
 """The committed comparison is what its committed runs say."""
 
+import argparse
 import importlib.util
 import json
 import statistics
+import sys
 from pathlib import Path
 
 import pytest
 
+from memcontrol_hf.mitigations import MITIGATIONS, parse_mitigations
+
 ROOT = Path(__file__).parent.parent
 SPEC = importlib.util.spec_from_file_location("compare_on_demo", ROOT / "training_scripts" / "compare_on_demo.py")
+sys.path.insert(0, str(ROOT / "training_scripts"))  # as when it is run
 compare_on_demo = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(compare_on_demo)
 
@@ -34,3 +39,31 @@ def test_results_of_other_settings_are_not_mixed_in(tmp_path, capsys):
         compare_on_demo.main(["--mask_from", str(tmp_path), "--results", str(tmp_path / "results.json")])
     assert stopped.value.code == 2
     assert "was made with other settings" in capsys.readouterr().err
+
+
+@pytest.fixture
+def mitigations(tmp_path):
+    """The arguments of the table of mitigations, with a mask that was found."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"mask": {"mid_block.attentions.0": True}}))
+    (tmp_path / "memorization_report.json").write_text(json.dumps({"training": {"learning_rate": 0.01}}))
+    return argparse.Namespace(mask_from=str(tmp_path), weights_rate=1e-3, table="mitigations")
+
+
+def test_each_mitigation_has_a_row_beside_none_full_and_the_selected_mask(mitigations):
+    table = compare_on_demo.rows(mitigations)
+    assert list(table)[:3] == ["SV-DIFF, all blocks", "full fine-tune", "SV-DIFF, selected mask"]
+    rows = list(table.values())
+    assert [row["mask"] for row in rows[:3]] == [True, True, {"mid_block.attentions.0": True}]
+    assert set(parse_mitigations(row["mitigation"][0] for row in rows[3:])) == set(MITIGATIONS)
+    assert all({**row, "mitigation": None} == {**rows[0], "mitigation": None} for row in rows[3:])
+
+
+def test_the_table_of_mitigations_has_its_columns(mitigations):
+    figures = {"fid": 4.0, "amd": 0.1, "membership_auc": 0.6, "canaries_caught": 50.0, "seconds_per_step": 1.5}
+    runs = {name: {"0": figures, "1": figures} for name in compare_on_demo.rows(mitigations)}
+    settings = {"table": "mitigations", "command": "...", "max_train_steps": 200, "weights_rate": 1e-3, "rate": 0.01,
+                "seeds": [0, 1]}  # fmt: skip
+    text = compare_on_demo.render({"settings": settings, "runs": runs})
+    assert "| | fid ↓ | amd ↑ | membership AUC ↓ | canaries caught, % ↓ | seconds a step |" in text
+    row = "| all blocks, rwa | 4 ± 0 | 0.1 ± 0 | 0.6 ± 0 | 50 ± 0 | 1.5 ± 0 |"
+    assert row in text and "| membership AUC ↓ | +0 | +0 to +0 |" in text

@@ -1,40 +1,82 @@
-"""Compare what is tuned, on the demo: frozen base, full fine-tune, attention weights, all-on SV-DIFF, a found mask.
+"""Compare, on the demo, what is tuned, or the mitigations with each other.
 
 Equal steps, held-out figures, several seeds. Each finished run is kept, so the same command goes on where it stopped:
 
     python training_scripts/compare_on_demo.py --mask_from outputs/quickstart
+    python training_scripts/compare_on_demo.py --mask_from outputs/quickstart --table mitigations
 
-It writes `docs/demo_comparison.json` (every run) and `docs/demo_comparison.md` (mean and 95 % t interval over seeds).
+The first compares the frozen base, full fine-tune, attention weights, all-on SV-DIFF and a found mask, and writes
+`docs/demo_comparison.json` (every run) and `docs/demo_comparison.md` (mean and 95 % t interval over seeds). The second
+adds each mitigation to SV-DIFF in all blocks, and writes `docs/mitigations_comparison.json` and `.md`.
 """
 
 import argparse
 import json
 import statistics
 import sys
+import time
 from pathlib import Path
 
+import torch
 from scipy.stats import t as student
+from train_memcontrol import DEMO, ScriptArguments, training_arguments
 from transformers import logging as transformers_logging
 
-from memcontrol_hf import (
-    MemControlConfig,
-    MemControlTrainer,
-    MemControlTrainingArguments,
-    SearchSpace,
-    demo_dataset,
-    demo_pipeline,
-)
+from memcontrol_hf import MemControlConfig, MemControlTrainer, SearchSpace, demo_dataset, demo_pipeline
+from memcontrol_hf.audit import AuditSettings, audit_memorization
 from memcontrol_hf.features import load_encoder
+from memcontrol_hf.sampling import denoiser_in_place
 
-COLUMNS = {
-    "trainable_percent": "trainable %",
-    "fid": "fid ↓",
-    "amd": "amd ↑",
-    "amd_held_out": "amd, held-out",
-    "membership_auc": "membership AUC ↓",
-    "loss": "loss, held-out ↓",
-    "loss_train": "loss, train",
+TITLES = {
+    "tuned": "What is tuned decides what is memorized: the demo",
+    "mitigations": "The mitigations beside none, full fine-tune and the selected mask: the demo",
 }
+COLUMNS = {
+    "tuned": {
+        "trainable_percent": "trainable %",
+        "fid": "fid ↓",
+        "amd": "amd ↑",
+        "amd_held_out": "amd, held-out",
+        "membership_auc": "membership AUC ↓",
+        "loss": "loss, held-out ↓",
+        "loss_train": "loss, train",
+    },
+    "mitigations": {
+        "fid": "fid ↓",
+        "amd": "amd ↑",
+        "membership_auc": "membership AUC ↓",
+        "canaries_caught": "canaries caught, % ↓",
+        "seconds_per_step": "seconds a step",
+    },
+}
+NOTES = (
+    "Membership AUC and canaries are of attacks on the weights, as whoever downloads them can run them; `fid` and "
+    "`amd` are of images sampled with the mitigation on. Canaries: the repeated training images, and of all attacks "
+    "of `memcontrol audit` the one that catches most of them. `multiple_captions` draws from four wordings that the "
+    "command makes of each caption. What each mitigation does and does not protect against: "
+    "[mitigations.md](mitigations.md)."
+)
+RESULTS = {"tuned": Path("docs/demo_comparison.json"), "mitigations": Path("docs/mitigations_comparison.json")}
+# Each with its defaults, except where these would change nothing or do not fit 128 rows.
+MITIGATIONS = (
+    "multiple_captions",
+    "rwa",
+    "gaussian_noise",
+    "caption_dropout:0.5",
+    "threshold",
+    "early_stop",
+    "dp_sgd:epsilon=8,delta=0.001,max_grad_norm=0.05",
+    "prompt_embedding",
+    "anti_memorization_guidance",
+)
+CANARIES = AuditSettings(
+    resolution=DEMO["resolution"],
+    num_prompts=12,  # the repeated images come first: these are all of them
+    num_quality_images=8,
+    images_per_prompt=10,
+    inference_steps=DEMO["eval_inference_steps"],
+    guidance_scale=DEMO["eval_guidance_scale"],
+)
 
 
 def rows(args: argparse.Namespace) -> dict[str, dict]:
@@ -42,53 +84,75 @@ def rows(args: argparse.Namespace) -> dict[str, dict]:
     config = json.loads((Path(args.mask_from) / "adapter_config.json").read_text(encoding="utf-8"))
     report = json.loads((Path(args.mask_from) / "memorization_report.json").read_text(encoding="utf-8"))
     rate = report["training"]["learning_rate"]
+    full = {"method": "weights", "granularity": [".*"], "mask": True, "rate": args.weights_rate}
+    all_blocks = {"method": "svdiff", "granularity": "block", "mask": True, "rate": rate}
+    selected = {**all_blocks, "mask": config["mask"]}
+    if args.table == "mitigations":
+        return {
+            "SV-DIFF, all blocks": all_blocks,
+            "full fine-tune": full,
+            "SV-DIFF, selected mask": selected,
+            **{f"all blocks, {name}": {**all_blocks, "mitigation": [name]} for name in MITIGATIONS},
+        }
     return {
-        "frozen base": {"method": "svdiff", "granularity": "block", "mask": False, "rate": rate},
-        "full fine-tune": {"method": "weights", "granularity": [".*"], "mask": True, "rate": args.weights_rate},
-        "attention weights": {"method": "weights", "granularity": "block", "mask": True, "rate": args.weights_rate},
-        "SV-DIFF, all blocks": {"method": "svdiff", "granularity": "block", "mask": True, "rate": rate},
-        "SV-DIFF, selected mask": {"method": "svdiff", "granularity": "block", "mask": config["mask"], "rate": rate},
+        "frozen base": {**all_blocks, "mask": False},
+        "full fine-tune": full,
+        "attention weights": {**full, "granularity": "block"},
+        "SV-DIFF, all blocks": all_blocks,
+        "SV-DIFF, selected mask": selected,
     }
 
 
 def measure(row: dict, seed: int, args: argparse.Namespace) -> dict[str, float]:
     """Train one row with one seed and measure it against the held-out images."""
-    pipeline, data = demo_pipeline(), demo_dataset()
+    pipeline, data, encoder = demo_pipeline(), demo_dataset(), load_encoder("demo")
     space = SearchSpace.from_model(pipeline.unet, row["granularity"])
     mask = row["mask"] if isinstance(row["mask"], dict) else space.mask(row["mask"])
     trainer = MemControlTrainer(
         pipeline=pipeline,
         peft_config=MemControlConfig(method=row["method"]),
-        args=MemControlTrainingArguments(
-            output_dir="outputs/comparison",
-            resolution=64,
-            per_device_train_batch_size=32,
-            per_device_eval_batch_size=32,
-            max_steps=args.max_train_steps,
-            learning_rate=row["rate"],
-            lr_scheduler_type="constant",
-            caption_dropout=0.1,
-            eval_num_images=args.eval_num_images,
-            eval_inference_steps=10,
-            eval_guidance_scale=3.0,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=False,
-            seed=seed,
+        args=training_arguments(
+            ScriptArguments(
+                output_dir="outputs/comparison",
+                max_train_steps=args.max_train_steps,
+                learning_rate=row["rate"],
+                eval_num_images=args.eval_num_images,
+                mitigation=row.get("mitigation", []),
+                seed=seed,
+            )
         ),
-        train_dataset=data["train"],
+        train_dataset=data["train"].map(lambda image: {"captions": captions(image["text"])}),
         eval_dataset=data["validation"],
         search_space=space,
         mask=mask,
-        encoder=load_encoder("demo"),
+        encoder=encoder,
     )
+    figures = {}
     if any(mask.values()):
+        started = time.perf_counter()
         trainer.train()
-    figures = trainer.evaluate(data["held_out"], metrics=["fid", "amd", "membership_auc"])
-    return {
-        "trainable_percent": trainer.trainable_percent,
-        **{name.removeprefix("eval_"): value for name, value in figures.items()},
-    }
+        figures["seconds_per_step"] = (time.perf_counter() - started) / trainer.state.global_step
+    measured = trainer.evaluate(data["held_out"], metrics=["fid", "amd", "membership_auc"])
+    figures |= {name.removeprefix("eval_"): value for name, value in measured.items()}
+    if args.table == "mitigations":
+        figures["canaries_caught"] = canaries_caught(trainer, data, encoder)
+    if trainer.privacy:
+        figures["epsilon"] = trainer.privacy["epsilon"]
+    return {"trainable_percent": trainer.trainable_percent, **figures}
+
+
+def captions(text: str) -> list[str]:
+    """What `multiple_captions` draws from, of which the demo has one."""
+    return [text, f"{text} emoji", f"an emoji of {text}", f"a picture of {text}"]
+
+
+def canaries_caught(trainer: MemControlTrainer, data: dict, encoder: torch.nn.Module) -> float:
+    """Percent of the repeated training images that the best of the audit's attacks on the weights catches."""
+    with denoiser_in_place(trainer.pipeline, trainer.model):
+        report = audit_memorization(
+            data["train"], data["held_out"], trainer.pipeline, encoder=encoder, settings=CANARIES
+        )
+    return max(100 * n["caught"] / n["of"] for n in report.audit["canaries"]["caught"].values() if n["of"])
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -98,22 +162,25 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def render(content: dict) -> str:
-    """The table, and the paired difference of the last two rows."""
+    """The table, and the paired difference of the selected mask and all blocks."""
     runs, settings = content["runs"], content["settings"]
+    table = settings.get("table", "tuned")
+    columns = COLUMNS[table]
     lines = [
-        "# What is tuned decides what is memorized: the demo",
+        f"# {TITLES[table]}",
         "",
         f"{settings['max_train_steps']} steps of batch size 32 on the demo's train split, measured against its "
         f"held-out split; mean ± half width of the 95 % t interval over the seeds {settings['seeds']}. "
         f"Learning rates: {settings['weights_rate']:g} for weights, {settings['rate']:.3g} for SV-DIFF (the selected "
         "run's own). The mask was found with seed 0 on the validation split.",
         "",
-        "| | " + " | ".join(COLUMNS.values()) + " |",
-        "|---" * (len(COLUMNS) + 1) + "|",
+        *([NOTES, ""] if table == "mitigations" else []),
+        "| | " + " | ".join(columns.values()) + " |",
+        "|---" * (len(columns) + 1) + "|",
     ]
     for name, of_seed in runs.items():
         cells = []
-        for column in COLUMNS:
+        for column in columns:
             mean, half = interval([figures[column] for figures in of_seed.values()])
             cells.append(f"{mean:.3g}" if column == "trainable_percent" else f"{mean:.4g} ± {half:.2g}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -126,8 +193,10 @@ def render(content: dict) -> str:
         "|---" * 3 + "|",
     ]
     for column in ("fid", "amd", "membership_auc", "loss"):
+        if column not in columns:
+            continue
         mean, half = interval([selected[seed][column] - everything[seed][column] for seed in selected])
-        lines.append(f"| {COLUMNS[column]} | {mean:+.4g} | {mean - half:+.4g} to {mean + half:+.4g} |")
+        lines.append(f"| {columns[column]} | {mean:+.4g} | {mean - half:+.4g} to {mean + half:+.4g} |")
     lines += ["", "```bash", settings["command"], "```", ""]
     return "\n".join(lines)
 
@@ -136,14 +205,19 @@ def main(argv: list[str] | None = None) -> None:
     """Run what is missing, then render."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mask_from", default="outputs/quickstart", help="folder of the adapter with the found mask")
+    parser.add_argument("--table", choices=RESULTS, default="tuned", help="what is compared")
     parser.add_argument("--max_train_steps", type=int, default=200, help="steps of each row")
     parser.add_argument("--weights_rate", type=float, default=1e-3, help="learning rate of the rows that tune weights")
-    parser.add_argument("--eval_num_images", type=int, default=144, help="images generated for fid and for amd")
+    parser.add_argument(
+        "--eval_num_images", type=int, default=DEMO["eval_num_images"], help="images generated for fid and for amd"
+    )
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2], help="one run of each row for each")
-    parser.add_argument("--results", type=Path, default=Path("docs/demo_comparison.json"), help="every run")
+    parser.add_argument("--results", type=Path, help="every run; docs/..._comparison.json when not given")
     args = parser.parse_args(argv)
+    args.results = args.results or RESULTS[args.table]
     transformers_logging.set_verbosity_error()
     table = rows(args)
+    args.results.parent.mkdir(parents=True, exist_ok=True)
     settings = {
         "max_train_steps": args.max_train_steps,
         "weights_rate": args.weights_rate,
@@ -153,6 +227,8 @@ def main(argv: list[str] | None = None) -> None:
         "seeds": args.seed,
         "command": "python training_scripts/compare_on_demo.py --mask_from outputs/quickstart",
     }
+    if args.table != "tuned":
+        settings |= {"table": args.table, "command": f"{settings['command']} --table {args.table}"}
     content = {"settings": settings, "runs": {name: {} for name in table}}
     if args.results.exists():
         content = json.loads(args.results.read_text(encoding="utf-8"))
