@@ -20,13 +20,19 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_USE
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ERROR
     except Exception as error:
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
         return ERROR
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="memcontrol", description="Audit models for memorized training images.")
+    parser = argparse.ArgumentParser(
+        prog="memcontrol",
+        description="Audit models for memorized training images; publish adapters with the evidence.",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     audit = commands.add_parser(
         "audit",
@@ -66,7 +72,97 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--batch_size", type=int, default=32, help="only a matter of speed")
     audit.add_argument("--seed", type=int, default=0, help="of all draws")
     audit.set_defaults(run=_audit)
+
+    card = _command(commands, "card", "render the card of a folder again from its files", _card)
+    card.add_argument("folder", type=Path, help="of an adapter, an export, a mask or the demo's pipeline")
+
+    push = _command(commands, "push", "upload adapter, report and card to a private repository", _push)
+    push.add_argument("folder", type=Path, help="that a fine-tune or an export left")
+    push.add_argument("--hub_model_id", help="where it was pushed before, or else the folder's name")
+    _hub_flags(push)
+    push.add_argument(
+        "--allow_failed_gate", action="store_true", help="push although the gate failed; the card says so first"
+    )
+
+    mask = _command(commands, "push-mask", "share the mask of an adapter alone, without weights", _push_mask)
+    mask.add_argument("folder", type=Path, help="of the adapter")
+    mask.add_argument("hub_model_id", help="repository of the mask; train_memcontrol.py takes it as --mask_from")
+    _hub_flags(mask)
+
+    export = _command(commands, "export", "write an adapter for people without this package", _export)
+    export.add_argument("folder", help="of the adapter")
+    export.add_argument(
+        "--to",
+        "--format",
+        dest="to",
+        required=True,
+        choices=("merged", "pipeline", "lora", "peft"),
+        help="merged (or pipeline): a whole pipeline; lora: for pipe.load_lora_weights; peft: the adapter, if its "
+        "method is one of PEFT's own",
+    )
+    export.add_argument("--output_dir", required=True, type=Path, help="a new or empty folder")
+    export.add_argument("--pipeline", help="base pipeline: a Hub id, a folder, or demo; the adapter's own by default")
+    export.add_argument("--rank", type=int, default=64, help="of a lora that stands for another method, at most")
     return parser
+
+
+def _command(commands, name: str, text: str, run) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}. Exit codes: 0 done, 3 the gate failed, 2 wrong use, 1 an error.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _hub_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--hub_revision", help="branch to push to")
+    parser.add_argument(
+        "--hub_public", action="store_true", help="make a new repository public, or push to one that is public"
+    )
+
+
+def _card(args: argparse.Namespace) -> int:
+    from .model_card import write_card
+
+    print(f"card: {write_card(args.folder)}")
+    return PASSED
+
+
+def _push(args: argparse.Namespace) -> int:
+    from .hub import GateFailed, push
+
+    try:
+        address = push(
+            args.folder,
+            args.hub_model_id,
+            revision=args.hub_revision,
+            public=args.hub_public,
+            allow_failed_gate=args.allow_failed_gate,
+        )
+    except GateFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return GATE_FAILED
+    print(f"pushed: {address}")
+    return PASSED
+
+
+def _push_mask(args: argparse.Namespace) -> int:
+    from .hub import push_mask
+
+    address = push_mask(args.folder, args.hub_model_id, revision=args.hub_revision, public=args.hub_public)
+    print(f"pushed: {address}")
+    return PASSED
+
+
+def _export(args: argparse.Namespace) -> int:
+    from .export import export
+
+    exported = export(args.folder, args.output_dir, args.to, pipeline=args.pipeline, rank=args.rank)
+    print(exported)
+    return PASSED
 
 
 def _audit(args: argparse.Namespace) -> int:

@@ -49,6 +49,12 @@ class MemorizationReport:
         audit (`dict`, *optional*): what [`audit_memorization`] found.
         gate (`dict`, *optional*): what [`MemorizationReport.judge`] decided.
         command (`str`, *optional*): that made it, without what names a place or a person's data.
+        card (`dict`):
+            What the card says beside that, each where it is known: `hub_model_id` and `revision` of a push, else the
+            `location` of the folder in the loading snippet, `denoiser` (the pipeline's attribute), `example_inputs`
+            of the pipeline (`prompt`, `class_labels` or `batch_size`),
+            `license`, `datasets` (public ones), `run_url` (of the tracker), and `export` (what
+            [`~memcontrol_hf.export.export`] made of the adapter).
         versions (`dict[str, str]`): of the packages.
     """
 
@@ -63,6 +69,7 @@ class MemorizationReport:
     audit: dict[str, Any] | None = None
     gate: dict[str, Any] | None = None
     command: str | None = None
+    card: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in _PACKAGES})
     schema_version: int = SCHEMA_VERSION
 

@@ -6,7 +6,6 @@ other processes of a distributed trial when one is stopped; hence this loop.
 
 import logging
 import math
-import os
 import socket
 import time
 import warnings
@@ -22,6 +21,8 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from transformers.trainer_utils import BestRun
+
+from .tracking import start_tracking
 
 if TYPE_CHECKING:
     from .trainer import MemControlTrainer
@@ -270,28 +271,6 @@ def _tell(
         study.tell(trial, values)
     else:  # Optuna would keep an infinite value, even on the front
         _fail(study, trial, f"an objective is not finite: {values}")
-
-
-def start_tracking(
-    trainer: "MemControlTrainer", study_name: str, name: str, job_type: str, hyperparameters: Mapping[str, Any]
-) -> None:
-    """Begin a run in Weights & Biases, where it is asked for; the Trainer's own callback then logs into it.
-
-    A study is a group there, and each trial a run.
-    """
-    if "wandb" not in trainer.args.report_to or not trainer.is_world_process_zero():
-        return
-    import wandb
-
-    wandb.init(
-        project=os.getenv("WANDB_PROJECT", "memcontrol"),
-        group=study_name,
-        name=name,
-        job_type=job_type,
-        config=dict(hyperparameters),
-        dir=os.getenv("WANDB_DIR", trainer.args.output_dir),
-        reinit="finish_previous",
-    )
 
 
 def is_frozen_base(trial_or_run: FrozenTrial | BestRun) -> bool:

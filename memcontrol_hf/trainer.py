@@ -17,11 +17,13 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import WandbCallback, WandbLogModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, BestRun, TrainOutput, get_last_checkpoint
 from transformers.utils import is_bitsandbytes_available
 
 from . import metrics as measures
 from .data import encode, unique_rows
+from .demo import DEMO_PIPELINE
 from .diffusion import Condition, family_of, null_like, seeded_generator
 from .features import Encoder, features_of, load_encoder
 from .mitigations import Conditions, EarlyStopCallback, PrivateGradients, parse_mitigations, per_sample_gradients
@@ -116,6 +118,13 @@ class MemControlTrainingArguments(TrainingArguments):
             self.max_grad_norm = 0.0  # it clips the gradients itself, before the noise
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
 
+    def to_dict(self) -> dict[str, Any]:
+        """As of transformers, for trackers: of a path on this machine only its last part."""
+        return {
+            name: Path(value).name if isinstance(value, str) and _is_place(value) else value
+            for name, value in super().to_dict().items()
+        }
+
 
 def check_objectives(objectives: list[str]) -> None:
     """Raise `ValueError` for an objective that is no metric, one named twice, and none at all."""
@@ -182,7 +191,9 @@ class MemControlTrainer(Trainer):
                 f"{name} cannot be trained on a quantized base: use LoRA (--method lora), or no quantization"
             )
         self.pipeline = pipeline
+        self._base_model = _published_name(pipeline)
         self.denoiser: nn.Module = self.family.denoiser.requires_grad_(False)
+        self.denoiser.register_to_config(_name_or_path=self._base_model)  # trackers get the denoiser's config
         self.peft_config = peft_config
         self.search_space = search_space or SearchSpace.from_model(self.denoiser)
         self.mask = self.search_space.check(self.search_space.mask(True) if mask is None else mask)
@@ -206,6 +217,10 @@ class MemControlTrainer(Trainer):
             data_collator=partial(_collate, names=("latents", *self.family.conditions, "row")),
             callbacks=callbacks,
         )
+        for callback in self.callback_handler.callbacks:
+            # With WANDB_LOG_MODEL it would upload the arguments too, and it cannot read a denoiser's config.
+            if isinstance(callback, WandbCallback):
+                callback._log_model = WandbLogModel.FALSE
         self.loss_is_scaled_for_ga = False
         self._mitigations = parse_mitigations(args.mitigations)
         numbers = train_dataset.encoded["row"][:].tolist()
@@ -404,6 +419,63 @@ class MemControlTrainer(Trainer):
                 output_dir or self.args.output_dir, state_dict=state_dict, save_embedding_layers=False
             )
 
+    # ---- publishing ----
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        allow_failed_gate: bool = False,
+    ) -> str | None:
+        """Save the adapter and upload it with the report in `output_dir` and the card: [`~memcontrol_hf.hub.push`].
+
+        Without a report there, the card says that nothing was measured.
+
+        Args:
+            commit_message, blocking, token, revision, private:
+                As of transformers, but private by default, always blocking, and with the Hub login's own token.
+            allow_failed_gate (`bool`): push although the release gate failed; the card says so first.
+
+        Returns:
+            `str`: the address of the commit; `None` on other processes than the first.
+
+        Raises:
+            ValueError: for a token, and for a report of another mask than the trainer's.
+        """
+        from .hub import push  # what is published knows the trainer's results, not the other way round
+        from .model_card import REPORT
+        from .report import MemorizationReport
+
+        if token is not None or self.args.hub_token is not None:
+            raise ValueError("give no token: log in with `hf auth login`, or set HF_TOKEN")
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        file, config = Path(self.args.output_dir) / REPORT, self.peft_config
+        if not file.exists():
+            method = config.method if isinstance(config, MemControlConfig) else config.peft_type.value.lower()
+            card = {"denoiser": self.family.denoiser_name}
+            MemorizationReport(self._base_model, method, mask=self.mask, card=card).to_json(file)
+        elif MemorizationReport.from_json(file).mask != self.mask:
+            raise ValueError(f"{file} is the report of another mask: measure this model, or use another output_dir")
+        return push(
+            self.args.output_dir,
+            self.args.hub_model_id,
+            revision=revision or self.args.hub_revision,
+            public=private is False or (private is None and self.args.hub_private_repo is False),
+            allow_failed_gate=allow_failed_gate,
+            **({"commit_message": commit_message} if commit_message else {}),
+        )
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Nothing: the repository is made by the push itself, so that a private one comes first."""
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: what is not measured yet is not pushed, and a checkpoint holds more than what may be published."""
+
     # ---- measuring ----
 
     def encode(self, images: "Dataset | EncodedImages") -> "EncodedImages":
@@ -487,7 +559,7 @@ class MemControlTrainer(Trainer):
             figures["noise_norm_held_out"] = self._noise_norms(others, _NONMEMBERS).mean().item()
         if "fid" in wanted:
             generated = self._generated_features(others, _EVAL_IMAGES)
-            figures["fid"] = measures.fid(generated, self._real_features(others))
+            figures["fid"] = measures.fid(generated, self.real_features(others))
         if "amd" in wanted:
             generated = self._generated_features(train, _TRAIN_IMAGES)
             figures.update(self._amd(generated, train, others))
@@ -495,7 +567,7 @@ class MemControlTrainer(Trainer):
 
     def _amd(self, generated: torch.Tensor, train: "EncodedImages", others: "EncodedImages") -> dict[str, float]:
         """Against as many held-out images as training images, since a larger set has nearer neighbours."""
-        train_features, other_features = self._real_features(train), self._real_features(others)
+        train_features, other_features = self.real_features(train), self.real_features(others)
         count = min(len(train_features), len(other_features))
         pick = [
             torch.randperm(len(f), generator=seeded_generator(self.args.seed, _SUBSET, i))[:count]
@@ -563,7 +635,7 @@ class MemControlTrainer(Trainer):
         latents, embeds = encoded["latents"][:], encoded["prompt_embeds"][:]
         return guidance.on(self.family, self.model, latents, embeds, self.args.eval_guidance_scale)
 
-    def _real_features(self, data: "EncodedImages") -> torch.Tensor:
+    def real_features(self, data: "EncodedImages") -> torch.Tensor:
         """Features of the distinct images themselves, computed once: `[N, D]`."""
         key = data.encoded._fingerprint
         if key not in self._features:
@@ -699,6 +771,19 @@ class EncodedImages(torch.utils.data.Dataset):
     def select(self, rows: list[int]) -> "EncodedImages":
         """Some of the rows; each keeps its number, and with it its noise."""
         return EncodedImages(self.images.select(rows), self.encoded.select(rows))
+
+
+def _published_name(pipeline: "DiffusionPipeline") -> str:
+    """A pipeline's name without the place where it lies on this machine."""
+    name = str(getattr(pipeline, "name_or_path", None) or "")
+    if Path(name) == DEMO_PIPELINE:
+        return "demo"
+    return Path(name).name if _is_place(name) else name
+
+
+def _is_place(text: str) -> bool:
+    """Whether a text is a path on this machine."""
+    return Path(text).is_absolute() or Path(text).exists()
 
 
 def _collate(examples: list[dict[str, torch.Tensor]], names: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -142,3 +142,88 @@ def tiny_trainer(output_dir, pipeline=None, config=None, train=None, validation=
 
 def adapter_of(model) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def small_report(passed: bool | None = True, **changes):
+    """A report with all its parts; `passed`: of the gate, `None` without an audit."""
+    from memcontrol_hf import MemorizationReport
+    from memcontrol_hf.report import ALL_ON, FROZEN_BASE, SELECTED
+
+    figures = {
+        "trainable_parameters": 64,
+        "trainable_percent": 1.5,
+        "loss": 0.2,
+        "loss_train": 0.1,
+        "membership_auc": 0.52,
+        "membership_auc_low": 0.45,
+        "membership_auc_high": 0.58,
+        "noise_norm": 2.0,
+        "noise_norm_held_out": 2.1,
+        "fid": 4.25,
+        "amd": 0.11,
+        "amd_held_out": 0.12,
+    }
+    audit = {
+        "subject": "adapter",
+        "settings": {"num_prompts": 100, "images_per_prompt": 10, "seed": 0},
+        "encoder": "demo",
+        "images": {"train": 92, "held_out": 256},
+        "measures": {
+            "membership_auc_loss": _measure(0.517, 0.449, 0.585),
+            "membership_tpr_loss": _measure(None, note="not estimable from 80 held-out images: it needs 100"),
+            "extraction_rate": _measure(0.0 if passed else 0.25, 0.0, 0.04 if passed else 0.5),
+            "amd": _measure(0.106),
+        },
+        "distances": {"edges": [0.0, 0.1, 0.2], "train": [3, 1], "held_out": [2, 2]},
+        "canaries": {"planted": 12, "caught": {"membership_loss": {"caught": 3, "of": 12}}},
+        "caption_markers": {},
+    }
+    mask = {"mid_block.attentions.0": False, "up_blocks.1.attentions.0": True, "up_blocks.1.attentions.1": False}
+    fields = {
+        "base_model": "owner/base",
+        "method": "svdiff",
+        "mask": mask,
+        "figures": {name: dict(figures) for name in (FROZEN_BASE, ALL_ON, SELECTED)},
+        "training": {"learning_rate": 0.05, "max_steps": 9, "batch_size": 4, "resolution": 16, "seed": 0},
+        "images": {"train": 128, "train_different": 92, "held_out_different": 256},
+        "encoder": "demo",
+        "search": {"sampler": "tpe", "objectives": ["fid", "membership_auc"], "trials": [{}] * 8},
+        "audit": audit,
+        "command": "accelerate launch training_scripts/train_memcontrol.py",
+        **changes,
+    }
+    report = MemorizationReport(**fields)
+    if passed is None:
+        report.audit = None
+    elif report.audit:
+        assert report.judge({"extraction_rate": {"max": 0.05}, "membership_auc_loss": {"max": 0.65}}) == passed
+    return report
+
+
+def _measure(value, low=None, high=None, note=None):
+    figure = {"value": value, "low": low, "high": high, "note": note}
+    return {"model": figure, "frozen_base": figure, "held_out_as_train": None if low is None else figure}
+
+
+def adapter_folder(folder, config=None, mask=None, report=None):
+    """What a fine-tune leaves, with random weights in the place of trained ones."""
+    from peft import get_peft_model
+
+    from memcontrol_hf import MemControlConfig, SearchSpace
+    from memcontrol_hf.model_card import write_card
+
+    unet = tiny_unet()
+    space = SearchSpace.from_model(unet)
+    mask = space.check({"mid_block.attentions.0": True} if mask is None else mask)
+    adapted = get_peft_model(unet, space.apply(config or MemControlConfig(method="svdiff"), mask))
+    torch.manual_seed(1)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter) * 0.3
+    adapted.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "study.journal").write_text("not for others")
+    (folder / "private").mkdir()
+    (folder / "private" / "review.html").write_text("not for others")
+    (report or small_report(mask=mask)).to_json(folder / "memorization_report.json")
+    write_card(folder)
+    return folder

@@ -1,19 +1,22 @@
 """The script as people run it."""
 
+import base64
 import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import RESOLUTION, images_of, tiny_pipeline, tiny_unet
 from diffusers import StableDiffusionPipeline
-from huggingface_hub import ModelCard
-from mini_hub import TOKEN, serve
+from huggingface_hub import ModelCard, constants
+from mini_hub import TOKEN, MiniHub, serve
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import ResNetConfig, ResNetModel, ViTImageProcessorPil
@@ -21,11 +24,13 @@ from transformers import ResNetConfig, ResNetModel, ViTImageProcessorPil
 from memcontrol_hf import MemorizationReport, audit_memorization
 from memcontrol_hf.audit import AuditSettings
 from memcontrol_hf.data import load_images, plant_canaries
-from memcontrol_hf.model_card import PUBLIC_FILES
+from memcontrol_hf.hub import PUBLIC_FILES, push_mask
 from memcontrol_hf.sampling import denoiser_in_place
+from memcontrol_hf.search_space import block_map
 
 SCRIPT = Path(__file__).parent.parent / "training_scripts" / "train_memcontrol.py"
-FILES = sorted([*PUBLIC_FILES, "study.journal"])
+PUBLIC = sorted(set(PUBLIC_FILES) - {"pytorch_lora_weights.safetensors"})
+FILES = sorted([*PUBLIC, "study.journal"])
 
 
 @pytest.fixture(scope="session")
@@ -165,7 +170,7 @@ def test_the_card_has_valid_metadata_and_no_placeholder(finished):
     card = ModelCard.load(finished / "README.md")
     assert card.data.library_name == "peft" and "memcontrol" in card.data.tags
     assert card.data.base_model is None, "a local folder is no base model on the Hub"
-    assert "No formal guarantee" in card.text
+    assert "No formal guarantee" in card.text and card.data.eval_results
     assert not re.search(r"\{\{|\}\}|None|nan|More Information Needed|undefined", card.text)
     assert """--validation_prompt 'a "quoted" prompt'""" in card.text
 
@@ -237,6 +242,8 @@ def test_final_fine_tune_resumes_from_a_checkpoint(script, assets, finished, tmp
         ({"encoder": "/nowhere"}, "cannot load the image encoder '/nowhere'"),
         ({"peft_config": "/nowhere"}, "--peft_config '/nowhere' is no PEFT config"),
         ({"mask_from": "/nowhere"}, "--mask_from '/nowhere' cannot be read"),
+        ({"log_images": 2}, "--log_images shows what the model makes of a --validation_prompt: give one"),
+        ({"trainer_args": '{"push_to_hub": true}'}, "--trainer_args has push_to_hub: use --push_to_hub"),
         ({"trainer_args": '{"optim": '}, "--trainer_args is no JSON object"),
         ({"trainer_args": '{"optimizer": "adam"}'}, "--trainer_args has unknown arguments: optimizer"),
     ],
@@ -288,6 +295,84 @@ def test_a_search_that_finds_nothing_keeps_its_trials(script, assets, tmp_path, 
     assert (tmp_path / "study.journal").exists()
 
 
+# ---- what leaves the machine: one run with --push_to_hub and --report_to wandb ----
+
+MARK = "zebramark"
+"""Part of every caption, file name and patient id of the run."""
+
+
+@dataclass
+class Published:
+    folder: Path
+    hub: MiniHub
+    environment: dict[str, str]
+    sent: dict[str, bytes]  # by where it was found: requests to the Hub, and what `wandb sync` would upload
+    runs: dict[str, dict]  # by name, as W&B's own tool reads the offline runs
+    images: Path
+
+
+@pytest.fixture(scope="module")
+def published(assets, tmp_path_factory):
+    """A run that publishes everything it may, on images whose texts are marked."""
+    place, wandb = tmp_path_factory.mktemp("published"), tmp_path_factory.mktemp("wandb")
+    images = place / "images"
+    images.mkdir()
+    lines = []
+    for i, row in enumerate(images_of(40, seed=5)):
+        row["image"].save(images / f"{MARK}-{i}.png")
+        name = {"file_name": f"{MARK}-{i}.png", "text": f"{row['text']} {MARK}", "patient": f"{MARK}-{i // 2}"}
+        lines.append(json.dumps(name))
+    (images / "metadata.jsonl").write_text("\n".join(lines))
+    (place / "gate.yaml").write_text("membership_auc_loss: {max: 1}")
+    with serve() as (hub, address):
+        environment = {
+            "HF_ENDPOINT": address,
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(place / "hf"),
+            "HF_DATASETS_CACHE": str(place / "datasets"),
+            "WANDB_MODE": "offline",
+            "WANDB_LOG_MODEL": "end",
+            "WANDB_DATA_DIR": str(wandb / "data"),
+            "WANDB_CACHE_DIR": str(wandb / "cache"),
+        }
+        arguments = flags(
+            assets,
+            place / "out",
+            train_data_dir=images,
+            group_column="patient",
+            hub_model_id="tester/adapter",
+            report_to="wandb",
+            study_name="my-study",
+            validation_prompt="public prompt",
+            log_images=3,
+            gate=place / "gate.yaml",
+        )
+        result = _run([*arguments, "--push_to_hub"], **environment)
+        assert result.returncode == 0, result.stderr[-3000:]
+        sent = {f"request {i}": body for i, body in enumerate(hub.sent)}
+        for run in (place / "out" / "wandb").glob("offline-run-*"):
+            sent |= {str(file): file.read_bytes() for file in (run / "files").rglob("*") if file.is_file()}
+            (records,) = run.glob("*.wandb")
+            sent[str(records)] = records_of(records)
+        staged = [file for file in (wandb / "data").rglob("*") if file.is_file()]
+        sent |= {str(file): file.read_bytes() for file in staged}
+        yield Published(place / "out", hub, environment, sent, runs_of(place / "out"), images)
+
+
+def records_of(file: Path) -> bytes:
+    """What an offline run holds, without the heads of the pieces that it lies in (LevelDB's log format)."""
+    data, place, records = file.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+        length = int.from_bytes(data[place + 4 : place + 6], "little")
+        records += data[place + 7 : place + 7 + length]
+        place += 7 + length
+    return records
+
+
 def _run(arguments: list[str], **environment) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(SCRIPT), *arguments],
@@ -297,54 +382,163 @@ def _run(arguments: list[str], **environment) -> subprocess.CompletedProcess:
     )
 
 
-def test_wandb_offline_has_a_group_a_study_and_a_run_a_trial(assets, tmp_path):
-    arguments = flags(assets, tmp_path / "out", report_to="wandb", study_name="my-study")
-    result = _run(arguments, WANDB_MODE="offline")
-    assert result.returncode == 0, result.stderr[-2000:]
+def encodings(mark: bytes) -> list[bytes]:
+    """A mark as it is, and as base64 at each alignment."""
+    coded = [base64.b64encode(b"\0" * shift + mark) for shift in range(3)]
+    whole = [(0, 0), (2, 1), (3, 2)]  # first character of the mark alone at that alignment, bytes before it
+    return [mark, *(text[first : (before + len(mark)) * 8 // 6] for text, (first, before) in zip(coded, whole))]
+
+
+def found(mark: bytes, sent: dict[str, bytes]) -> list[str]:
+    return [where for where, data in sent.items() if any(coded in data for coded in encodings(mark))]
+
+
+def test_no_text_of_the_data_is_sent(published):
+    assert found(b"public prompt", published.sent), "what is published is found, so the search works"
+    assert found(b"mid_block.attentions.0", published.sent)
+    assert any("wandb" in where for where in found(b"my-study", published.sent))
+    assert found(MARK.encode(), published.sent) == []
+
+
+def test_no_image_is_sent_nor_its_latents_or_embeddings(published):
+    from memcontrol_hf.diffusion import family_of
+
+    family = family_of(tiny_pipeline())
+    weights = load_file(published.folder / "adapter_model.safetensors")
+    assert found(next(iter(weights.values())).numpy().tobytes()[:32], published.sent), "the search works for tensors"
+    for i, row in enumerate(images_of(40, seed=5)):
+        pixels = torch.from_numpy(np.asarray(row["image"])).permute(2, 0, 1)[None].float() / 255
+        latents = family.encode_images(pixels)[0]
+        condition = family.encode_prompts([f"{row['text']} {MARK}"])
+        embeds = condition["prompt_embeds"][0, 1:]  # the first token is the same for all
+        file = (published.images / f"{MARK}-{i}.png").read_bytes()
+        marks = [file[file.index(b"IDAT") + 8 :][:32], row["image"].tobytes()[:48]]
+        for tensor in (latents, embeds):
+            marks += [tensor.to(kind).numpy().tobytes()[:32] for kind in (torch.float32, torch.float16)]
+        for mark in marks:
+            assert len(set(mark)) > 4 and found(mark, published.sent) == []
+
+
+def test_no_place_of_this_machine_is_sent(published, assets):
+    for place in (str(published.folder.parent), str(assets), str(SCRIPT.parent), str(Path.home()) + "/"):
+        assert found(place.encode(), published.sent) == [], place
+
+
+def runs_of(output_dir: Path) -> dict[str, dict]:
     wandb, runs = Path(sys.executable).with_name("wandb"), {}
-    for folder in sorted((tmp_path / "out" / "wandb").glob("offline-run-*")):
-        inspected = subprocess.check_output([wandb, "leet", "inspect", "--summary", "--json", folder])
-        run = json.loads(inspected)
-        runs[run["name"]] = run
-        assert b"my-study" in next(folder.glob("*.wandb")).read_bytes(), "the group"
+    for folder in sorted((output_dir / "wandb").glob("offline-run-*")):
+        run = json.loads(subprocess.check_output([wandb, "leet", "inspect", "--summary", "--json", folder]))
+        runs[run["name"]] = run | {"records": next(folder.glob("*.wandb")).read_bytes()}
+    return runs
+
+
+def test_wandb_offline_has_a_group_a_study_and_a_run_a_trial(published):
+    runs = published.runs
+    assert all(b"my-study" in run["records"] for run in runs.values()), "the group"
     assert runs.keys() == {"trial-0", "trial-1", "trial-2", "frozen base", "all blocks", "selected mask"}
-    report = MemorizationReport.from_json(tmp_path / "out" / "memorization_report.json")
+    report = MemorizationReport.from_json(published.folder / "memorization_report.json")
     for trial in report.search["trials"]:
         run = runs[f"trial-{trial['number']}"]
         assert [run["summary"]["eval/fid"], run["summary"]["eval/membership_auc"]] == trial["values"]
         assert run["config"]["learning_rate"] == trial["learning_rate"]
-    assert runs["selected mask"]["config"]["mask"] == report.mask
-    assert runs["selected mask"]["summary"]["eval/amd"] == report.figures["selected mask"]["amd"]
+        assert run["config"]["objectives"] == ["fid", "membership_auc"]
+    final = runs["selected mask"]
+    assert final["config"]["mask"] == report.mask
+    assert final["summary"]["eval/amd"] == report.figures["selected mask"]["amd"]
+    assert final["summary"]["hub"].endswith("/tester/adapter/commit/main")
 
 
-def test_a_push_uploads_the_public_files_and_peft_loads_them(assets, tmp_path):
-    with serve() as (hub, address):
-        environment = {
-            "HF_ENDPOINT": address,
-            "HF_TOKEN": TOKEN,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_OFFLINE": "0",
-            "HF_HOME": str(tmp_path / "hf"),
-        }
-        arguments = [*flags(assets, tmp_path / "out", hub_model_id="tester/adapter"), "--push_to_hub"]
-        result = _run(arguments, **environment)
-        assert result.returncode == 0, result.stderr[-3000:]
-        repo = hub.repos["tester/adapter"]
-        assert repo.private and len(repo.commits) == 1
-        assert sorted(set(repo.files) - {".gitattributes"}) == sorted(PUBLIC_FILES)
-        assert repo.files["README.md"] == (tmp_path / "out" / "README.md").read_bytes()
-        code = (
-            "import memcontrol_hf, diffusers, peft; from diffusers import UNet2DConditionModel as U;"
-            f"u = U.from_pretrained({str(assets / 'tiny-sd')!r}, subfolder='unet');"
-            "m = peft.PeftModel.from_pretrained(u, 'tester/adapter'); print(m.peft_config['default'].method)"
-        )
-        loaded = subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
-        )
-        assert loaded.stdout.strip().endswith("svdiff"), loaded.stderr[-2000:]
-        refused = _run(arguments, **{**environment, "HF_TOKEN": "hf_wrong"})
-    assert refused.returncode == 1
-    assert "error: the push failed" in refused.stderr and (tmp_path / "out" / "README.md").exists()
+def test_the_final_run_holds_the_front_the_block_map_the_report_and_the_adapter(published):
+    report = MemorizationReport.from_json(published.folder / "memorization_report.json")
+    tables = {}
+    for where, data in published.sent.items():
+        if where.endswith(".table.json"):
+            tables[Path(where).name.split("_")[0]] = json.loads(data)
+    assert len(tables["front"]["data"]) == 3
+    assert [row[1:3] for row in tables["front"]["data"]] == [trial["values"] for trial in report.search["trials"]]
+    assert tables["block"]["data"] == [list(row) for row in block_map(report.mask)]
+    assert any(where.endswith(".png") and "front_plot" in where for where in published.sent)
+    staged = [data for where, data in published.sent.items() if "/artifacts/staging/" in where]
+    assert any(b'"schema_version": 2' in data for data in staged), "the report"
+    assert (published.folder / "adapter_model.safetensors").read_bytes() in staged
+
+
+def test_images_of_the_public_prompt_are_shown_unless_they_may_be_copies(published):
+    shown = [where for where in published.sent if "/media/images/generated_" in where]
+    withheld = published.runs["selected mask"]["summary"]["generated_withheld"]
+    assert len(shown) + withheld == 3
+
+
+def test_a_push_uploads_the_public_files_and_peft_loads_them(published, assets):
+    repo = published.hub.repos["tester/adapter"]
+    assert repo.private and len(repo.commits) == 1 and sorted(repo.files) == PUBLIC
+    assert repo.files["README.md"] == (published.folder / "README.md").read_bytes()
+    code = (
+        "import memcontrol_hf, torch; from diffusers import UNet2DConditionModel as U; from peft import PeftModel;"
+        f"m = PeftModel.from_pretrained(U.from_pretrained({str(assets / 'tiny-sd')!r}, subfolder='unet'), "
+        "'tester/adapter'); print(sum(p.double().sum() for n, p in m.named_parameters() if 'memcontrol_' in n).item())"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **published.environment}, capture_output=True, text=True
+    )
+    saved = load_file(published.folder / "adapter_model.safetensors")
+    total = sum(tensor.double().sum().item() for tensor in saved.values())
+    assert total and float(loaded.stdout.split()[-1]) == pytest.approx(total), loaded.stderr[-2000:]
+
+
+def test_the_pushed_card_agrees_with_the_pushed_report(published):
+    files = published.hub.repos["tester/adapter"].files
+    report = json.loads(files["memorization_report.json"])
+    card = ModelCard(files["README.md"].decode())
+    figures = report["figures"]["selected mask"]
+    index = {(r.dataset_config, r.metric_type): r.metric_value for r in card.data.eval_results}
+    for name in ("fid", "membership_auc", "amd", "noise_norm"):
+        assert index["fine-tune", name] == figures[name]
+    measured = {name: of["model"]["value"] for name, of in report["audit"]["measures"].items()}
+    assert {name: value for (part, name), value in index.items() if part == "audit"} == {
+        name: value for name, value in measured.items() if value is not None
+    }
+    assert "**Release gate: passed.**" in card.text and "at most 1 ✓" in card.text
+    assert '(pipe.unet, "tester/adapter")' in card.text and card.data.datasets is None
+
+
+def test_a_shared_mask_is_taken_by_its_repository(script, published, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    address = published.environment["HF_ENDPOINT"]
+    files = address + "/{repo_id}/resolve/{revision}/{filename}"
+    told = {"ENDPOINT": address, "HUGGINGFACE_CO_URL_TEMPLATE": files, "HF_HUB_OFFLINE": False}
+    for name, value in told.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    push_mask(published.folder, "tester/mask")
+    report = MemorizationReport.from_json(published.folder / "memorization_report.json")
+    assert script.mask_from("tester/mask") == report.mask
+    with pytest.raises(ValueError, match="--mask_from 'tester/unknown' cannot be read"):
+        script.mask_from("tester/unknown")
+
+
+def test_a_failed_gate_is_not_pushed(script, assets, finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with serve() as (hub, address), pytest.raises(SystemExit) as stopped:
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        script.main([*flags(assets, tmp_path / "out", mask_from=finished), "--push_to_hub"])
+    assert stopped.value.code == 3 and hub.repos == {}
+    assert "the release gate failed" in capsys.readouterr().err
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    text = ModelCard.load(tmp_path / "out" / "README.md").text
+    assert text.index("**Release gate: FAILED.**") < text.index("## Use")
+
+
+def test_a_refused_token_is_said_before_the_long_work(script, assets, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(script.MemControlTrainer, "train", lambda self, **kwargs: pytest.fail("training began"))
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with serve() as (_, address), pytest.raises(SystemExit) as stopped:
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        script.main([*flags(assets, tmp_path / "out"), "--push_to_hub"])
+    assert stopped.value.code == 2
+    assert "error: a push would fail: the Hub does not know your token" in capsys.readouterr().err
 
 
 _GENERATE = """

@@ -28,6 +28,7 @@ from typing import Any
 import peft
 import torch
 from datasets import DatasetDict
+from huggingface_hub import HfApi
 from peft import PeftConfig
 from transformers import HfArgumentParser
 from transformers import logging as transformers_logging
@@ -47,8 +48,9 @@ from memcontrol_hf.data import check_near_duplicates, load_images, plant_canarie
 from memcontrol_hf.diffusion import DTYPES, QUANTIZATIONS, family_of, load_pipeline
 from memcontrol_hf.dry_run import load_architecture, measured_speed, plan
 from memcontrol_hf.features import encoder_name, load_encoder
+from memcontrol_hf.hub import GateFailed, PushError, check_login, push
 from memcontrol_hf.mitigations import MITIGATIONS, parse_mitigations
-from memcontrol_hf.model_card import push, render_card
+from memcontrol_hf.model_card import MASK, REPORT, write_card
 from memcontrol_hf.report import (
     ALL_ON,
     DEFAULT_GATE,
@@ -58,7 +60,8 @@ from memcontrol_hf.report import (
     plot_front,
     search_summary,
 )
-from memcontrol_hf.search import check_sampler, check_study, start_tracking
+from memcontrol_hf.search import check_sampler, check_study
+from memcontrol_hf.tracking import log_images, log_push, log_report, run_url, start_tracking
 from memcontrol_hf.trainer import METRICS, check_objectives
 
 # method -> its config, and the learning rates that are searched
@@ -174,7 +177,7 @@ class ScriptArguments:
     )
     mask_from: str | None = field(
         default=None,
-        metadata={"help": "Take the mask of this adapter folder or JSON file instead of searching."},
+        metadata={"help": "Take the mask of this adapter folder, JSON file or Hub repository instead of searching."},
     )
 
     n_trials: int = field(default=8, metadata={"help": "Trials of the search, all in all."})
@@ -250,11 +253,24 @@ class ScriptArguments:
         default=None, metadata={"help": "Go on with the final fine-tune: a checkpoint's folder, or latest."}
     )
     report_to: str = field(default="none", metadata={"help": "wandb, tensorboard, trackio, all or none."})
+    log_images: int = field(
+        default=0,
+        metadata={"help": "Images of --validation_prompt to show in wandb, without those that may be copies."},
+    )
     push_to_hub: bool = field(default=False, metadata={"help": "Upload the public files, to a private repository."})
     hub_model_id: str | None = field(
         default=None, metadata={"help": "The repository; the folder's name if not given."}
     )
     hub_revision: str | None = field(default=None, metadata={"help": "Branch to push to."})
+    hub_public: bool = field(
+        default=False, metadata={"help": "Make a new repository public, or push to one that is public."}
+    )
+    allow_failed_gate: bool = field(
+        default=False, metadata={"help": "Push although the release gate failed; the card says so first."}
+    )
+    license: str | None = field(
+        default=None, metadata={"help": "Of the adapter, as the Hub writes it: apache-2.0, ... It is on the card."}
+    )
 
     def __post_init__(self) -> None:
         demo_data = self.dataset_name == "demo" and self.train_data_dir is None
@@ -290,6 +306,10 @@ def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[
     for flag, known in (("dtype", DTYPES), ("quantization", QUANTIZATIONS)):
         if (value := getattr(args, flag)) is not None and value not in known:
             raise ValueError(f"unknown --{flag} {value!r}: use {', '.join(known)}")
+    if args.log_images and args.validation_prompt is None:
+        raise ValueError("--log_images shows what the model makes of a --validation_prompt: give one")
+    if args.push_to_hub:
+        check_login(args.hub_model_id or Path(args.output_dir).resolve().name, args.hub_public)
     if args.mixed_precision not in ("no", "fp16", "bf16"):
         raise ValueError(f"unknown mixed precision {args.mixed_precision!r}: use no, fp16 or bf16")
     if args.n_trials < 1:
@@ -316,12 +336,16 @@ def peft_config_from(path: str) -> PeftConfig:
 
 
 def mask_from(path: str) -> dict[str, bool]:
-    """The mask in an adapter folder's config, or in a JSON file."""
-    file = Path(path) / "adapter_config.json" if Path(path).is_dir() else Path(path)
+    """The mask in an adapter's folder, in a JSON file, or of a mask's repository on the Hub."""
+    file, names = Path(path), (MASK, REPORT, "adapter_config.json")
     try:
+        if file.is_dir():
+            file = next((file / name for name in names if (file / name).exists()), file)
+        elif not file.exists() and path.count("/") == 1 and not file.is_absolute():
+            file = Path(HfApi().hf_hub_download(path, MASK))
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"--mask_from {path!r} cannot be read: {error}") from None
+        raise ValueError(f"--mask_from {path!r} cannot be read: {str(error).splitlines()[0]}") from None
     mask = content.get("mask", content)
     if not isinstance(mask, dict) or not all(isinstance(value, bool) for value in mask.values()):
         raise ValueError(f"--mask_from {path!r} holds no mask, which is an object of block names and booleans")
@@ -408,6 +432,8 @@ def training_arguments(args: ScriptArguments) -> MemControlTrainingArguments:
     unknown = set(other) - {field.name for field in dataclasses.fields(MemControlTrainingArguments)}
     if unknown:
         raise ValueError(f"--trainer_args has unknown arguments: {', '.join(sorted(unknown))}")
+    if hub := [name for name in other if name.startswith(("push_to_hub", "hub_"))]:
+        raise ValueError(f"--trainer_args has {', '.join(hub)}: use --push_to_hub, --hub_model_id, --hub_revision")
     return MemControlTrainingArguments(
         output_dir=args.output_dir,
         run_name=f"{args.study_name}-final",
@@ -495,6 +521,7 @@ def prepare(argv: list[str] | None) -> tuple[ScriptArguments, MemControlTrainer,
         mask=mask,
         encoder=load_encoder(args.encoder, trainer_args.device),
     )
+    example_inputs(args, trainer)  # a prompt that the pipeline cannot take is seen now
     return args, trainer, data, rates, mask
 
 
@@ -576,6 +603,7 @@ def save(
     """The adapter, the report, the plot and the card; and the push, when asked."""
     folder = Path(args.output_dir)
     trainer.save_model(args.output_dir)
+    log_images(trainer, data["held_out"], args.validation_prompt, args.log_images)
     sampling = [m for m in args.mitigation if not MITIGATIONS[m.partition(":")[0]].guards_weights]
     report = MemorizationReport(
         base_model=model_name(args),
@@ -599,6 +627,7 @@ def save(
         encoder=encoder_name(args.encoder),
         command=f"accelerate launch training_scripts/train_memcontrol.py {public_flags(args)}".strip(),
         search=None if study is None else search_summary(study, args.sampler, trainer.args.objectives),
+        card=card_facts(args, trainer),
     )
     logger.info("audit: attacks on the adapter, on the frozen base and with held-out images as training images")
     trainer.set_mask(trainer.search_space.mask(False))  # the bare pipeline: what is attacked is what was saved
@@ -619,17 +648,66 @@ def save(
     if study is not None:
         distances = report.audit and report.audit["distances"]
         plot_front(study, trainer.args.objectives, folder / "pareto_front.png", selected, distances)
-    location = args.hub_model_id or (folder.name if folder.is_absolute() else args.output_dir)
-    prompt = args.validation_prompt or ("grinning face" if args.pretrained_model_name_or_path == "demo" else "")
-    card = render_card(report, location, report.command, example_prompt=prompt)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_card(folder)
+    log_report(report, folder)
     print("\n" + report.summary() + f"\n\nadapter, card and report: {args.output_dir}")
     if args.push_to_hub:
         try:
-            print("pushed:", push(folder, args.hub_model_id or folder.name, revision=args.hub_revision))
-        except Exception as error:
-            print(f"error: the push failed ({error}); everything is in {args.output_dir}", file=sys.stderr)
-            raise SystemExit(1) from None
+            address = push(
+                args.output_dir,
+                args.hub_model_id,
+                revision=args.hub_revision,
+                public=args.hub_public,
+                allow_failed_gate=args.allow_failed_gate,
+            )
+            print("pushed:", address)
+            log_push(address)
+        except (GateFailed, PushError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(3 if isinstance(error, GateFailed) else 1) from None
+
+
+def card_facts(args: ScriptArguments, trainer: MemControlTrainer) -> dict[str, Any]:
+    """What the card says beside the figures."""
+    demo = args.pretrained_model_name_or_path == "demo"
+    relative = not Path(args.output_dir).is_absolute()
+    facts = {
+        "hub_model_id": args.hub_model_id,
+        "location": args.output_dir if relative else Path(args.output_dir).name,
+        "denoiser": trainer.family.denoiser_name,
+        "example_inputs": example_inputs(args, trainer),
+        "license": args.license or ("apache-2.0" if demo and on_demo_data(args) else None),
+        "datasets": public_datasets(args),
+        "run_url": run_url(),
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def example_inputs(args: ScriptArguments, trainer: MemControlTrainer) -> dict[str, Any]:
+    """What the card's snippet calls the pipeline with."""
+    if args.validation_prompt is not None:
+        prompt = args.validation_prompt
+    elif args.pretrained_model_name_or_path == "demo":
+        prompt = "grinning face"
+    else:
+        prompt = "0" if "class_labels" in trainer.family.conditions else ""
+    request = trainer.family.request([prompt], args.resolution, 0.0)
+    return {name: request[name] for name in ("prompt", "class_labels", "batch_size") if name in request}
+
+
+def on_demo_data(args: ScriptArguments) -> bool:
+    """Whether the images are those in the package."""
+    return args.train_data_dir is None and args.dataset_name == "demo"
+
+
+def public_datasets(args: ScriptArguments) -> list[str]:
+    """The data set's name, if everybody can see it on the Hub."""
+    if args.train_data_dir is not None or on_demo_data(args) or Path(args.dataset_name).exists():
+        return []
+    try:
+        return [] if HfApi(token=False).dataset_info(args.dataset_name).private else [args.dataset_name]
+    except Exception:  # offline, unknown or private: nothing is said
+        return []
 
 
 def count_images(trainer: MemControlTrainer, data: DatasetDict) -> dict[str, int]:
@@ -642,14 +720,20 @@ def count_images(trainer: MemControlTrainer, data: DatasetDict) -> dict[str, int
 def public_flags(args: ScriptArguments) -> str:
     """The flags that differ from the defaults, without what names a place or a person's data."""
     private = {"train_data_dir", "dataset_name", "output_dir", "storage", "mask_from", "peft_config", "trainer_args",
-               "resume_from_checkpoint", "gate", "pretrained_model_name_or_path", "hub_model_id",
-               "single_file_config"}  # fmt: skip
+               "resume_from_checkpoint", "gate", "pretrained_model_name_or_path", "single_file_config", "hub_model_id",
+               "push_to_hub", "hub_revision", "hub_public", "allow_failed_gate", "report_to",
+               "log_images"}  # fmt: skip
+    if not Path(args.pretrained_model_name_or_path).exists():
+        private.remove("pretrained_model_name_or_path")
+    if public_datasets(args):
+        private.remove("dataset_name")
     default = ScriptArguments()
-    if args.train_data_dir is None and args.dataset_name == "demo" and args.pretrained_model_name_or_path == "demo":
+    if on_demo_data(args) and args.pretrained_model_name_or_path == "demo":
         private -= {"output_dir"} if not Path(args.output_dir).is_absolute() else set()
     flags = []
     for name, value in dataclasses.asdict(args).items():
-        if name in private or value == getattr(default, name) or (name == "encoder" and Path(value).exists()):
+        place = name != "output_dir" and without_place(value) != value
+        if name in private or value == getattr(default, name) or place:
             continue
         words = [] if value is True else value if isinstance(value, list) else [value]
         flags.append(shlex.join([f"--{name}", *map(str, words)]))

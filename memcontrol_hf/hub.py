@@ -1,0 +1,253 @@
+"""The push of what may be published: one commit of an allowlist of files, to a private repository by default."""
+
+import json
+import logging
+import shlex
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+
+from .model_card import ADAPTER, CARD, LORA, MASK, PLOT, REPORT, write_card
+from .report import MemorizationReport
+
+PUBLIC_FILES = (ADAPTER, LORA, "adapter_config.json", REPORT, PLOT, CARD)
+"""What a push uploads, where the folder has it, the card last; nothing else of the folder."""
+WAITS = (1.0, 2.0, 4.0, 8.0)
+"""Seconds before each further try when the Hub is busy, fails or hangs up."""
+
+logger = logging.getLogger(__name__)
+
+
+class GateFailed(ValueError):
+    """The release gate failed, so the adapter is not pushed."""
+
+
+class PushError(RuntimeError):
+    """The Hub did not take the push; says how to try again."""
+
+
+def push(
+    folder: str | Path,
+    repo_id: str | None = None,
+    *,
+    revision: str | None = None,
+    public: bool = False,
+    allow_failed_gate: bool = False,
+    commit_message: str = "Upload adapter, memorization report and card",
+) -> str:
+    """Upload the public files of an adapter's folder in one commit, the card rendered last.
+
+    The token is the Hub login's own. The folder keeps all of its files whatever happens; the card and the report in it
+    then say the repository's name.
+
+    Args:
+        folder (`str`): with `memorization_report.json` and the adapter.
+        repo_id (`str`, *optional*): `name` or `owner/name`; where it was pushed before, or the folder's name.
+        revision (`str`, *optional*): branch, made when it does not exist.
+        public (`bool`): make a new repository public, and allow one that is public already.
+        allow_failed_gate (`bool`): push although the release gate failed; the card says so first.
+
+    Returns:
+        `str`: the address of the commit.
+
+    Raises:
+        ValueError: for a folder without an adapter, and a public repository that was not allowed.
+        GateFailed: when the gate failed and that was not allowed.
+        PushError: when the Hub refuses the token or the commit, or does not answer in several tries.
+    """
+    folder = Path(folder)
+    report = _checked(folder, allow_failed_gate)
+    repo_id = repo_id or report.card.get("hub_model_id") or folder.resolve().name
+    again = push_command(folder, repo_id, revision, public, allow_failed_gate)
+
+    def prepare(full_id: str) -> None:
+        report.card = {name: value for name, value in report.card.items() if name != "revision"}
+        report.card |= {"hub_model_id": full_id} | ({"revision": revision} if revision else {})
+        report.to_json(folder / REPORT)
+        write_card(folder)
+
+    return _upload(folder, PUBLIC_FILES, repo_id, revision, public, prepare, commit_message, again)
+
+
+def push_mask(folder: str | Path, repo_id: str, *, revision: str | None = None, public: bool = False) -> str:
+    """Share the mask of an adapter's folder alone: `mask.json` and a card, without weights.
+
+    Args:
+        folder (`str`): of an adapter, or with a `mask.json`.
+        repo_id, revision, public: as of [`push`].
+
+    Returns:
+        `str`: the address of the commit.
+
+    Raises:
+        ValueError: for a folder without a mask.
+        PushError: as of [`push`].
+    """
+    content = mask_content(folder)
+    again = shlex.join(["memcontrol", "push-mask", str(folder), repo_id, *_options(revision, public)])
+    with tempfile.TemporaryDirectory() as temporary:
+
+        def prepare(full_id: str) -> None:
+            text = json.dumps(content | {"hub_model_id": full_id}, indent=2)
+            (Path(temporary) / MASK).write_text(text + "\n", encoding="utf-8")
+            write_card(temporary)
+
+        files, message = (MASK, CARD), "Upload mask and card"
+        return _upload(Path(temporary), files, repo_id, revision, public, prepare, message, again)
+
+
+def mask_content(folder: str | Path) -> dict[str, Any]:
+    """What a `mask.json` holds: the mask, and of the report how it was found and what it gave."""
+    folder = Path(folder)
+    if (folder / MASK).is_file():
+        return json.loads((folder / MASK).read_text(encoding="utf-8"))
+    if not (folder / REPORT).is_file():
+        raise ValueError(f"{str(folder)!r} holds no {REPORT} and no {MASK}: give the folder of an adapter")
+    report = MemorizationReport.from_json(folder / REPORT)
+    if not report.mask:
+        raise ValueError(f"{REPORT} in {str(folder)!r} holds no mask")
+    content = {name: getattr(report, name) for name in ("mask", "base_model", "method", "search", "figures")}
+    return {name: value for name, value in content.items() if value} | (
+        {"license": report.card["license"]} if report.card.get("license") else {}
+    )
+
+
+def check_login(repo_id: str, public: bool = False) -> None:
+    """See before long work that a push can be: that somebody is logged in, and no public repository is in the way.
+
+    A Hub that does not answer now is left to the push itself.
+
+    Raises:
+        ValueError: says what to do.
+    """
+    try:
+        _private_or_allowed(HfApi(), repo_id, public)
+    except (httpx2.TransportError, json.JSONDecodeError) as error:
+        logger.warning(f"the Hub does not answer now ({type(error).__name__}): the push will be tried at the end")
+    except HfHubHTTPError as error:
+        if not _transient(error):
+            raise ValueError(f"a push would fail: {_reason(error)}") from None
+    except (LocalTokenNotFoundError, OfflineModeIsEnabled, HFValidationError) as error:
+        raise ValueError(f"a push would fail: {_reason(error)}") from None
+
+
+def push_command(
+    folder: str | Path,
+    repo_id: str | None,
+    revision: str | None = None,
+    public: bool = False,
+    allow_failed_gate: bool = False,
+) -> str:
+    """The command that pushes a folder."""
+    words = ["memcontrol", "push", str(folder)] + (["--hub_model_id", repo_id] if repo_id else [])
+    return shlex.join([*words, *_options(revision, public), *(["--allow_failed_gate"] if allow_failed_gate else [])])
+
+
+def _options(revision: str | None, public: bool) -> list[str]:
+    return (["--hub_revision", revision] if revision else []) + (["--hub_public"] if public else [])
+
+
+def _checked(folder: Path, allow_failed_gate: bool) -> MemorizationReport:
+    """The report of a folder that may be pushed."""
+    if not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is no folder")
+    if not (folder / REPORT).is_file():
+        raise ValueError(f"{str(folder)!r} holds no {REPORT}: give the folder that a fine-tune left")
+    complete = (folder / LORA).is_file() or all((folder / name).is_file() for name in (ADAPTER, "adapter_config.json"))
+    if not complete:
+        raise ValueError(f"{str(folder)!r} holds no adapter: {ADAPTER} with adapter_config.json, or {LORA}")
+    report = MemorizationReport.from_json(folder / REPORT)
+    if report.gate is not None and not report.gate["passed"] and not allow_failed_gate:
+        raise GateFailed(
+            f"the release gate failed ({len(report.gate['failures'])} limits, see {folder / REPORT}), so nothing is "
+            "pushed. To push it all the same, with a card that says so first, add --allow_failed_gate"
+        )
+    return report
+
+
+def _upload(
+    folder: Path,
+    names: Sequence[str],
+    repo_id: str,
+    revision: str | None,
+    public: bool,
+    prepare: Callable[[str], None],
+    message: str,
+    again: str,
+) -> str:
+    """Commit the files; once more after each of `WAITS` while the Hub is busy, fails or hangs up."""
+    api = HfApi()
+    for wait in (*WAITS, None):
+        try:
+            full_id = _private_or_allowed(api, repo_id, public)
+            api.create_repo(full_id, private=not public, exist_ok=True)
+            if revision:
+                api.create_branch(full_id, branch=revision, exist_ok=True)
+            prepare(full_id)
+            return api.create_commit(
+                full_id,
+                [CommitOperationAdd(name, folder / name) for name in names if (folder / name).is_file()],
+                commit_message=message,
+                revision=revision,
+            ).commit_url
+        except (httpx2.HTTPError, json.JSONDecodeError, LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
+            if wait is None or not _transient(error):
+                raise PushError(
+                    f"the push failed: {_reason(error)} Nothing is lost: try again with\n    {again}"
+                ) from error
+            logger.warning(f"the Hub did not take the push ({_reason(error)}): trying again in {wait:g} s")
+            time.sleep(wait)
+        except HFValidationError as error:
+            raise ValueError(f"{repo_id!r} is no name of a repository: {_reason(error)}") from None
+
+
+def _private_or_allowed(api: HfApi, repo_id: str, public: bool) -> str:
+    """The full name of the repository, which is not there yet, is private, or may be public."""
+    owner = api.whoami()["name"]
+    full_id = repo_id if "/" in repo_id else f"{owner}/{repo_id}"
+    try:
+        if not api.model_info(full_id).private and not public:
+            raise ValueError(
+                f"the repository {full_id!r} is public: push to another one, or add --hub_public if everybody may "
+                "have the adapter"
+            )
+    except RepositoryNotFoundError:
+        pass
+    return full_id
+
+
+def _transient(error: Exception) -> bool:
+    """Whether trying again can help."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in (408, 429) or error.response.status_code >= 500
+    return isinstance(error, (httpx2.TransportError, json.JSONDecodeError))
+
+
+def _reason(error: Exception) -> str:
+    """One line, and what to do where that is known."""
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if status == 401 or isinstance(error, LocalTokenNotFoundError):
+        return "the Hub does not know your token: log in with `hf auth login`."
+    if status == 403:
+        return "your token may not write there: log in with a write token, `hf auth login`."
+    if status == 429:
+        return "the Hub is asked too often (429)."
+    if status is not None and status >= 500:
+        return f"the Hub has an error of its own ({status})."
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set."
+    if isinstance(error, (httpx2.TransportError, json.JSONDecodeError)):
+        return f"the Hub hung up or cannot be reached ({type(error).__name__})."
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,223 @@
+"""Pushing to a Hub on the loopback interface, one that fails too."""
+
+import json
+import re
+import time
+
+import pytest
+from conftest import adapter_folder, small_report, tiny_trainer
+from huggingface_hub import ModelCard, constants
+from mini_hub import TOKEN, Repo, serve
+
+from memcontrol_hf import cli
+from memcontrol_hf.hub import PUBLIC_FILES, WAITS, PushError, push
+
+PUSHED = sorted(set(PUBLIC_FILES) - {"pytorch_lora_weights.safetensors", "pareto_front.png"})
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A running Hub that this process is logged in to."""
+    with serve() as (hub, address):
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        hub.address = address
+        yield hub
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Seconds that would have been waited."""
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    return waited
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return adapter_folder(tmp_path / "my-adapter")
+
+
+def state(folder) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_push_is_one_commit_of_the_public_files_to_a_private_repository(hub, folder, capsys):
+    assert cli.main(["push", str(folder)]) == 0
+    repo = hub.repos["tester/my-adapter"]
+    assert repo.private and len(repo.commits) == 1
+    assert sorted(repo.files) == PUSHED
+    assert f"pushed: {hub.address}/" in capsys.readouterr().out
+    for name, data in repo.files.items():
+        assert data == (folder / name).read_bytes(), name
+    assert (folder / "private" / "review.html").exists() and (folder / "study.journal").exists()
+
+
+def test_the_pushed_card_loads_from_where_it_was_pushed_to(hub, folder):
+    push(folder, "owner/adapter", revision="v1")
+    files = hub.repos["owner/adapter"].branches["v1"]
+    assert hub.repos["owner/adapter"].files == {}
+    assert '(pipe.unet, "owner/adapter", revision="v1")' in files["README.md"].decode()
+    assert json.loads(files["memorization_report.json"])["card"]["hub_model_id"] == "owner/adapter"
+    push(folder)  # to where it was pushed before
+    assert '(pipe.unet, "owner/adapter")' in hub.repos["owner/adapter"].files["README.md"].decode()
+
+
+def test_the_card_is_rendered_last(hub, folder):
+    (folder / "README.md").write_text("written by somebody else")
+    push(folder)
+    order = [line["value"]["path"] for line in commit(hub) if line["key"] != "header"]
+    assert order[-1] == "README.md" and sorted(order) == PUSHED
+    assert ModelCard(hub.repos["tester/my-adapter"].files["README.md"].decode()).data.library_name == "peft"
+
+
+def commit(hub) -> list[dict]:
+    body = next(sent for sent in hub.sent if b"/commit/" in sent.split(b"\n", 1)[0])
+    return [json.loads(line) for line in body.split(b"\n") if line.startswith(b"{")]
+
+
+@pytest.mark.parametrize("where", ["/api/repos/create", "/preupload/", "/lfs/", "/commit/", "/validate-yaml"])
+@pytest.mark.parametrize("fault", [500, 429, "hang up"])
+def test_a_hub_that_fails_for_a_while_gets_the_push_in_the_end(hub, folder, waits, where, fault):
+    hub.faults[where] = [fault, fault]
+    push(folder)
+    assert len(hub.repos["tester/my-adapter"].commits) == 1
+    assert sorted(hub.repos["tester/my-adapter"].files) == PUSHED
+    assert len(waits) >= 2 and waits == sorted(waits)
+
+
+def test_a_commit_whose_reply_is_lost_is_not_made_twice(hub, folder, waits):
+    hub.faults["/commit/"] = ["lose the reply"]
+    push(folder)
+    assert len(hub.repos["tester/my-adapter"].commits) == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (500, "the Hub has an error of its own (500)"),
+        (429, "the Hub is asked too often (429)"),
+        ("hang up", "the Hub hung up or cannot be reached"),
+    ],
+)
+def test_after_a_failure_all_is_there_and_the_printed_command_pushes(hub, folder, waits, capsys, fault, reason):
+    before = state(folder)
+    hub.faults["/commit/"] = [fault] * 100
+    arguments = ["--hub_model_id", "owner/adapter", "--hub_revision", "v1"]
+    assert cli.main(["push", str(folder), *arguments]) == 1
+    error = capsys.readouterr().err
+    assert reason in error and "Nothing is lost: try again with" in error
+    after = state(folder)
+    assert after.keys() == before.keys()
+    assert {n for n in after if after[n] != before[n]} == {"README.md", "memorization_report.json"}, "the location"
+    assert [w for w in waits if w in WAITS] != []
+    assert "README.md" not in hub.repos["owner/adapter"].files
+    hub.faults.clear()
+    command = error.splitlines()[-1].split()
+    assert command[:2] == ["memcontrol", "push"] and command[3:] == arguments
+    assert cli.main(command[1:]) == 0
+    assert sorted(hub.repos["owner/adapter"].branches["v1"]) == PUSHED
+
+
+@pytest.mark.parametrize(
+    ("token", "where", "fault", "reason"),
+    [
+        ("hf_wrong", None, None, "does not know your token: log in with `hf auth login`"),
+        (TOKEN, "/commit/", 403, "may not write there: log in with a write token"),
+    ],
+)
+def test_a_refused_token_is_no_reason_to_try_again(
+    hub, folder, waits, capsys, monkeypatch, token, where, fault, reason
+):
+    monkeypatch.setenv("HF_TOKEN", token)
+    hub.faults[where or "-"] = [fault]
+    assert cli.main(["push", str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert reason in error and f"memcontrol push {folder} --hub_model_id my-adapter" in error
+    assert waits == [] and token not in error
+
+
+def test_no_login_and_no_network_are_said(hub, folder, waits, monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    with pytest.raises(PushError, match="log in with `hf auth login`"):
+        push(folder)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(PushError, match="cannot be reached"):
+        push(folder)
+    assert waits == list(WAITS)
+
+
+def test_a_failed_gate_is_not_pushed_unless_allowed_and_the_card_says_so_first(hub, tmp_path, capsys):
+    folder = adapter_folder(tmp_path / "leaky", report=small_report(passed=False))
+    assert cli.main(["push", str(folder)]) == 3
+    assert "the release gate failed (1 limits" in capsys.readouterr().err
+    assert hub.requests == []
+    assert cli.main(["push", str(folder), "--allow_failed_gate"]) == 0
+    card = ModelCard(hub.repos["tester/leaky"].files["README.md"].decode())
+    first = next(line for line in card.text.splitlines()[1:] if line and not line.startswith("#"))
+    assert first.startswith("**Release gate: FAILED.**")
+    assert "extraction\\_rate: may be as high as 0.500, above the limit 0.05" in card.text
+
+
+def test_a_public_repository_must_be_allowed(hub, folder, capsys):
+    hub.repos["owner/known"] = Repo(private=False)
+    assert cli.main(["push", str(folder), "--hub_model_id", "owner/known"]) == 2
+    assert "the repository 'owner/known' is public" in capsys.readouterr().err
+    assert hub.repos["owner/known"].commits == []
+    assert cli.main(["push", str(folder), "--hub_model_id", "owner/known", "--hub_public"]) == 0
+    assert cli.main(["push", str(folder), "--hub_model_id", "owner/new", "--hub_public"]) == 0
+    assert not hub.repos["owner/new"].private
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: (f / "memorization_report.json").unlink(), "holds no memorization_report.json"),
+        (lambda f: (f / "adapter_model.safetensors").unlink(), "holds no adapter"),
+        (lambda f: (f / "memorization_report.json").write_text("{"), "is no memorization report"),
+    ],
+)
+def test_a_folder_without_an_adapter_is_refused_before_the_hub_is_asked(hub, folder, capsys, break_it, message):
+    break_it(folder)
+    assert cli.main(["push", str(folder)]) == 2
+    assert message in capsys.readouterr().err and hub.requests == []
+
+
+def test_a_name_that_is_none_is_refused(hub, folder, capsys):
+    assert cli.main(["push", str(folder), "--hub_model_id", "a b"]) == 2
+    assert "'a b' is no name of a repository" in capsys.readouterr().err
+
+
+def test_a_mask_alone_is_shared_without_weights(hub, folder):
+    assert cli.main(["push-mask", str(folder), "owner/mask"]) == 0
+    files = hub.repos["owner/mask"].files
+    assert sorted(files) == ["README.md", "mask.json"] and hub.repos["owner/mask"].private
+    content = json.loads(files["mask.json"])
+    assert content["mask"]["mid_block.attentions.0"] is True and content["method"] == "svdiff"
+    card = ModelCard(files["README.md"].decode())
+    assert "memcontrol-mask" in card.data.tags
+    assert "--mask_from owner/mask --method svdiff" in card.text and f"1 of {len(content['mask'])} blocks" in card.text
+    assert not re.search(r"\{\{|None|\n\n\n", card.text) and "| frozen base |" in card.text
+
+
+def test_the_trainer_pushes_what_it_trained(hub, tmp_path):
+    trainer = tiny_trainer(
+        tmp_path / "from-trainer", push_to_hub=True, save_strategy="steps", save_steps=2, max_steps=2
+    )
+    trainer.train()
+    trainer.save_model(_internal_call=True)
+    assert hub.requests == [], "nothing is pushed before it is asked for"
+    trainer.push_to_hub()
+    repo = hub.repos["tester/from-trainer"]
+    assert repo.private and sorted(repo.files) == PUSHED
+    card = ModelCard(repo.files["README.md"].decode())
+    assert "Nothing was measured" in card.text and "**Release gate: not applied.**" in card.text
+    trainer.set_mask({"mid_block.attentions.0": True})
+    with pytest.raises(ValueError, match="is the report of another mask"):
+        trainer.push_to_hub()
+    with pytest.raises(ValueError, match="give no token"):
+        trainer.push_to_hub(token="hf_something")
