@@ -130,14 +130,17 @@ def test_the_model_index_holds_every_figure_of_the_report(tmp_path):
 
 
 def test_a_guarantee_is_claimed_with_differential_privacy_alone(tmp_path):
-    spent = {"epsilon": 3.25, "delta": 1e-5, "says_something": True}
+    terms = {"accountant": "rdp", "noise_multiplier": 0.8, "max_grad_norm": 0.1, "sample_rate": 0.2, "steps": 50}
+    spent = {"epsilon": 3.25, "delta": 1e-5, "epsilon_limit": 10.0, "says_something": True, **terms}
     training = {**small_report().training, "dp_sgd": spent}
     card = rendered(tmp_path, small_report(training=training))
     assert "ε = 3.25 at δ = 1e-05" in card.text
     assert not re.search("no formal guarantee", card.text, re.IGNORECASE)
     assert {"dp_epsilon", "dp_delta"} <= {r.metric_type for r in card.data.eval_results}
-    spent |= {"epsilon": None, "says_something": False}
-    assert "**No formal guarantee:**" in rendered(tmp_path, small_report(training=training)).text
+    assert "The training was differentially private: epsilon 3.25" in card.text
+    spent |= {"epsilon": 40.0, "says_something": False}
+    card = rendered(tmp_path, small_report(training=training))
+    assert "**No formal guarantee:**" in card.text and "Too little noise" in card.text
 
 
 def test_attacks_are_shown_with_interval_controls_limit_and_canaries(tmp_path):
