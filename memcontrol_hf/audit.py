@@ -25,7 +25,7 @@ from peft import PeftModel
 from torch.nn import functional as F
 
 from . import metrics as measures
-from .data import encode, first_rows, to_pixels, without_captions
+from .data import encode, first_rows, thumbnails, to_pixels, without_captions
 from .diffusion import family_of, seeded_generator
 from .features import Encoder, encoder_name, features_of, load_encoder
 from .report import NOT_APPLICABLE, MemorizationReport
@@ -166,8 +166,7 @@ class _Images:
     @cached_property
     def thumbnails(self) -> torch.Tensor:
         """`[N, 3, 32, 32]` of all rows."""
-        parts = [self.rows[i : i + 256] for i in range(0, len(self.rows), 256)]
-        return torch.cat([to_pixels(self.data[part]["image"], 32) for part in parts])
+        return thumbnails(self.data, self.rows)
 
 
 @dataclass
@@ -388,7 +387,8 @@ def _of_pipeline(
     result.figures, result.caught = figures | result.figures, caught
     limit = result.figures["copy_threshold"].value
     if limit is not None:
-        own = F.normalize(members.encoder(originals), dim=1)[:, None]
+        place = {row: i for i, row in enumerate(members.rows)}
+        own = F.normalize(members.features[[place[row] for row in rows]], dim=1)[:, None]
         to_own = (F.normalize(features, dim=1).unflatten(0, (len(rows), count)) * own).sum(-1).amax(1)
         caught["copy"] = ({row for row, similarity in zip(rows, to_own) if similarity > limit}, set(rows))
 

@@ -5,6 +5,7 @@ final measurement.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -216,12 +217,9 @@ def check_near_duplicates(data: DatasetDict, threshold: float = 0.05) -> None:
         data (`DatasetDict`): [`SPLITS`], column `image`.
         threshold (`float`): of [`~memcontrol_hf.metrics.near_duplicates`].
     """
-    thumbnails = {
-        name: torch.cat([to_pixels(part["image"], 32) for part in images.select_columns("image").iter(256)])
-        for name, images in data.items()
-    }
+    small = {name: thumbnails(images, range(len(images))) for name, images in data.items()}
     for one, other in combinations(data, 2):
-        pairs = near_duplicates(thumbnails[one], thumbnails[other], threshold)
+        pairs = near_duplicates(small[one], small[other], threshold)
         if pairs:
             rows = ", ".join(f"{i} and {j}" for i, j in pairs[:5]) + (" ..." if len(pairs) > 5 else "")
             raise ValueError(
@@ -229,6 +227,12 @@ def check_near_duplicates(data: DatasetDict, threshold: float = 0.05) -> None:
                 "Splits must be disjoint: put what belongs together into one group (--group_column), take these "
                 f"images out, or lower the threshold --near_duplicates {threshold:g} if they are different pictures"
             )
+
+
+def thumbnails(images: Dataset, rows: Sequence[int]) -> torch.Tensor:
+    """`[len(rows), 3, 32, 32]` in [0, 1] of some rows of the column `image`, read in parts; for near-duplicates."""
+    parts = [list(rows[i : i + 256]) for i in range(0, len(rows), 256)]
+    return torch.cat([to_pixels(images[part]["image"], 32) for part in parts])
 
 
 def plant_canaries(train: Dataset, count: int, repeats: int, seed: int = 0) -> Dataset:
@@ -245,7 +249,8 @@ def plant_canaries(train: Dataset, count: int, repeats: int, seed: int = 0) -> D
     if count == 0:
         return train
     digests = [_digest(image) for image in train["image"]]
-    rows = [row for row in first_rows(digests) if digests.count(digests[row]) == 1]
+    counts = Counter(digests)
+    rows = [row for row, digest in enumerate(digests) if counts[digest] == 1]
     if not 0 < count <= len(rows):
         raise ValueError(
             f"--canaries must lie between 0 and {len(rows)}, the training images that occur once: {count}"

@@ -123,10 +123,9 @@ def render(content: dict) -> str:
         f"| measure | {MEMORIZING} (95 %) | {BASE} (95 %) |",
         "|---|---|---|",
     ]
-    measured = {name: report.audit["measures"] for name, report in reports.items()}
-    for measure in measured[MEMORIZING]:
-        cells = [cell(measured[name].get(measure, {}).get("model")) for name in (MEMORIZING, BASE)]
-        lines.append(f"| {measure} | {' | '.join(cells)} |")
+    measures = reports[MEMORIZING].audit["measures"]
+    cells = {name: {row[0]: row[1] for row in report.audit_table()[1:]} for name, report in reports.items()}
+    lines += [f"| {measure} | {' | '.join(of[measure] for of in cells.values())} |" for measure in measures]
     lines += ["", "| canaries caught by | " + " | ".join(reports) + " |", "|---|---|---|"]
     for attack in reports[MEMORIZING].audit["canaries"]["caught"]:
         found = [report.audit["canaries"]["caught"][attack] for report in reports.values()]
@@ -146,18 +145,14 @@ def render(content: dict) -> str:
         "|---|---|---|---|",
     ]
     allowed = int(binom.ppf(0.99, len(draws), 0.05))
-    for measure in [name for name in measured[MEMORIZING] if name.startswith(AUC)]:
+    for measure in [name for name in measures if name.startswith(AUC)]:
         figures = [d[measure] for d in draws]
         outside = sum(not f["low"] <= 0.5 <= f["high"] for f in figures)
         mean = statistics.fmean(f["value"] for f in figures)
         lines.append(f"| {measure.removeprefix(AUC)} | {mean:.3f} | {outside} of {len(draws)} | {allowed} |")
     lines += ["", "| rate | nominal | mean over the draws | 95 % of all prompts |", "|---|---|---|---|"]
     for measure, nominal in (
-        *(
-            (name, FALSE_ALARMS)
-            for name in measured[MEMORIZING]
-            if name.startswith("membership_tpr_") and "strict" not in name
-        ),
+        *((name, FALSE_ALARMS) for name in measures if name.startswith("membership_tpr_") and "strict" not in name),
         ("copy_share", FALSE_ALARMS),
         ("extraction_rate", 0.0),
         ("extraction_rate_calibrated", 0.0),
@@ -168,13 +163,6 @@ def render(content: dict) -> str:
         low, high = clopper_pearson(mean * each * len(rates), each * len(rates))
         lines.append(f"| {measure} | {nominal:g} | {mean:.4f} | {low:.4f} to {high:.4f} |")
     return "\n".join([*lines, ""])
-
-
-def cell(figure: dict | None) -> str:
-    if figure is None or figure["value"] is None:
-        return "not estimable" if figure else "not measured"
-    interval = "" if figure["low"] is None else f" ({figure['low']:.3f} to {figure['high']:.3f})"
-    return f"{figure['value']:.3f}{interval}"
 
 
 def main() -> None:

@@ -273,8 +273,7 @@ class ScriptArguments:
     )
 
     def __post_init__(self) -> None:
-        demo_data = self.dataset_name == "demo" and self.train_data_dir is None
-        self.output_dir = self.output_dir or ("outputs/quickstart" if demo_data else "outputs/memcontrol")
+        self.output_dir = self.output_dir or ("outputs/quickstart" if on_demo_data(self) else "outputs/memcontrol")
         for name, value in (DEMO if self.pretrained_model_name_or_path == "demo" else OTHER).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -404,7 +403,7 @@ def load(args: ScriptArguments) -> tuple[Any, DatasetDict]:
         args.single_file_config,
     )
     family_of(pipeline).check_resolution(args.resolution)
-    if args.train_data_dir is None and args.dataset_name == "demo":
+    if on_demo_data(args):
         data = demo_dataset()
     else:
         several = parse_mitigations(args.mitigation).get("multiple_captions")
