@@ -17,7 +17,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 
 quickstart: .venv/core  ## search, fine-tune, measure and save an adapter, on the demo that ships in the package
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		training_scripts/train_memcontrol.py
+		--num_cpu_threads_per_process 2 training_scripts/train_memcontrol.py
 
 test: .venv/dev  ## the tests, on CPU and without the network
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -n auto --dist loadfile

@@ -30,6 +30,7 @@ from .diffusion import family_of, seeded_generator
 from .features import Encoder, encoder_name, features_of, load_encoder
 from .report import NOT_APPLICABLE, MemorizationReport
 from .sampling import generate
+from .tuners import MemControlConfig
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -249,6 +250,7 @@ def audit_memorization(
             base = _of_pipeline(base_pipeline or pipeline, members, others, settings, clip_model)
         if adapter is not None:
             load_adapter(pipeline, adapter)
+            _merge_ours(pipeline)
         model = _of_pipeline(pipeline, members, others, settings, clip_model)
         control = _of_pipeline(pipeline, half, other_half, settings, quality=False)
     doubles = measures.near_duplicates(members.thumbnails, None, settings.near_duplicates)
@@ -317,6 +319,13 @@ def load_adapter(pipeline: "DiffusionPipeline", adapter: str | Path) -> None:
         raise ValueError(
             f"cannot load the adapter {str(adapter)!r}: {reason} Give a PEFT folder or Hub id, or a LoRA file"
         ) from None
+
+
+def _merge_ours(pipeline: "DiffusionPipeline") -> None:
+    """Our own adapters, which merge exactly, sample faster so."""
+    denoiser = getattr(pipeline, family_of(pipeline).denoiser_name)
+    if isinstance(denoiser, PeftModel) and isinstance(denoiser.active_peft_config, MemControlConfig):
+        denoiser.merge_adapter()
 
 
 def _unload_adapter(pipeline: "DiffusionPipeline") -> None:
