@@ -191,6 +191,7 @@ def audit_memorization(
     clip_model: str | None = None,
     settings: AuditSettings | None = None,
     output_dir: str | Path | None = None,
+    control: bool = True,
 ) -> MemorizationReport:
     """Attack a model, or images that it generated.
 
@@ -216,6 +217,9 @@ def audit_memorization(
             How much is attacked.
         output_dir (`str`, *optional*):
             `private/review.html` and the key of the data's fingerprint go there; nothing is written without it.
+        control (`bool`):
+            Whether the attacks also look for half of the held-out images as if they were training images. The default
+            gate does not pass without.
 
     Returns:
         [`MemorizationReport`]: with `audit`, not yet judged by a gate.
@@ -244,7 +248,8 @@ def audit_memorization(
     if pipeline is None:
         _check_columns({"generated": generated}, ["image"])
         images = _Images.read(generated, settings.resolution, encoder)
-        model, control = (_of_images(images, *pair, settings) for pair in ((members, others), (half, other_half)))
+        model = _of_images(images, members, others, settings)
+        false_alarms = _of_images(images, half, other_half, settings) if control else None
     else:
         if base_pipeline is not None or adapter is not None:
             base = _of_pipeline(base_pipeline or pipeline, members, others, settings, clip_model)
@@ -252,9 +257,9 @@ def audit_memorization(
             load_adapter(pipeline, adapter)
             _merge_ours(pipeline)
         model = _of_pipeline(pipeline, members, others, settings, clip_model)
-        control = _of_pipeline(pipeline, half, other_half, settings, quality=False)
+        false_alarms = _of_pipeline(pipeline, half, other_half, settings, quality=False) if control else None
     doubles = measures.near_duplicates(members.thumbnails, None, settings.near_duplicates)
-    results = {"model": model, "frozen_base": base, "held_out_as_train": control}
+    results = {"model": model, "frozen_base": base, "held_out_as_train": false_alarms}
     canaries = members.repeated()
     content = {
         "subject": "generated images" if pipeline is None else "adapter" if adapter is not None else "pipeline",
