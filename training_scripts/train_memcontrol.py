@@ -32,6 +32,7 @@ from huggingface_hub import HfApi
 from peft import PeftConfig
 from transformers import HfArgumentParser
 from transformers import logging as transformers_logging
+from transformers.trainer_utils import BestRun
 
 from memcontrol_hf import (
     MemControlConfig,
@@ -60,7 +61,8 @@ from memcontrol_hf.report import (
     plot_front,
     search_summary,
 )
-from memcontrol_hf.search import check_sampler, check_study
+from memcontrol_hf.search import check_sampler, check_study, claim_final, known_masks, repeat_runs
+from memcontrol_hf.selection import rank_runs
 from memcontrol_hf.tracking import log_images, log_push, log_report, run_url, start_tracking
 from memcontrol_hf.trainer import METRICS, check_objectives
 
@@ -177,22 +179,45 @@ class ScriptArguments:
     )
     mask_from: str | None = field(
         default=None,
-        metadata={"help": "Take the mask of this adapter folder, JSON file or Hub repository instead of searching."},
+        metadata={
+            "help": "Take the mask of this adapter folder, JSON file or Hub repository instead of searching; with "
+            "--n_trials it is the third trial of a search."
+        },
     )
 
-    n_trials: int = field(default=8, metadata={"help": "Trials of the search, all in all."})
+    n_trials: int | None = field(
+        default=None, metadata={"help": "Trials of the search, all in all: 8, or none with --mask_from."}
+    )
     objectives: list[str] = field(
         default_factory=lambda: ["fid", "membership_auc"],
         metadata={"help": f"Out of {', '.join(METRICS)}; quality first, memorization second."},
     )
     memorization_budget: float | None = field(
-        default=None, metadata={"help": "Worst second objective that is allowed. Without it: the front's knee."}
+        default=None,
+        metadata={
+            "help": "Worst second objective that is allowed, a constraint of the search. Without it: the front's knee."
+        },
+    )
+    max_trainable_percent: float | None = field(
+        default=None, metadata={"help": "Masks that train more of the denoiser's parameters are not tried."}
+    )
+    n_finalists: int = field(
+        default=0,
+        metadata={"help": "Runs of the front that are repeated with new seeds before one is chosen by the repeats."},
+    )
+    finalist_repeats: int = field(default=1, metadata={"help": "How often each of them is repeated."})
+    trial_timeout: float | None = field(
+        default=None, metadata={"help": "Seconds after which a trial's training is stopped; it has failed then."}
     )
     sampler: str = field(default="tpe", metadata={"help": "Of the search: tpe, nsga2, gp, random."})
     search_fraction: float = field(default=1.0, metadata={"help": "Share of the training rows in a trial."})
     search_max_steps: int | None = _by_pipeline("search_max_steps", "Steps of a trial of the search.")
     storage: str | None = field(
-        default=None, metadata={"help": "Of the study: a journal file or a database's address."}
+        default=None,
+        metadata={
+            "help": "Of the study, which any number of processes share: a journal file, a database's address, or "
+            "grpc://host:port. See docs/search.md."
+        },
     )
     study_name: str = field(default="memcontrol", metadata={"help": "Name of the study in its storage."})
 
@@ -273,6 +298,8 @@ class ScriptArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.n_trials is None:
+            self.n_trials = 0 if self.mask_from else 8
         self.output_dir = self.output_dir or ("outputs/quickstart" if on_demo_data(self) else "outputs/memcontrol")
         for name, value in (DEMO if self.pretrained_model_name_or_path == "demo" else OTHER).items():
             if getattr(self, name) is None:
@@ -311,14 +338,22 @@ def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[
         check_login(args.hub_model_id or Path(args.output_dir).resolve().name, args.hub_public)
     if args.mixed_precision not in ("no", "fp16", "bf16"):
         raise ValueError(f"unknown mixed precision {args.mixed_precision!r}: use no, fp16 or bf16")
-    if args.n_trials < 1:
+    if args.n_trials < (0 if args.mask_from else 1):
         raise ValueError(f"--n_trials must be at least 1, but is {args.n_trials}")
+    for flag in ("max_trainable_percent", "trial_timeout"):
+        if (value := getattr(args, flag)) is not None and value <= 0:
+            raise ValueError(f"--{flag} must be positive, but is {value:g}")
+    for flag, least in (("n_finalists", 0), ("finalist_repeats", 1)):
+        if (value := getattr(args, flag)) < least:
+            raise ValueError(f"--{flag} must be at least {least}, but is {value}")
+    if args.memorization_budget is not None and len(args.objectives) < 2:
+        raise ValueError("--memorization_budget needs a second objective, the memorization")
     if args.train_data_dir is not None and not Path(args.train_data_dir).is_dir():
         raise ValueError(f"--train_data_dir {args.train_data_dir!r} is no folder")
     if args.train_data_dir is not None and args.dataset_name != "demo":
         raise ValueError("give --dataset_name or --train_data_dir, not both")
     mask = mask_from(args.mask_from) if args.mask_from else None
-    if mask is None:
+    if args.n_trials:
         storage = args.storage or str(Path(args.output_dir) / "study.journal")
         check_study(storage, args.study_name, settings(args), alone=args.storage is None)
     return config, rates, mask
@@ -542,6 +577,33 @@ def fine_tune_and_measure(trainer: MemControlTrainer, data: DatasetDict, resume:
     }
 
 
+def search(
+    args: ScriptArguments, trainer: MemControlTrainer, rates: tuple[float, float], mask: dict[str, bool] | None
+) -> BestRun | None:
+    """Search, and choose a run; `None` in a process that leaves the final fine-tune to another."""
+    runs = trainer.hyperparameter_search(
+        n_trials=args.n_trials,
+        learning_rate_range=rates,
+        sampler=args.sampler,
+        storage=args.storage,
+        study_name=args.study_name,
+        settings=settings(args),
+        enqueue=known_masks(trainer.search_space, *rates, [mask] if mask else []),
+        memorization_budget=args.memorization_budget,
+        max_trainable_percent=args.max_trainable_percent,
+        trial_timeout=args.trial_timeout,
+    )
+    if not claim_final(trainer, runs, args.trial_timeout):
+        logger.info("another process that works on this study does the final fine-tune")
+        return None
+    ranked = rank_runs(runs, args.memorization_budget)
+    if not args.n_finalists:
+        return ranked[0]
+    return select_run(
+        repeat_runs(trainer, ranked[: args.n_finalists], args.finalist_repeats), args.memorization_budget
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parse, load, search, select, fine-tune, measure, save, push."""
     transformers_logging.set_verbosity_error()
@@ -554,21 +616,16 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(2) from None
 
     study = selected = None
-    if mask is None:
-        runs = trainer.hyperparameter_search(
-            n_trials=args.n_trials,
-            learning_rate_range=rates,
-            sampler=args.sampler,
-            storage=args.storage,
-            study_name=args.study_name,
-            settings=settings(args),
-        )
+    if args.n_trials:
         try:
-            run = select_run(runs, args.memorization_budget)
-        except ValueError as error:
-            print(f"error: {error}. The trials are kept in {args.output_dir}", file=sys.stderr)
+            run = search(args, trainer, rates, mask)
+        except (ValueError, RuntimeError) as error:
+            print(f"error: {error}. The trials are kept in {args.storage or args.output_dir}", file=sys.stderr)
             raise SystemExit(1) from None
+        if run is None:
+            return
         study, selected, hyperparameters = run.run_summary, int(run.run_id), run.hyperparameters
+        trainer.args.seed += 1  # the search never saw it
         if isinstance(trainer.peft_config, MemControlConfig):
             trainer.peft_config.search = {"study_name": args.study_name, "trial": selected, "sampler": args.sampler}
     else:
