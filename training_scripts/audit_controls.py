@@ -71,12 +71,11 @@ def fine_tune(args: argparse.Namespace) -> Path:
 
 
 def audited(args: argparse.Namespace, adapter: Path | None) -> dict:
-    """The report of an audit against the demo's own splits, judged by the default gate."""
+    """The report of an audit against the demo's own splits."""
     data = demo_dataset()
     report = audit_memorization(
         data["train"], data["held_out"], pipeline=demo_pipeline(), adapter=adapter, settings=settings_of(args)
     )
-    report.judge(load_gate())
     return dataclasses.asdict(report)
 
 
@@ -131,6 +130,7 @@ def render(content: dict) -> str:
         found = [report.audit["canaries"]["caught"][attack] for report in reports.values()]
         lines.append(f"| {attack} | " + " | ".join(f"{n['caught']} of {n['of']}" for n in found) + " |")
     for name, report in reports.items():
+        report.judge(load_gate())
         lines += ["", f"Gate, {name}: **{'passed' if report.gate['passed'] else 'failed'}**."]
         lines += [f"- {failure}" for failure in report.gate["failures"]]
     draws = content["draws"].values()
@@ -150,9 +150,11 @@ def render(content: dict) -> str:
         outside = sum(not f["low"] <= 0.5 <= f["high"] for f in figures)
         mean = statistics.fmean(f["value"] for f in figures)
         lines.append(f"| {measure.removeprefix(AUC)} | {mean:.3f} | {outside} of {len(draws)} | {allowed} |")
+    # A rate of at most 1 % of 128 others is one of them: an image that is like them is above all but one so often.
+    of_one = (int(128 * FALSE_ALARMS) + 1) / 129
     lines += ["", "| rate | nominal | mean over the draws | 95 % of all prompts |", "|---|---|---|---|"]
     for measure, nominal in (
-        *((name, FALSE_ALARMS) for name in measures if name.startswith("membership_tpr_") and "strict" not in name),
+        *((name, of_one) for name in measures if name.startswith("membership_tpr_") and "strict" not in name),
         ("copy_share", FALSE_ALARMS),
         ("extraction_rate", 0.0),
         ("extraction_rate_calibrated", 0.0),
@@ -161,7 +163,7 @@ def render(content: dict) -> str:
         each = 128 if measure.startswith("membership") else 24
         mean = statistics.fmean(rates)
         low, high = clopper_pearson(mean * each * len(rates), each * len(rates))
-        lines.append(f"| {measure} | {nominal:g} | {mean:.4f} | {low:.4f} to {high:.4f} |")
+        lines.append(f"| {measure} | {nominal:.3g} | {mean:.4f} | {low:.4f} to {high:.4f} |")
     return "\n".join([*lines, ""])
 
 

@@ -131,7 +131,7 @@ def measure(run: dict, trainer: MemControlTrainer, data: dict) -> dict[str, floa
     with timed("audit"), denoiser_in_place(trainer.pipeline, trainer.model):
         report = audit_memorization(
             data["train"],
-            data["held_out"],
+            held_out,
             trainer.pipeline,
             encoder=trainer.encoder,
             settings=settings,
