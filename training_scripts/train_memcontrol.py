@@ -87,6 +87,7 @@ DEMO = {
     "train_batch_size": 32,
     "max_train_steps": 100,
     "search_max_steps": 50,
+    "n_finalists": 0,
     "eval_num_images": 144,
     "eval_inference_steps": 10,
     "eval_guidance_scale": 3.0,
@@ -98,6 +99,7 @@ OTHER = {
     "train_batch_size": 4,
     "max_train_steps": 1000,
     "search_max_steps": 250,
+    "n_finalists": 3,
     "eval_num_images": 256,
     "eval_inference_steps": 25,
     "eval_guidance_scale": 7.5,
@@ -201,9 +203,8 @@ class ScriptArguments:
     max_trainable_percent: float | None = field(
         default=None, metadata={"help": "Masks that train more of the denoiser's parameters are not tried."}
     )
-    n_finalists: int = field(
-        default=0,
-        metadata={"help": "Runs of the front that are repeated with new seeds before one is chosen by the repeats."},
+    n_finalists: int | None = _by_pipeline(
+        "n_finalists", "Runs of the front that are repeated with new seeds before one is chosen by the repeats."
     )
     finalist_repeats: int = field(default=1, metadata={"help": "How often each of them is repeated."})
     trial_timeout: float | None = field(
