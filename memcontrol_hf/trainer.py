@@ -683,7 +683,8 @@ class MemControlTrainer(Trainer):
             compute_objective (`Callable`, *optional*):
                 From the figures of [`~MemControlTrainer.evaluate`] to the objectives; `args.objectives` by default.
             n_trials (`int`):
-                Finished trials that the study shall hold in the end: a search that was interrupted goes on.
+                Finished trials that the study shall hold in the end: a search that was interrupted goes on. A trial
+                that repeats another does not count, nor does one that a kill ended.
             direction (`str` or list of `str`, *optional*):
                 `"minimize"` or `"maximize"` for each objective; by default as each metric is better.
             backend (`str`):
@@ -691,7 +692,8 @@ class MemControlTrainer(Trainer):
             hp_name (`Callable`, *optional*):
                 From a trial to the name of its run in trackers.
             **kwargs:
-                `learning_rate_range`, `sampler`, `storage`, `study_name`, `settings`, `enqueue`: see
+                `learning_rate_range`, `sampler`, `storage`, `study_name`, `settings`, `enqueue`,
+                `memorization_budget`, `max_trainable_percent`, `trial_timeout`: see
                 [`~memcontrol_hf.search.run_search`].
 
         Returns:

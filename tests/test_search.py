@@ -415,3 +415,55 @@ def test_the_frozen_base_is_never_selected():
     with pytest.raises(ValueError, match="the frozen base alone is on the Pareto front"):
         select_run(FRONT[:1])
     assert select_run([FRONT[0], FRONT[3]]).run_id == "3"
+
+
+_TOGETHER = """
+import datetime, sys
+sys.path.insert(0, {tests!r})
+from accelerate import PartialState
+from conftest import tiny_trainer
+import datasets.config
+datasets.config.HF_DATASETS_CACHE = {cache!r}
+import memcontrol_hf.search
+memcontrol_hf.search._AGREEMENT = datetime.timedelta(seconds=20)
+trainer = tiny_trainer({folder!r}, max_steps=2, use_cpu=True)
+measure, calls = trainer.train_and_evaluate, []
+
+def failing():
+    calls.append(1)
+    if len(calls) == 2 and PartialState().process_index in {failing}:
+        raise MemoryError("no memory left")
+    return measure()
+
+trainer.train_and_evaluate = failing
+trainer.hyperparameter_search(n_trials=4, hp_space=lambda trial: {{
+    "mask": trainer.search_space.mask(True), "learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-2)
+}}, enqueue=[])
+"""
+
+
+def search_in_two_processes(tmp_path, failing: set[int]) -> tuple[int, optuna.Study]:
+    """One search whose trials two processes share, and in the second trial of which some of them fail."""
+    file = tmp_path / "together.py"
+    folder, cache = tmp_path / "out", str(tmp_path / "cache")
+    file.write_text(
+        _TOGETHER.format(tests=os.path.dirname(__file__), cache=cache, folder=str(folder), failing=failing),
+        encoding="utf-8",
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*launch, str(file)], timeout=300, stderr=subprocess.DEVNULL)
+    return done.returncode, study_in(folder)
+
+
+def test_a_trial_that_fails_in_all_its_processes_is_recorded_and_the_search_goes_on(tmp_path):
+    code, study = search_in_two_processes(tmp_path, {0, 1})
+    assert code == 0
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert study.trials[1].user_attrs["failure"] == "MemoryError: no memory left (process 0)"
+
+
+def test_a_trial_that_fails_in_one_process_alone_is_recorded_and_nothing_hangs(tmp_path):
+    code, study = search_in_two_processes(tmp_path, {1})
+    assert code != 0
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL"]
+    assert study.trials[1].user_attrs["failure"] == "MemoryError: no memory left"

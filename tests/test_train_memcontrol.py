@@ -69,7 +69,7 @@ def flags(assets, output_dir, **changes) -> list[str]:
         "train_batch_size": 4,
         "max_train_steps": 3,
         "search_max_steps": 3,
-        "n_trials": 3,
+        **({} if "mask_from" in changes else {"n_trials": 3}),
         "eval_num_images": 4,
         "eval_inference_steps": 2,
         "audit_num_prompts": 4,
