@@ -18,10 +18,11 @@ compare_on_demo = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(compare_on_demo)
 
 
-def test_the_table_is_rendered_from_the_runs():
-    content = json.loads((ROOT / "docs" / "demo_comparison.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("results", compare_on_demo.RESULTS.values())
+def test_the_table_is_rendered_from_the_runs(results):
+    content = json.loads((ROOT / results).read_text(encoding="utf-8"))
     assert all(len(of_seed) == 3 for of_seed in content["runs"].values())
-    assert (ROOT / "docs" / "demo_comparison.md").read_text(encoding="utf-8") == compare_on_demo.render(content)
+    assert (ROOT / results).with_suffix(".md").read_text(encoding="utf-8") == compare_on_demo.render(content)
 
 
 def test_the_interval_is_students():
@@ -32,8 +33,8 @@ def test_the_interval_is_students():
 
 
 def test_results_of_other_settings_are_not_mixed_in(tmp_path, capsys):
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"mask": {"mid_block.attentions.0": True}}))
-    (tmp_path / "memorization_report.json").write_text(json.dumps({"training": {"learning_rate": 0.01}}))
+    report = {"mask": {"mid_block.attentions.0": True}, "training": {"learning_rate": 0.01}}
+    (tmp_path / "memorization_report.json").write_text(json.dumps(report))
     (tmp_path / "results.json").write_text(json.dumps({"settings": {"max_train_steps": 7}, "runs": {}}))
     with pytest.raises(SystemExit) as stopped:
         compare_on_demo.main(["--mask_from", str(tmp_path), "--results", str(tmp_path / "results.json")])
@@ -44,9 +45,9 @@ def test_results_of_other_settings_are_not_mixed_in(tmp_path, capsys):
 @pytest.fixture
 def mitigations(tmp_path):
     """The arguments of the table of mitigations, with a mask that was found."""
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"mask": {"mid_block.attentions.0": True}}))
-    (tmp_path / "memorization_report.json").write_text(json.dumps({"training": {"learning_rate": 0.01}}))
-    return argparse.Namespace(mask_from=str(tmp_path), weights_rate=1e-3, table="mitigations")
+    report = {"mask": {"mid_block.attentions.0": True}, "training": {"learning_rate": 0.01}}
+    (tmp_path / "memorization_report.json").write_text(json.dumps(report))
+    return argparse.Namespace(mask_from=tmp_path, weights_rate=1e-3, table="mitigations")
 
 
 def test_each_mitigation_has_a_row_beside_none_full_and_the_selected_mask(mitigations):

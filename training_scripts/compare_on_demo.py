@@ -2,8 +2,8 @@
 
 Equal steps, held-out figures, several seeds. Each finished run is kept, so the same command goes on where it stopped:
 
-    python training_scripts/compare_on_demo.py --mask_from outputs/quickstart
-    python training_scripts/compare_on_demo.py --mask_from outputs/quickstart --table mitigations
+    python training_scripts/compare_on_demo.py
+    python training_scripts/compare_on_demo.py --table mitigations
 
 The first compares the frozen base, full fine-tune, attention weights, all-on SV-DIFF and a found mask, and writes
 `docs/demo_comparison.json` (every run) and `docs/demo_comparison.md` (mean and 95 % t interval over seeds). The second
@@ -81,12 +81,15 @@ CANARIES = AuditSettings(
 
 def rows(args: argparse.Namespace) -> dict[str, dict]:
     """What each row tunes, and at which learning rate."""
-    config = json.loads((Path(args.mask_from) / "adapter_config.json").read_text(encoding="utf-8"))
-    report = json.loads((Path(args.mask_from) / "memorization_report.json").read_text(encoding="utf-8"))
-    rate = report["training"]["learning_rate"]
+    if args.mask_from.is_dir():
+        report = json.loads((args.mask_from / "memorization_report.json").read_text(encoding="utf-8"))
+        found = {"mask": report["mask"], "learning_rate": report["training"]["learning_rate"]}
+    else:
+        found = json.loads(args.mask_from.read_text(encoding="utf-8"))
+    rate = found["learning_rate"]
     full = {"method": "weights", "granularity": [".*"], "mask": True, "rate": args.weights_rate}
     all_blocks = {"method": "svdiff", "granularity": "block", "mask": True, "rate": rate}
-    selected = {**all_blocks, "mask": config["mask"]}
+    selected = {**all_blocks, "mask": found["mask"]}
     if args.table == "mitigations":
         return {
             "SV-DIFF, all blocks": all_blocks,
@@ -204,7 +207,12 @@ def render(content: dict) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing, then render."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mask_from", default="outputs/quickstart", help="folder of the adapter with the found mask")
+    parser.add_argument(
+        "--mask_from",
+        type=Path,
+        default=Path("docs/demo_mask.json"),
+        help="the found mask and its learning rate: a JSON file, or the folder of an adapter",
+    )
     parser.add_argument("--table", choices=RESULTS, default="tuned", help="what is compared")
     parser.add_argument("--max_train_steps", type=int, default=200, help="steps of each row")
     parser.add_argument("--weights_rate", type=float, default=1e-3, help="learning rate of the rows that tune weights")
@@ -225,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
         "mask": table["SV-DIFF, selected mask"]["mask"],
         "eval_num_images": args.eval_num_images,
         "seeds": args.seed,
-        "command": "python training_scripts/compare_on_demo.py --mask_from outputs/quickstart",
+        "command": "python training_scripts/compare_on_demo.py",
     }
     if args.table != "tuned":
         settings |= {"table": args.table, "command": f"{settings['command']} --table {args.table}"}
