@@ -516,6 +516,8 @@ def repeat_runs(trainer: "MemControlTrainer", runs: Sequence[BestRun], repeats: 
                     broadcast_object_list(known)
                 if known[0] is None:
                     args.seed = seed + 1000 * number
+                    name = f"trial-{run.run_id}-repeat-{number}"
+                    start_tracking(trainer, study.study_name, name, "repeat", run.hyperparameters)
                     trainer.apply_hyperparameters(run.hyperparameters)
                     figures = trainer.train_and_evaluate()
                     known = [[figures[f"eval_{name}"] for name in args.objectives]]

@@ -291,7 +291,7 @@ def test_a_search_that_finds_nothing_keeps_its_trials(script, assets, tmp_path, 
     with pytest.raises(SystemExit) as stopped:
         script.main(flags(assets, tmp_path, memorization_budget=-1))
     assert stopped.value.code == 1
-    assert "no run is within the memorization budget of -1" in capsys.readouterr().err
+    assert "no trial is within the memorization budget of -1" in capsys.readouterr().err
     assert (tmp_path / "study.journal").exists()
 
 
@@ -435,7 +435,10 @@ def runs_of(output_dir: Path) -> dict[str, dict]:
 def test_wandb_offline_has_a_group_a_study_and_a_run_a_trial(published):
     runs = published.runs
     assert all(b"my-study" in run["records"] for run in runs.values()), "the group"
-    assert runs.keys() == {"trial-0", "trial-1", "trial-2", "frozen base", "all blocks", "selected mask"}
+    trials = {"trial-0", "trial-1", "trial-2"}
+    repeats = {name for name in runs if name.endswith("-repeat-1")}
+    assert repeats and {name.removesuffix("-repeat-1") for name in repeats} <= trials
+    assert runs.keys() - repeats == trials | {"frozen base", "all blocks", "selected mask"}
     report = MemorizationReport.from_json(published.folder / "memorization_report.json")
     for trial in report.search["trials"]:
         run = runs[f"trial-{trial['number']}"]
