@@ -124,7 +124,8 @@ def check_study(storage: str, study_name: str, settings: Mapping[str, Any], alon
     """
     if "://" not in storage and not Path(storage).exists():
         return
-    names = [n for n in optuna.get_all_study_names(open_storage(storage)) if not n.endswith(_FINAL)]
+    opened = open_storage(storage)
+    names = [n for n in optuna.get_all_study_names(opened) if not n.endswith(_FINAL)]
     if study_name not in names:
         if names and alone:
             raise ValueError(
@@ -132,7 +133,7 @@ def check_study(storage: str, study_name: str, settings: Mapping[str, Any], alon
                 "give another --output_dir, or that --study_name"
             )
         return
-    stored = optuna.load_study(study_name=study_name, storage=open_storage(storage)).user_attrs.get("settings")
+    stored = optuna.load_study(study_name=study_name, storage=opened).user_attrs.get("settings")
     if not stored or not settings:
         return
     differing = [name for name in {**stored, **settings} if stored.get(name) != settings.get(name)]
@@ -374,8 +375,7 @@ def _ask(study: optuna.Study, n_trials: int) -> optuna.Trial | None:
     if counted >= n_trials or len(trials) - counted >= 20 * n_trials:
         return None
     trial = study.ask()
-    process = psutil.Process()
-    trial.set_user_attr("worker", [socket.gethostname(), process.pid, process.create_time()])
+    trial.set_user_attr("worker", _this_worker())
     before = [t for t in study.get_trials(deepcopy=False) if t.number < trial.number]
     if sum(_counts(t) or t.state == TrialState.WAITING for t in before) >= n_trials:
         _fail(study, trial.number, _SURPLUS)  # another worker asked at the same moment
@@ -385,7 +385,7 @@ def _ask(study: optuna.Study, n_trials: int) -> optuna.Trial | None:
 
 def _twin(study: optuna.Study, hyperparameters: Mapping[str, Any]) -> FrozenTrial | None:
     """The first finished trial that had the same hyperparameters, or no block on as these have none."""
-    off = not any(hyperparameters.get("mask", {"": True}).values())
+    off = _selects_nothing(hyperparameters)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         same = trial.user_attrs.get("hyperparameters") == hyperparameters
         if "same_as" not in trial.user_attrs and (same or (off and is_frozen_base(trial))):
@@ -398,6 +398,12 @@ def _queue_again_what_died(study: optuna.Study, timeout: float | None) -> None:
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if not _alive(trial, timeout) and _fail(study, trial.number, _KILLED):
             study.enqueue_trial({**trial.system_attrs.get("fixed_params", {}), **trial.params})
+
+
+def _this_worker() -> list[Any]:
+    """Which process this is: its machine, its number, and when it was started."""
+    process = psutil.Process()
+    return [socket.gethostname(), process.pid, process.create_time()]
 
 
 def _alive(trial: FrozenTrial, timeout: float | None = None) -> bool:
@@ -416,7 +422,7 @@ def _alive(trial: FrozenTrial, timeout: float | None = None) -> bool:
 
 def _fail(study: optuna.Study, number: int, reason: str) -> bool:
     """Record a trial as failed; whether it was not finished already."""
-    trial_id = study.trials[number]._trial_id
+    trial_id = study.get_trials(deepcopy=False)[number]._trial_id
     try:
         study._storage.set_trial_user_attr(trial_id, "failure", reason)
         study.tell(number, state=TrialState.FAIL)
@@ -554,11 +560,11 @@ def _claim(study: optuna.Study, timeout: float | None, poll_seconds: float) -> b
     while running := [t for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if _alive(t, timeout)]:
         logger.info(f"waiting for trial {', '.join(str(t.number) for t in running)} of another process")
         time.sleep(poll_seconds)
-    process = psutil.Process()
-    started = datetime.fromtimestamp(process.create_time())
+    worker = _this_worker()
+    started = datetime.fromtimestamp(worker[-1])
     final = optuna.create_study(storage=study._storage, study_name=study.study_name + _FINAL, load_if_exists=True)
     claim = final.ask()  # its number is given once
-    claim.set_user_attr("worker", [socket.gethostname(), process.pid, process.create_time()])
+    claim.set_user_attr("worker", worker)
     for other in final.get_trials(deepcopy=False):
         if other.number < claim.number and (
             (other.state == TrialState.RUNNING and _alive(other))
@@ -577,9 +583,12 @@ def _release(final: optuna.Study, number: int) -> None:
 
 def is_frozen_base(trial_or_run: FrozenTrial | BestRun) -> bool:
     """Whether a trial or run has no block on: nothing was trained."""
-    hyperparameters = (
+    return _selects_nothing(
         trial_or_run.hyperparameters
         if isinstance(trial_or_run, BestRun)
         else trial_or_run.user_attrs["hyperparameters"]
     )
+
+
+def _selects_nothing(hyperparameters: Mapping[str, Any]) -> bool:
     return not any(hyperparameters.get("mask", {"": True}).values())

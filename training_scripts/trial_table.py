@@ -11,6 +11,7 @@ there before the end is a random sample.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import random
@@ -20,12 +21,11 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from train_memcontrol import DEMO, METHODS, ScriptArguments, training_arguments
+from train_memcontrol import METHODS, ScriptArguments, audit_settings, training_arguments
 from transformers import TrainerCallback
 from transformers import logging as transformers_logging
 
 from memcontrol_hf import MemControlTrainer, SearchSpace, audit_memorization, demo_dataset, demo_pipeline, metrics
-from memcontrol_hf.audit import AuditSettings
 from memcontrol_hf.features import load_encoder
 from memcontrol_hf.sampling import denoiser_in_place
 
@@ -106,7 +106,7 @@ def measure(run: dict, trainer: MemControlTrainer, data: dict) -> dict[str, floa
                 trainer.model,
                 images.encoded[images.unique]["latents"],
                 images.encoded[images.unique]["prompt_embeds"],
-                trainer._null,
+                trainer.family.null_condition(),
                 trainer.family,
                 NOISE_TIMESTEPS,
                 [(run["seed"], purpose, i) for i in images.unique],
@@ -118,14 +118,11 @@ def measure(run: dict, trainer: MemControlTrainer, data: dict) -> dict[str, floa
     for k, timestep in enumerate(NOISE_TIMESTEPS):
         row |= {f"noise_norm_{timestep}_{name}": of[:, k].mean().item() for name, of in norms.items()}
         row[f"noise_norm_{timestep}_auc"] = metrics.membership(norms["train"][:, k], norms["validation"][:, k]).auc
-    settings = AuditSettings(
-        resolution=DEMO["resolution"],
+    settings = dataclasses.replace(
+        audit_settings(ScriptArguments(seed=run["seed"])),
         num_prompts=24,  # the twelve repeated images, and as many others
         images_per_prompt=8,
         num_quality_images=72,
-        inference_steps=DEMO["eval_inference_steps"],
-        guidance_scale=DEMO["eval_guidance_scale"],
-        seed=run["seed"],
     )
     held_out = data["held_out"].select(range(128))
     with timed("audit"), denoiser_in_place(trainer.pipeline, trainer.model):
