@@ -505,7 +505,7 @@ def repeat_runs(trainer: "MemControlTrainer", runs: Sequence[BestRun], repeats: 
     call makes only those that are missing.
 
     Args:
-        runs (list of `BestRun`): as `hyperparameter_search` returned them for several objectives.
+        runs (list of `BestRun`): as [`~memcontrol_hf.selection.rank_runs`] gives them.
         repeats (`int`): how often each is repeated.
 
     Returns:
@@ -531,26 +531,31 @@ def repeat_runs(trainer: "MemControlTrainer", runs: Sequence[BestRun], repeats: 
                         study.set_user_attr(key, known[0])
                         logger.info(f"{key}: {', '.join(f'{value:.4g}' for value in known[0])}")
                 values.append(known[0])
-            repeated.append(run._replace(objective=np.mean(values, axis=0).tolist()))
+            mean = np.mean(values, axis=0).tolist()
+            repeated.append(run._replace(objective=mean if len(mean) > 1 else mean[0]))
     finally:
         args.seed = seed
     return repeated
 
 
 def claim_final(
-    trainer: "MemControlTrainer", runs: Sequence[BestRun], timeout: float | None = None, poll_seconds: float = 2.0
+    trainer: "MemControlTrainer",
+    runs: BestRun | Sequence[BestRun],
+    timeout: float | None = None,
+    poll_seconds: float = 2.0,
 ) -> bool:
     """Whether this trainer is to do the final fine-tune: of all that work on a study, exactly one is.
 
     It waits until no trial runs any more. When the process that took the fine-tune was killed, the next that asks gets
-    it; when that one has finished, only a process that was started later does.
+    it; when that one has finished, only a process that was started later does. Whoever has it may ask again.
 
     Args:
-        runs (list of `BestRun`): as `hyperparameter_search` returned them.
+        runs (`BestRun` or list of them): as `hyperparameter_search` returned them.
         timeout (`float`, *optional*): the search's `trial_timeout`.
         poll_seconds (`float`): how often it looks.
     """
-    claimed = [trainer.is_world_process_zero() and _claim(runs[0].run_summary, timeout, poll_seconds)]
+    study = (runs if isinstance(runs, BestRun) else runs[0]).run_summary
+    claimed = [trainer.is_world_process_zero() and _claim(study, timeout, poll_seconds)]
     if trainer.args.world_size > 1:
         broadcast_object_list(claimed)
     return claimed[0]
@@ -566,9 +571,13 @@ def _claim(study: optuna.Study, timeout: float | None, poll_seconds: float) -> b
     claim = final.ask()  # its number is given once
     claim.set_user_attr("worker", worker)
     for other in final.get_trials(deepcopy=False):
-        if other.number < claim.number and (
-            (other.state == TrialState.RUNNING and _alive(other))
-            or (other.state == TrialState.COMPLETE and other.datetime_complete > started)
+        if (
+            other.number < claim.number
+            and other.user_attrs.get("worker") != worker
+            and (
+                (other.state == TrialState.RUNNING and _alive(other))
+                or (other.state == TrialState.COMPLETE and other.datetime_complete > started)
+            )
         ):
             final.tell(claim, state=TrialState.FAIL)
             return False

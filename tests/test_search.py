@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from transformers.trainer_utils import BestRun
 
 from memcontrol_hf import MemControlConfig, select_run
-from memcontrol_hf.search import SAMPLERS, check_study, open_storage, repeat_runs
+from memcontrol_hf.search import SAMPLERS, check_study, claim_final, open_storage, repeat_runs
 
 logging.getLogger("memcontrol_hf").setLevel(logging.INFO)
 
@@ -154,16 +154,19 @@ def test_what_is_not_finite_fails_and_stays_off_the_front(tmp_path, bad):
 
 def test_a_trial_that_diverges_is_recorded_and_the_search_goes_on(tmp_path):
     trainer = tiny_trainer(tmp_path, config=MemControlConfig(method="weights"), max_steps=3)
-    rates = iter([1e-3, 1e30, 1.0001e-3])
+    rates = iter([1e30, 1e-3])
     runs = trainer.hyperparameter_search(
         hp_space=lambda trial: {"mask": trainer.search_space.mask(True), "learning_rate": next(rates)},
         enqueue=[],
-        n_trials=3,
+        n_trials=2,
     )
     trials = runs[0].run_summary.trials
-    assert [t.state.name for t in trials] == ["COMPLETE", "FAIL", "COMPLETE"]
-    assert "not finite" in trials[1].user_attrs["failure"]
-    assert trials[0].values == pytest.approx(trials[2].values, abs=1e-3), "nothing of the failure is left in the base"
+    assert [t.state.name for t in trials] == ["FAIL", "COMPLETE"]
+    assert "not finite" in trials[0].user_attrs["failure"]
+    alone = tiny_trainer(tmp_path / "alone", config=MemControlConfig(method="weights"), max_steps=3)
+    alone.apply_hyperparameters(trials[1].user_attrs["hyperparameters"])
+    figures = alone.train_and_evaluate()
+    assert trials[1].values == [figures["eval_fid"], figures["eval_membership_auc"]], "nothing of the failure is left"
 
 
 def fake_figures(trainer):
@@ -344,6 +347,9 @@ def test_one_objective_gives_one_run(tmp_path):
     run = trainer.hyperparameter_search(n_trials=3, sampler="random")
     assert isinstance(run, BestRun) and isinstance(run.objective, float)
     assert run.objective == min(t.value for t in run.run_summary.trials)
+    assert claim_final(trainer, run) and claim_final(trainer, run), "who has the final fine-tune may ask again"
+    (repeated,) = repeat_runs(trainer, [run], 1)
+    assert isinstance(repeated.objective, float) and select_run([repeated]) is repeated
 
 
 def test_a_space_of_ones_own(tmp_path):

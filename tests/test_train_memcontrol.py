@@ -208,6 +208,13 @@ def test_every_method_runs_through(script, assets, tmp_path, method):
     assert sum(p.numel() for p in loaded.parameters()) > sum(p.numel() for p in tiny_unet().parameters())
 
 
+def test_one_objective_runs_through(script, assets, tmp_path):
+    script.main(flags(assets, tmp_path / "out", objectives="loss", n_trials=2, seed=3))
+    report = MemorizationReport.from_json(tmp_path / "out" / "memorization_report.json")
+    assert report.search["objectives"] == ["loss"] and len(report.search["trials"]) == 2
+    assert report.training["seed"] == 4, "a seed that the search never saw"
+
+
 def test_any_peft_config_can_be_given_as_a_file(script, assets, tmp_path):
     (tmp_path / "loha.json").write_text(json.dumps({"peft_type": "LOHA", "r": 2, "target_modules": ["to_q"]}))
     script.main(flags(assets, tmp_path / "out", peft_config=tmp_path / "loha.json", n_trials=2, granularity="site"))

@@ -673,7 +673,7 @@ def save(
             "batch_size": trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps,
             "world_size": trainer.args.world_size,
             "resolution": args.resolution,
-            "seed": args.seed,
+            "seed": trainer.args.seed,
             "mitigations": [mitigation for mitigation in args.mitigation if mitigation not in sampling],
             **({"sampling_mitigations": sampling} if sampling else {}),
             **({"canaries": args.canaries, "canary_repeats": args.canary_repeats} if args.canaries else {}),
