@@ -426,7 +426,7 @@ def own_images(assets, tmp_path_factory):  # noqa: F811
 def test_the_script_takes_them_names_them_and_refuses_to_go_on_without(script, assets, own_images, tmp_path, capsys):  # noqa: F811
     names = ["multiple_captions:short", "rwa:n=2", "threshold:q=0.5", "early_stop:limit=0,every=2"]
     given = ["--mitigation", *names[:2], "--mitigation", *names[2:]]
-    plain = flags(assets, tmp_path / "out", train_data_dir=own_images, objectives=["fid", "amd"], n_trials=3)
+    plain = flags(assets, tmp_path / "out", train_data_dir=own_images, objectives=["loss", "amd"], n_trials=3)
     script.main([*plain, *given])
     report = MemorizationReport.from_json(tmp_path / "out" / "memorization_report.json")
     assert report.training["stopped_at_step"] == {"all blocks": 2, "selected mask": 2}

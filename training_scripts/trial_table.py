@@ -72,13 +72,13 @@ def runs(args: argparse.Namespace) -> list[dict]:
 
 def file_of(run: dict, args: argparse.Namespace) -> Path:
     bits = "".join("01"[on] for on in run["mask"].values())
-    return args.output_dir / f"{bits}-{run['learning_rate']:g}-{run['seed']}.json"
+    return args.output_dir / f"{bits}-{run['learning_rate']:g}-{args.max_train_steps}-{run['seed']}.json"
 
 
 def measure(run: dict, trainer: MemControlTrainer, data: dict) -> dict[str, float | bool | int]:
     """Train and measure one run: one row of the table."""
     row = {f"mask.{name}": on for name, on in run["mask"].items()}
-    row |= {"learning_rate": run["learning_rate"], "seed": run["seed"]}
+    row |= {"learning_rate": run["learning_rate"], "steps": trainer.args.max_steps, "seed": run["seed"]}
 
     @contextmanager
     def timed(name: str):
