@@ -1,5 +1,6 @@
 """Attacks on generated images, and how well a membership attack does by its scores."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -278,24 +279,23 @@ def _compare(images: torch.Tensor, original: torch.Tensor, threshold: float) -> 
         bool `[K, K]`, above the diagonal only, and the tile distances `[K]`.
     """
     height, width = (side // TILES for side in images.shape[-2:])
-    corners = [(y, x) for y in range(0, height * TILES, height) for x in range(0, width * TILES, width)]
-    buffer = images.new_empty(*images.shape[:2], height, width, dtype=torch.float32)
-    flat = buffer.flatten(1)
+    original = original.float()
 
-    def read(y: int, x: int) -> torch.Tensor:
-        """A tile as seen from the training image: copies of it are short vectors, so that float32 is enough."""
-        place = (..., slice(y, y + height), slice(x, x + width))
-        torch.sub(images[place], original[place], out=buffer)
-        return flat
+    def tile_norms(few: torch.Tensor) -> torch.Tensor:
+        squares = (few.float() - original).square_()
+        return squares.unflatten(3, (TILES, width)).unflatten(2, (TILES, height)).sum(-1).sum((1, 3)).sqrt()
 
-    to_original = torch.stack([read(*corner).norm(dim=1) for corner in corners]).amax(0)
+    # A few images at a time: what is computed on the way stays in the processor's cache.
+    to_original = torch.cat([tile_norms(few).amax((1, 2)) for few in images.split(8)])
     # Two images are no farther apart than their ways to the original are long together.
     joined = (to_original[:, None] + to_original <= threshold).triu(1)
     open_pairs = (~joined).triu(1)
-    for corner in corners:
+    for y, x in itertools.product(range(0, height * TILES, height), range(0, width * TILES, width)):
         if not open_pairs.any():  # one tile is enough to part two images
             break
-        tile = read(*corner)
+        place = (..., slice(y, y + height), slice(x, x + width))
+        # As seen from the original: copies of it are short vectors, so that float32 is enough.
+        tile = (images[place].float() - original[place]).flatten(1)
         squares = tile.square().sum(1)
         open_pairs &= squares[:, None] + squares - 2 * (tile @ tile.T) <= threshold**2
     return joined | open_pairs, to_original
