@@ -296,12 +296,13 @@ def audit_memorization(
 
 
 def load_adapter(pipeline: "DiffusionPipeline", adapter: str | Path) -> None:
-    """Put an adapter into a pipeline's denoiser.
+    """Put an adapter into a pipeline.
 
     Args:
         adapter (`str`):
-            A PEFT folder or Hub id (ours or any method of PEFT's), or a LoRA file of diffusers or kohya: a
-            `.safetensors` file, or a folder or Hub id that holds `pytorch_lora_weights.safetensors`.
+            A PEFT folder or Hub id (ours or any method of PEFT's), in which text encoders' adapters have folders of
+            their names. Or a LoRA file of diffusers or kohya: a `.safetensors` file, or a folder or Hub id that holds
+            `pytorch_lora_weights.safetensors`.
 
     Raises:
         ValueError: when it is none of these, or does not fit the pipeline.
@@ -309,14 +310,19 @@ def load_adapter(pipeline: "DiffusionPipeline", adapter: str | Path) -> None:
     from huggingface_hub import file_exists
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    path, name = Path(adapter), family_of(pipeline).denoiser_name
+    path, family = Path(adapter), family_of(pipeline)
+
+    def is_there(folder: str) -> bool:
+        file = f"{folder}/adapter_config.json".lstrip("/")
+        return (path / file).is_file() if path.exists() else file_exists(str(adapter), file)
+
     try:
         if path.is_file():
             pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
-        elif (path / "adapter_config.json").is_file() or (
-            not path.exists() and file_exists(str(adapter), "adapter_config.json")
-        ):
-            setattr(pipeline, name, PeftModel.from_pretrained(getattr(pipeline, name), str(adapter)).eval())
+        elif folders := [folder for folder in family.parts if is_there(folder)]:
+            for folder in folders:
+                tuned = PeftModel.from_pretrained(family.parts[folder], str(adapter), subfolder=folder or None)
+                setattr(pipeline, folder or family.denoiser_name, tuned.eval())
         else:
             pipeline.load_lora_weights(str(adapter))
     except (OSError, AttributeError, KeyError, ValueError, RuntimeError, HfHubHTTPError, HFValidationError) as error:
@@ -328,18 +334,18 @@ def load_adapter(pipeline: "DiffusionPipeline", adapter: str | Path) -> None:
 
 def _merge_ours(pipeline: "DiffusionPipeline") -> None:
     """Our own adapters, which merge exactly, sample faster so."""
-    denoiser = getattr(pipeline, family_of(pipeline).denoiser_name)
-    if isinstance(denoiser, PeftModel) and isinstance(denoiser.active_peft_config, MemControlConfig):
-        denoiser.merge_adapter()
+    for part in family_of(pipeline).parts.values():
+        if isinstance(part, PeftModel) and isinstance(part.active_peft_config, MemControlConfig):
+            part.merge_adapter()
 
 
 def _unload_adapter(pipeline: "DiffusionPipeline") -> None:
     """Undo [`load_adapter`]."""
-    name = family_of(pipeline).denoiser_name
-    denoiser = getattr(pipeline, name)
-    if isinstance(denoiser, PeftModel):
-        setattr(pipeline, name, denoiser.unload())
-    else:
+    family = family_of(pipeline)
+    adapted = {folder: part for folder, part in family.parts.items() if isinstance(part, PeftModel)}
+    for folder, part in adapted.items():
+        setattr(pipeline, folder or family.denoiser_name, part.unload())
+    if not adapted:
         pipeline.unload_lora_weights()
 
 
@@ -352,6 +358,7 @@ def caption_markers(captions: Sequence[str]) -> dict[str, int]:
 # ---- the attacks ----
 
 
+@torch.no_grad()
 def _of_pipeline(
     pipeline: "DiffusionPipeline",
     members: _Images,

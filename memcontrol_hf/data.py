@@ -293,7 +293,10 @@ def to_pixels(images: Sequence[PILImage.Image], resolution: int) -> torch.Tensor
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
 
 
-def encode(dataset: Dataset, family: Family, resolution: int, batch_size: int = 32) -> Dataset:
+@torch.no_grad()
+def encode(
+    dataset: Dataset, family: Family, resolution: int, batch_size: int = 32, digests: Sequence[str] | None = None
+) -> Dataset:
     """Latents and text embeddings of a dataset, computed once and kept on disk by `datasets`.
 
     They are found again under a fingerprint of the rows, the weights of the autoencoder and the text encoders, what
@@ -303,12 +306,13 @@ def encode(dataset: Dataset, family: Family, resolution: int, batch_size: int = 
         dataset (`Dataset`): columns `image`, `text`.
         family: the pipeline's (`memcontrol_hf.diffusion.family_of`).
         resolution (`int`): in pixels.
+        digests (list of `str`, *optional*): [`weights_digest`] of the family's encoders, where they are known.
 
     Returns:
         `Dataset`: columns `latents` `[C, h, w]`, the family's conditions (`prompt_embeds` `[L, D]`, ...), `pixels`
         (equal for exact copies of an image) and `row`; in torch format.
     """
-    digests = [weights_digest(module) for module in family.encoder_modules]
+    digests = [weights_digest(module) for module in family.encoder_modules] if digests is None else digests
     fingerprint = Hasher.hash([dataset._fingerprint, *digests, *family.encoding(), resolution])
     folder = Path(datasets_config.HF_DATASETS_CACHE) / "memcontrol_hf"
     folder.mkdir(parents=True, exist_ok=True)

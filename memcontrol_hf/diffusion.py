@@ -26,6 +26,7 @@ from diffusers.training_utils import compute_density_for_timestep_sampling, comp
 from torch import nn
 
 from .demo import DEMO_PIPELINE
+from .search_space import SearchSpace
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -69,6 +70,7 @@ class Family:
         denoiser_name (`str`): the pipeline's part that is tuned.
         encoders (tuple of `str`): its parts that encode images and captions; those of them that are there.
         optional (tuple of `str`): those that may be missing.
+        penultimate (tuple of `str`): text encoders whose last layer the pipeline does not read.
         conditions (tuple of `str`): names of a condition's tensors, in the order in which [`Family.encode`] gives
             them; also the arguments of [`Family.call`] and the columns of the cached data.
         not_applicable (dict of `str`): measures that say nothing of this family, and why.
@@ -82,6 +84,7 @@ class Family:
     denoiser_name: ClassVar[str] = "transformer"
     encoders: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
     optional: ClassVar[tuple[str, ...]] = ()
+    penultimate: ClassVar[tuple[str, ...]] = ()
     conditions: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
     not_applicable: ClassVar[dict[str, str]] = {}
 
@@ -170,13 +173,37 @@ class Family:
     @property
     def device(self) -> torch.device:
         """Where captions are encoded."""
-        return self.encoder_modules[-1].device
+        return [self.denoiser, *self.encoder_modules][-1].device
 
     @property
     def encoder_modules(self) -> list[nn.Module]:
         """The parts that encode images and captions."""
         parts = (getattr(self.pipeline, name, None) for name in self.encoders)
         return [part for part in parts if part is not None]
+
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """The text encoders that are there, by name."""
+        names = (name for name in self.encoders if name.startswith("text_encoder"))
+        return {name: part for name in names if (part := getattr(self.pipeline, name, None)) is not None}
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """What can have an adapter, by the folder in which that is saved: the denoiser's is the adapter's own."""
+        return {"": self.denoiser, **self.text_encoders}
+
+    def search_space(
+        self, granularity: str | Sequence[str] = "block", text_encoder_blocks: bool = False
+    ) -> SearchSpace:
+        """The blocks that a mask switches: those of the denoiser, and if wanted the layers of the text encoders.
+
+        Raises:
+            ValueError: as [`SearchSpace.from_model`], and when there is no text encoder.
+        """
+        if text_encoder_blocks and not self.text_encoders:
+            raise ValueError(f"--text_encoder_blocks: the {type(self.pipeline).__name__} has no text encoder")
+        encoders = self.text_encoders if text_encoder_blocks else {}
+        return SearchSpace.from_model(self.denoiser, granularity, encoders, self.penultimate)
 
     def encoding(self) -> list[Any]:
         """What cached latents and conditions depend on beside the data and the encoders' weights."""
@@ -196,10 +223,13 @@ class Family:
             vae.to(torch.float16)
         return ((latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).float()
 
-    @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """`N` captions -> a condition of `N` rows, floating-point tensors in float32."""
-        with captions_kept_out_of_logs(self.pipeline):
+        """`N` captions -> a condition of `N` rows, floating-point tensors in float32.
+
+        Gradients flow to the text encoders unless they are frozen, or disabled with `torch.no_grad()`.
+        """
+        # Always in the text encoders' own precision: they are called outside of the denoiser's autocast in training.
+        with captions_kept_out_of_logs(self.pipeline), torch.autocast(self.device.type, enabled=False):
             tensors = self.encode(list(prompts))
         return {
             name: tensor.float() if tensor.is_floating_point() else tensor
@@ -418,6 +448,7 @@ class StableDiffusionXLFamily(Family):
     pipeline_classes = ("StableDiffusionXLPipeline",)
     denoiser_name = "unet"
     encoders = ("vae", "text_encoder", "text_encoder_2")
+    penultimate = ("text_encoder",)
     conditions = ("prompt_embeds", "pooled_prompt_embeds")
 
     def encode(self, prompts):
@@ -855,10 +886,20 @@ def load_pipeline(
 def _load_single_file(file: str, config: str | None, **arguments: Any) -> "DiffusionPipeline":
     if not Path(file).is_file():
         raise ValueError("there is no such file")
-    if config is None:
-        config = fetch_diffusers_config(load_single_file_checkpoint(file))["pretrained_model_name_or_path"]
-    cls = getattr(diffusers, diffusers.DiffusionPipeline.load_config(config)["_class_name"])
-    return cls.from_single_file(file, config=config, **arguments)
+    known = config or fetch_diffusers_config(load_single_file_checkpoint(file))["pretrained_model_name_or_path"]
+    try:
+        index = diffusers.DiffusionPipeline.load_config(known)
+    except OSError:
+        guess = "" if config else ", which it is taken for"
+        raise ValueError(
+            f"there is no model_index.json of {known!r}{guess}: name the folder or Hub id of a pipeline that is built "
+            "alike with --single_file_config"
+        ) from None
+    pipeline = getattr(diffusers, index["_class_name"]).from_single_file(file, config=known, **arguments)
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            vars(part).pop("hf_device_map", None)  # it says CPU, and the Trainer would leave the denoiser there
+    return pipeline
 
 
 def _quantization(quantization: str, parts: Iterable[str], dtype: torch.dtype) -> diffusers.PipelineQuantizationConfig:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .demo import DEMO_PIPELINE
 from .diffusion import Family, family_of
-from .search_space import SearchSpace
 from .tuners import MemControlConfig
 
 if TYPE_CHECKING:
@@ -91,6 +90,7 @@ class Plan:
     Args:
         denoiser (`str`): its class.
         denoiser_parameters (`int`): of the denoiser alone.
+        text_encoder_parameters (`int`): of the text encoders, where they are a part of the search space, else 0.
         blocks (`dict[str, int]`): trainable parameters of each block of the search space, when it alone is on.
         trainable (`int`): those of the mask with every block on.
         adapter_bytes (`int`): size of the all-on adapter's tensors on disk.
@@ -101,6 +101,7 @@ class Plan:
 
     denoiser: str
     denoiser_parameters: int
+    text_encoder_parameters: int
     blocks: dict[str, int]
     trainable: int
     adapter_bytes: int
@@ -111,10 +112,11 @@ class Plan:
     def text(self, flops_per_second: float | None = None) -> str:
         """The plan to print; with the speed of a device also the time."""
         width = max(map(len, (*self.blocks, "all blocks")))
-        share = 100 / self.denoiser_parameters
+        share = 100 / (self.denoiser_parameters + self.text_encoder_parameters)
         rows = [*self.blocks.items(), ("all blocks", self.trainable)]
         lines = [
-            f"{self.denoiser}: {self.denoiser_parameters:,} parameters, {len(self.blocks)} blocks",
+            f"{self.denoiser}: {self.denoiser_parameters:,} parameters, {len(self.blocks)} blocks"
+            + (f" with the text encoders' ({self.text_encoder_parameters:,})" if self.text_encoder_parameters else ""),
             "",
             f"{'block'.ljust(width)}  trainable parameters, when it alone is on",
             *(f"{name.ljust(width)}  {count:>13,}  {count * share:.4g} %" for name, count in rows),
@@ -135,6 +137,7 @@ def plan(
     pipeline: "DiffusionPipeline",
     config: PeftConfig,
     granularity: str | Sequence[str] = "block",
+    text_encoder_blocks: bool = False,
     resolution: int = 512,
     batch_size: int = 4,
     n_trials: int = 20,
@@ -151,13 +154,13 @@ def plan(
 
     The time is that of the denoiser alone: an image of a training step is taken as three calls (forward, and twice as
     much backward), a sampled image as one call a step, two with guidance. The autoencoder, the text encoders and the
-    attacks by the loss come on top. Activations are those that autograd keeps with fused attention and without
-    gradient checkpointing.
+    attacks by the loss come on top. Activations are those of the denoiser that autograd keeps with fused attention and
+    without gradient checkpointing.
 
     Args:
         pipeline: from [`load_architecture`].
         config (`PeftConfig`): as for the search.
-        granularity (`str` or list of `str`): as of [`SearchSpace.from_model`].
+        granularity (`str` or list of `str`), text_encoder_blocks (`bool`): as of [`Family.search_space`].
         resolution (`int`): in pixels.
         batch_size (`int`): images of a training step.
         n_trials, steps (`int`): trials, and training steps of each.
@@ -176,31 +179,32 @@ def plan(
     """
     family = family_of(pipeline)
     family.check_resolution(resolution)
-    denoiser = family.denoiser
-    space = SearchSpace.from_model(denoiser, granularity)
-    config = space.apply(config, space.mask(True))
-    total = sum(p.numel() for p in denoiser.parameters())
-    encoders = sum(p.numel() * p.element_size() for module in family.encoder_modules for p in module.parameters())
-    modules = {name: denoiser.get_submodule(name) for name in config.target_modules}
-    factors = 0
-    if isinstance(config, MemControlConfig) and config.method == "svdiff":
-        shapes = [(len(m.weight), m.weight[0].numel()) for m in modules.values()]
-        factors = sum(min(shape) * (sum(shape) + 1) * 4 for shape in shapes)
-    flops, activations = _one_call(family, denoiser, modules.values(), resolution)
-
-    with torch.device("meta"):
-        adapted = get_peft_model(denoiser, config)
-    sizes = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
-    adapted.unload()
+    space = family.search_space(granularity, text_encoder_blocks)
     owners = {module: block for block, names in space.blocks.items() for module in names}
-    blocks = dict.fromkeys(space.blocks, 0)
-    for name, size in sizes.items():
-        module = next(m for m in modules if name.startswith(f"base_model.model.{m}."))
-        blocks[owners[module]] += size
-    trainable = sum(sizes.values())
+    blocks, sizes, factors = dict.fromkeys(space.blocks, 0), {}, 0
+    for folder in ("", *space.text_encoders):
+        part, restricted = family.parts[folder], space.apply(config, space.mask(True), folder)
+        modules = {name: part.get_submodule(name) for name in restricted.target_modules}
+        sizes[folder] = sum(p.numel() for p in part.parameters())
+        if not folder:
+            flops, activations = _one_call(family, modules.values(), resolution, text_encoder_blocks)
+        if isinstance(config, MemControlConfig) and config.method == "svdiff":
+            shapes = [(len(m.weight), m.weight[0].numel()) for m in modules.values()]
+            factors += sum(min(shape) * (sum(shape) + 1) * 4 for shape in shapes)
+        if not modules:
+            continue  # expressions that find nothing in this part
+        with torch.device("meta"):
+            adapted = get_peft_model(part, restricted)
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad:
+                module = next(m for m in modules if name.startswith(f"base_model.model.{m}."))
+                blocks[owners[f"{folder}.{module}".lstrip(".")]] += parameter.numel()
+        adapted.unload()
+    encoders = sum(p.numel() * p.element_size() for module in family.encoder_modules for p in module.parameters())
+    trainable = sum(blocks.values())
     samples = eval_samplings * num_images * inference_steps * (2 if guidance else 1)
     memory = {
-        "frozen denoiser": int(total * weight_bytes),
+        "frozen denoiser": int(sizes[""] * weight_bytes),
         "autoencoder and text encoders": encoders,
         "adapter and gradients": 8 * trainable,
         "optimizer": optimizer_bytes * trainable,
@@ -208,8 +212,9 @@ def plan(
         f"activations of {batch_size} images": batch_size * activations // (2 if low_precision else 1),
     }
     return Plan(
-        denoiser=type(denoiser).__name__,
-        denoiser_parameters=total,
+        denoiser=type(family.denoiser).__name__,
+        denoiser_parameters=sizes[""],
+        text_encoder_parameters=sum(sizes.values()) - sizes[""],
         blocks=blocks,
         trainable=trainable,
         adapter_bytes=4 * trainable,
@@ -219,11 +224,15 @@ def plan(
     )
 
 
-def _one_call(family: Family, denoiser: nn.Module, tuned: Sequence[nn.Module], resolution: int) -> tuple[int, int]:
-    """FLOPs of the denoiser's forward pass for one image, and the float32 bytes that its backward pass keeps."""
+def _one_call(family: Family, tuned: Iterable[nn.Module], resolution: int, through: bool) -> tuple[int, int]:
+    """FLOPs of the denoiser's forward pass for one image, and the float32 bytes that its backward pass keeps.
+
+    The backward pass goes on to the text encoders where they are tuned, too (`through`).
+    """
+    denoiser = family.denoiser
     side = resolution // family.pixels_per_latent
     latents = torch.empty(1, family.latent_channels, side, side, device="meta")
-    condition = family.example()
+    condition = {k: t.requires_grad_(through and t.is_floating_point()) for k, t in family.example().items()}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

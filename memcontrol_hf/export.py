@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .diffusion import family_of, load_pipeline
-from .model_card import ADAPTER, PLOT, REPORT, write_card
+from .model_card import ADAPTER, PLOT, REPORT, adapter_parts, write_card
 from .report import MemorizationReport
 
 if TYPE_CHECKING:
@@ -46,37 +46,43 @@ def export(folder: str | Path, output_dir: str | Path, to: str, pipeline: str | 
         raise ValueError(f"unknown format {to!r}: use one of {', '.join(FORMATS)}")
     if rank < 1:
         raise ValueError(f"the rank must be at least 1, but is {rank}")
-    for name in (ADAPTER, "adapter_config.json", REPORT):
-        if not (folder / name).is_file():
+    parts = adapter_parts(folder)
+    for name, is_there in ((f"{ADAPTER} with adapter_config.json", parts), (REPORT, (folder / REPORT).is_file())):
+        if not is_there:
             raise ValueError(f"{str(folder)!r} holds no {name}: give the folder that a fine-tune left")
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"{str(output_dir)!r} is there and not empty: give another --output_dir")
-    config = PeftConfig.from_pretrained(folder)
+    if to == "lora" and parts != ("",):
+        raise ValueError("this adapter tunes text encoders, which a LoRA file is not written for: export it to merged")
+    config = PeftConfig.from_pretrained(folder / parts[0])
     report = MemorizationReport.from_json(folder / REPORT)
     facts = {"format": to}
     if to == "peft":
         if config.peft_type == "MEMCONTROL":
             raise ValueError(f"PEFT alone cannot read the method {config.method!r}: export it to merged or lora")
-        output_dir.mkdir(parents=True, exist_ok=True)
-        for name in (ADAPTER, "adapter_config.json"):
-            shutil.copy(folder / name, output_dir / name)
+        for part in parts:
+            (output_dir / part).mkdir(parents=True, exist_ok=True)
+            for name in (ADAPTER, "adapter_config.json"):
+                shutil.copy(folder / part / name, output_dir / part / name)
         said = "the adapter, which PEFT reads without memcontrol_hf"
     else:
         base = _base(pipeline or report.base_model)
         if to == "lora" and not hasattr(base, "save_lora_weights"):
             raise ValueError(f"{type(base).__name__} has no load_lora_weights: export to merged")
-        name = family_of(base).denoiser_name
-        denoiser = getattr(base, name)
-        before = {key: value.clone() for key, value in denoiser.state_dict().items()}
-        merged = PeftModel.from_pretrained(copy.deepcopy(denoiser), str(folder)).merge_and_unload()
+        family = family_of(base)
+        name = family.denoiser_name
         if to == "merged":
-            setattr(base, name, merged)
+            for part in parts:
+                adapted = PeftModel.from_pretrained(family.parts[part], str(folder), subfolder=part or None)
+                setattr(base, part or name, adapted.merge_and_unload())
             for part in (base, *base.components.values()):  # a config holds the folder that it was loaded from
                 if hasattr(part, "register_to_config"):
                     part.register_to_config(_name_or_path="")
             base.save_pretrained(output_dir)
             said = "a whole pipeline, which diffusers reads without memcontrol_hf"
         else:
+            before = {key: value.clone() for key, value in family.denoiser.state_dict().items()}
+            merged = PeftModel.from_pretrained(copy.deepcopy(family.denoiser), str(folder)).merge_and_unload()
             native = isinstance(config, LoraConfig)
             layers = _lora_of_adapter(folder) if native else _lora_of_difference(merged, before, rank)
             metadata = config.to_dict() if native else _metadata(layers)

@@ -19,10 +19,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from .model_card import ADAPTER, CARD, LORA, MASK, PLOT, REPORT, write_card
+from .model_card import ADAPTER, CARD, LORA, MASK, PARTS, PLOT, REPORT, adapter_parts, write_card
 from .report import MemorizationReport
 
-PUBLIC_FILES = (ADAPTER, LORA, "adapter_config.json", REPORT, PLOT, CARD)
+PUBLIC_FILES = (
+    *(f"{part}/{name}".lstrip("/") for part in PARTS for name in (ADAPTER, "adapter_config.json")),
+    *(LORA, REPORT, PLOT, CARD),
+)
 """What a push uploads, where the folder has it, the card last; nothing else of the folder."""
 WAITS = (1.0, 2.0, 4.0, 8.0)
 """Seconds before each further try when the Hub is busy, fails or hangs up."""
@@ -165,8 +168,7 @@ def _checked(folder: Path, allow_failed_gate: bool) -> MemorizationReport:
         raise ValueError(f"{str(folder)!r} is no folder")
     if not (folder / REPORT).is_file():
         raise ValueError(f"{str(folder)!r} holds no {REPORT}: give the folder that a fine-tune left")
-    complete = (folder / LORA).is_file() or all((folder / name).is_file() for name in (ADAPTER, "adapter_config.json"))
-    if not complete:
+    if not adapter_parts(folder) and not (folder / LORA).is_file():
         raise ValueError(f"{str(folder)!r} holds no adapter: {ADAPTER} with adapter_config.json, or {LORA}")
     report = MemorizationReport.from_json(folder / REPORT)
     if report.gate is not None and not report.gate["passed"] and not allow_failed_gate:

@@ -18,6 +18,8 @@ from .search_space import block_map
 
 REPORT, CARD, PLOT, MASK = "memorization_report.json", "README.md", "pareto_front.png", "mask.json"
 ADAPTER, LORA = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
+PARTS = ("", "text_encoder", "text_encoder_2", "text_encoder_3")
+"""Where an adapter's folder holds adapters: the denoiser's in itself, a text encoder's in a folder of its name."""
 
 # What the table of attacks says of a measure; one that is not here goes by its own name.
 _ATTACKS = {
@@ -68,6 +70,11 @@ def write_card(folder: str | Path) -> Path:
     return folder / CARD
 
 
+def adapter_parts(folder: Path) -> tuple[str, ...]:
+    """Those of `PARTS` where there is an adapter."""
+    return tuple(p for p in PARTS if all((folder / p / name).is_file() for name in (ADAPTER, "adapter_config.json")))
+
+
 @dataclass(frozen=True)
 class AdapterCard:
     """What `model_card_template.md` says, apart from its own words.
@@ -75,22 +82,26 @@ class AdapterCard:
     Args:
         report ([`MemorizationReport`]): of the adapter.
         location (`str`): folder or Hub id of the adapter, in the loading snippet.
-        adapter_bytes (`int`, *optional*): size of the adapter's file.
+        adapter_bytes (`int`, *optional*): size of the adapter's files.
         has_plot (`bool`): whether `pareto_front.png` lies beside the card.
+        parts (tuple of `str`): of [`adapter_parts`].
     """
 
     report: MemorizationReport
     location: str
     adapter_bytes: int | None
     has_plot: bool
+    parts: tuple[str, ...] = ("",)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "AdapterCard":
         """Read the folder of an adapter."""
-        file = next((folder / name for name in (ADAPTER, LORA) if (folder / name).is_file()), None)
+        parts = adapter_parts(folder)
+        files = [folder / part / ADAPTER for part in parts] or [f for f in (folder / LORA,) if f.is_file()]
         report = MemorizationReport.from_json(folder / REPORT)
         location = report.card.get("hub_model_id") or report.card.get("location") or folder.resolve().name
-        return cls(report, location, None if file is None else file.stat().st_size, (folder / PLOT).is_file())
+        size = sum(file.stat().st_size for file in files) if files else None
+        return cls(report, location, size, (folder / PLOT).is_file(), parts or ("",))
 
     @property
     def metadata(self) -> str:
@@ -140,7 +151,12 @@ class AdapterCard:
             lines += (
                 [f"pipe.load_lora_weights({location}{revision})"]
                 if kind == "lora"
-                else [f"pipe.{denoiser} = PeftModel.from_pretrained(pipe.{denoiser}, {location}{revision})"]
+                else [
+                    f"pipe.{part or denoiser} = PeftModel.from_pretrained(pipe.{part or denoiser}, {location}"
+                    + (f", subfolder={_python(part)}" if part else "")
+                    + f"{revision})"
+                    for part in self.parts
+                ]
             )
         inputs = card.get("example_inputs") or {"prompt": [""]}
         if "prompt" in inputs:
@@ -236,6 +252,7 @@ class MaskCard:
             block_map=block_map(content["mask"]),
             blocks_on=len(selected_blocks(content["mask"])),
             block_count=len(content["mask"]),
+            tunes_text=any(name.startswith("text_encoder") for name in content["mask"]),
             search=content.get("search"),
             table=report.table() if report.figures else [],
         )

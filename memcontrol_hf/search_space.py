@@ -1,4 +1,4 @@
-"""The search space: a denoiser's named blocks, and a mask of them applied to any `PeftConfig`.
+"""The search space: the named blocks of a denoiser (and of text encoders), and a mask of them on any `PeftConfig`.
 
 A mask `{block name: bool}` says in which blocks the parameters of a PEFT method may move; whatever lies outside is
 frozen (the ω of MemControl, https://huggingface.co/papers/2405.19458).
@@ -6,7 +6,7 @@ frozen (the ω of MemControl, https://huggingface.co/papers/2405.19458).
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,29 +19,41 @@ from .tuners import METHODS, MemControlConfig, tunable_modules
 if TYPE_CHECKING:
     import optuna
 
-# UNets: each attention site (16 in Stable Diffusion 1.5). Transformers (DiT): each block.
-_BLOCK = re.compile(r"^(?:.+\.)?attentions\.\d+$|^(?:single_)?transformer_blocks\.\d+$")
-_SITE = re.compile(r"\.(?:attn\d*|ff(?:_context)?)$")
+# UNets: each attention site (16 in Stable Diffusion 1.5). Transformers (DiT): each block. CLIP and T5: each layer.
+_BLOCK = re.compile(
+    r"^(?:.+\.)?attentions\.\d+$|^(?:single_)?transformer_blocks\.\d+$"
+    r"|^text_encoder\w*\.(?:text_model\.)?encoder\.(?:layers|block)\.\d+$"
+)
+_SITE = re.compile(r"\.(?:attn\d*|ff(?:_context)?|self_attn|mlp|layer\.\d+)$")
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The blocks of a denoiser that a mask switches on and off.
+    """The blocks of a denoiser, and where wanted of text encoders, that a mask switches on and off.
 
     Args:
         blocks (`dict[str, list[str]]`):
             Block name -> full names of the modules in it that hold parameters of their own, in the model's order.
+            Those of a text encoder begin with its name in the pipeline: `text_encoder.encoder.layers.0`.
         tunable (`dict[str, frozenset[str]]`):
             Method of [`MemControlConfig`] -> full names of the modules that it can tune; and `"linear"` -> the linear
             layers, for PEFT's own methods.
+        text_encoders (tuple of `str`): their names, where they are a part of the space.
     """
 
     blocks: dict[str, list[str]]
     tunable: dict[str, frozenset[str]]
+    text_encoders: tuple[str, ...] = ()
 
     @classmethod
-    def from_model(cls, denoiser: nn.Module, granularity: str | Sequence[str] = "block") -> "SearchSpace":
-        """Name the blocks of a denoiser.
+    def from_model(
+        cls,
+        denoiser: nn.Module,
+        granularity: str | Sequence[str] = "block",
+        text_encoders: Mapping[str, nn.Module] | None = None,
+        penultimate: Collection[str] = (),
+    ) -> "SearchSpace":
+        """Name the blocks.
 
         Args:
             denoiser (`nn.Module`):
@@ -50,21 +62,32 @@ class SearchSpace:
                 `"block"`: each attention site of a UNet, each block of a transformer. `"site"`: each `attn1`, `attn2`
                 and `ff` inside them. A list of regular expressions: one block for each, holding the modules whose
                 full name it finds (`re.search`).
+            text_encoders (`dict[str, nn.Module]`, *optional*):
+                By name in the pipeline: CLIPs and T5s, whose layers are blocks, too.
+            penultimate (names of text encoders):
+                Those whose last layer the pipeline does not read; it is no part of the space.
 
         Raises:
             ValueError: for an unknown granularity, an expression that is invalid or matches nothing, a module that two
                 expressions match, and a model without attention blocks.
         """
-        modules = [name for name, m in denoiser.named_modules() if next(m.parameters(recurse=False), None) is not None]
+        model = nn.Module()  # names its modules as the space does
+        for name, module in (*denoiser.named_children(), *(text_encoders or {}).items()):
+            model.add_module(name, module)
+        modules = [name for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
+        names = sorted((name for name, _ in model.named_modules() if _BLOCK.search(name)), key=_stage)
+        for part in {*penultimate} & {*(text_encoders or ())}:
+            unread = [name for name in names if name.startswith(f"{part}.")][-1]
+            names.remove(unread)
+            modules = [name for name in modules if not name.startswith(f"{unread}.")]
         if granularity in ("block", "site"):
-            names = sorted((name for name, _ in denoiser.named_modules() if _BLOCK.search(name)), key=_stage)
             if not names:
                 raise ValueError(
                     f"{type(denoiser).__name__} has no attention blocks: pass `granularity` as a list of regular "
                     "expressions over its module names"
                 )
             if granularity == "site":
-                sites = [name for name, _ in denoiser.named_modules() if _SITE.search(name)]
+                sites = [name for name, _ in model.named_modules() if _SITE.search(name)]
                 inside = {block: [s for s in sites if s.startswith(block + ".")] for block in names}
                 names = [name for block in names for name in inside[block] or [block]]
             blocks = {name: [m for m in modules if m == name or m.startswith(name + ".")] for name in names}
@@ -78,9 +101,9 @@ class SearchSpace:
                     if module in seen:
                         raise ValueError(f"module {module!r} is matched by both {seen[module]!r} and {pattern!r}")
                     seen[module] = pattern
-        tunable = {method: frozenset(tunable_modules(denoiser, method)) for method in METHODS}
-        tunable["linear"] = frozenset(name for name, m in denoiser.named_modules() if isinstance(m, nn.Linear))
-        return cls(blocks, tunable)
+        tunable = {method: frozenset(tunable_modules(model, method)) for method in METHODS}
+        tunable["linear"] = frozenset(name for name, m in model.named_modules() if isinstance(m, nn.Linear))
+        return cls(blocks, tunable, tuple(text_encoders or ()))
 
     def mask(self, on: bool) -> dict[str, bool]:
         """The mask with every block on, or every block off."""
@@ -98,17 +121,19 @@ class SearchSpace:
         """
         unknown = sorted(set(mask) - set(self.blocks))
         if unknown:
+            text = any(name.startswith("text_encoder") for name in unknown) and not self.text_encoders
             raise ValueError(
                 f"the mask names {len(unknown)} block(s) that the model lacks: {', '.join(unknown)}; "
                 f"it has: {', '.join(self.blocks)}"
+                + (" (those of text encoders are there with --text_encoder_blocks)" if text else "")
             )
         wrong = {name: value for name, value in mask.items() if value not in (False, True)}
         if wrong:
             raise ValueError(f"a mask holds booleans, but got {wrong}")
         return {name: bool(mask.get(name, False)) for name in self.blocks}
 
-    def apply(self, config: PeftConfig, mask: Mapping[str, bool]) -> PeftConfig:
-        """Restrict a PEFT method to the blocks that a mask selects.
+    def apply(self, config: PeftConfig, mask: Mapping[str, bool], part: str = "") -> PeftConfig:
+        """Restrict a PEFT method to what a mask selects in the denoiser, or in one text encoder.
 
         Args:
             config (`PeftConfig`):
@@ -117,10 +142,12 @@ class SearchSpace:
                 [`MemControlConfig`] by its `method`, for PEFT's own methods every linear layer.
             mask (`dict[str, bool]`):
                 Over the block names; blocks that it does not name are off.
+            part (`str`):
+                Name of a text encoder; the denoiser by default. Each has an adapter of its own.
 
         Returns:
-            `PeftConfig`: a copy whose `target_modules` are full module names. They are empty for the all-off mask,
-            which stands for the frozen base: PEFT has no adapter without modules.
+            `PeftConfig`: a copy whose `target_modules` are full module names of that part. They are empty where the
+            mask selects nothing in it: PEFT has no adapter without modules. The all-off mask is the frozen base.
 
         Raises:
             ValueError: when the mask names a block that the model lacks, or selects blocks in which the method finds
@@ -129,15 +156,16 @@ class SearchSpace:
         if not hasattr(config, "target_modules"):
             raise ValueError(f"{type(config).__name__} has no `target_modules`, so a mask cannot restrict it")
         mask = self.check(mask)
-        inside = [module for name, modules in self.blocks.items() if mask[name] for module in modules]
+        prefix = part and f"{part}."
+        inside = [m for name, modules in self.blocks.items() if mask[name] for m in modules if self._part(m) == part]
         method = config.method if isinstance(config, MemControlConfig) else "linear"
-        restricted = config.target_modules not in (None, "all-linear")
-        if restricted:
-            selected = [module for module in inside if check_target_module_exists(config, module)]
+        if config.target_modules in (None, "all-linear"):
+            selected = [m.removeprefix(prefix) for m in inside if m in self.tunable[method]]
         else:
-            selected = [module for module in inside if module in self.tunable[method]]
+            names = [m.removeprefix(prefix) for m in inside]
+            selected = [name for name in names if check_target_module_exists(config, name)]
         if inside and not selected:
-            on = ", ".join(name for name in mask if mask[name])
+            on = ", ".join(name for name, modules in self.blocks.items() if mask[name] and {*modules} & {*inside})
             raise ValueError(f"{type(config).__name__} ({method}) finds no module to tune in the blocks {on}")
         config = copy.deepcopy(config)
         if getattr(config, "feedforward_modules", None):  # IA3 asks that they be among the target modules
@@ -149,20 +177,26 @@ class SearchSpace:
             config.mask = mask
         return config
 
+    def _part(self, module: str) -> str:
+        """Which text encoder a module is in; of the denoiser's the empty name."""
+        first = module.split(".")[0]
+        return first if first in self.text_encoders else ""
+
 
 def block_map(mask: Mapping[str, bool]) -> list[tuple[str, str]]:
-    """A mask to look at: for each part of the denoiser its blocks in order, ■ for on and □ for off."""
+    """A mask to look at: for each part of the model its blocks in order, ■ for on and □ for off."""
     rows: dict[str, str] = {}
     for name, on in mask.items():
-        part = re.match(r"(.+?)\.attentions\.\d+|(.*transformer_blocks)\.\d+$", name)
+        part = re.match(r"(.+?)\.attentions\.\d+|(.*transformer_blocks|text_encoder.*\.(?:layers|block))\.\d+$", name)
         key = (part[1] or part[2]) if part else name
         rows[key] = rows.get(key, "") + ("■" if on else "□")
     return list(rows.items())
 
 
 def _stage(name: str) -> int:
-    """A UNet registers its middle block last: down, middle, up is the way of the data."""
-    return {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}.get(name.split(".")[0], 0)
+    """A UNet registers its middle block last: down, middle, up is the way of the data. Text encoders follow."""
+    stage = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}.get(name.split(".")[0], 0)
+    return 3 if name.startswith("text_encoder") else stage
 
 
 def _matching(pattern: str, modules: Sequence[str]) -> list[str]:

@@ -100,7 +100,7 @@ def log_report(report: "MemorizationReport", folder: str | Path) -> None:
         artifact = wandb.Artifact("adapter", type="model")
         for name in PUBLIC_FILES:
             if (folder / name).is_file():
-                artifact.add_file(str(folder / name))
+                artifact.add_file(str(folder / name), name=name)
         run.log_artifact(artifact)
 
 

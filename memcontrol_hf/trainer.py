@@ -5,7 +5,7 @@ The loop, checkpoints, resuming, mixed precision, distribution, schedulers and t
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import WandbCallback, WandbLogModel
@@ -22,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, BestRun, TrainOutp
 from transformers.utils import is_bitsandbytes_available
 
 from . import metrics as measures
-from .data import encode, unique_rows
+from .data import encode, unique_rows, weights_digest
 from .demo import DEMO_PIPELINE
 from .diffusion import Condition, family_of, null_like, seeded_generator
 from .features import Encoder, features_of, load_encoder
@@ -143,12 +144,41 @@ class _LossProgressCallback(ProgressCallback):
             self.training_bar.set_postfix(loss=logs["loss"])
 
 
+class DenoiserAndTextEncoders(nn.Module):
+    """One model for the Trainer when text encoders are tuned: it is called, and otherwise looks, like the denoiser.
+
+    The text encoders make the denoiser's conditions before it is called. They stay in evaluation mode: T5's dropout
+    would draw from the global random state.
+    """
+
+    def __init__(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]):
+        super().__init__()
+        self.denoiser = denoiser
+        self.text_encoders = nn.ModuleDict(text_encoders)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.denoiser(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> "DenoiserAndTextEncoders":
+        super().train(mode)
+        self.text_encoders.eval()
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "denoiser":
+                raise
+            return getattr(self.denoiser, name)
+
+
 class MemControlTrainer(Trainer):
-    """Fine-tunes the blocks of a pipeline's denoiser that a mask selects, and searches that mask.
+    """Fine-tunes the blocks of a pipeline that a mask selects, and searches that mask.
 
     Args:
         pipeline (`DiffusionPipeline`):
-            Its weights stay as they are; the denoiser gets an adapter.
+            Its weights stay as they are; the denoiser gets an adapter, and so does each text encoder with a block on.
         peft_config (`PeftConfig`):
             Any method with `target_modules`; the mask restricts it.
         args ([`MemControlTrainingArguments`]):
@@ -158,7 +188,7 @@ class MemControlTrainer(Trainer):
         eval_dataset (`Dataset`):
             Likewise: the validation images that the search's rewards may use.
         search_space ([`SearchSpace`], *optional*):
-            The attention blocks by default.
+            The denoiser's attention blocks by default; [`Family.search_space`] names those of text encoders, too.
         mask (`dict[str, bool]`, *optional*):
             Of the first fine-tune; every block by default.
         encoder (`str` or `nn.Module`):
@@ -195,19 +225,25 @@ class MemControlTrainer(Trainer):
         self.denoiser: nn.Module = self.family.denoiser.requires_grad_(False)
         self.denoiser.register_to_config(_name_or_path=self._base_model)  # trackers get the denoiser's config
         self.peft_config = peft_config
-        self.search_space = search_space or SearchSpace.from_model(self.denoiser)
+        self.search_space = search_space or self.family.search_space()
+        self._parts = {name: self.family.parts[name] for name in ("", *self.search_space.text_encoders)}
+        if self.search_space.text_encoders:
+            self._check_text_encoders(args)
+        for name in self.search_space.text_encoders:
+            self._parts[name].name_or_path = None  # PEFT would write down the folder that it was loaded from
         self.mask = self.search_space.check(self.search_space.mask(True) if mask is None else mask)
         self._encoder: str | nn.Module | Encoder = encoder
-        self._adapted: PeftModel | None = None
+        self._adapted: dict[str, PeftModel] = {}  # name of a part, "" for the denoiser -> it with its adapter
         self._features: dict[str, torch.Tensor] = {}
         self._encoded: dict[str, EncodedImages] = {}
-        self._denoiser_size = sum(p.numel() for p in self.denoiser.parameters())
+        self._size = sum(p.numel() for part in self._parts.values() for p in part.parameters())
         if args.gradient_checkpointing or args.activation_checkpointing:
             self.denoiser.enable_gradient_checkpointing()  # diffusers' own switch, which the Trainer does not know
             args.gradient_checkpointing = args.activation_checkpointing = False
         for part in self.family.encoder_modules:
             part.requires_grad_(False).to(args.device)
-        self._null = self.family.null_condition()
+        self._digests = [weights_digest(part) for part in self.family.encoder_modules]
+        self._base_null = self.family.null_condition()
         train_dataset = self._full_train_dataset = self._encode(train_dataset, args.resolution)
         super().__init__(
             args=args,
@@ -226,7 +262,7 @@ class MemControlTrainer(Trainer):
         numbers = train_dataset.encoded["row"][:].tolist()
         self._conditions = Conditions(self._mitigations, self.family, train_dataset.images, numbers)
         self._private: PrivateGradients | None = None
-        if "dp_sgd" in self._mitigations and self._adapted is not None:
+        if "dp_sgd" in self._mitigations and self._adapted:
             self._check_private()
         if "early_stop" in self._mitigations:
             self.add_callback(EarlyStopCallback(self._mitigations["early_stop"], self))
@@ -236,19 +272,44 @@ class MemControlTrainer(Trainer):
 
     # ---- the model ----
 
+    def _check_text_encoders(self, args: MemControlTrainingArguments) -> None:
+        """Raise `ValueError` for what only the denoiser can be trained with."""
+        wrong = {
+            "dp_sgd": "dp_sgd" in parse_mitigations(args.mitigations),
+            "FSDP": bool(args.fsdp),
+            "DeepSpeed": args.deepspeed is not None,
+        }
+        if found := [name for name, is_so in wrong.items() if is_so]:
+            raise ValueError(f"text encoder blocks cannot be trained with {' and '.join(found)}: leave them out")
+
     def _init_model(self) -> nn.Module:
-        """The denoiser with a new adapter for the current mask; the bare, frozen denoiser for the all-off mask."""
-        if self._adapted is not None:
-            self._adapted.unload()
-            self._adapted = None
-        config = self.search_space.apply(self.peft_config, self.mask)
-        if not config.target_modules:
-            return self.denoiser
-        # PEFT would write down the folder that the denoiser was loaded from.
-        name, config.base_model_name_or_path = config.base_model_name_or_path, None
-        self._adapted = get_peft_model(self.denoiser, config)
-        config.base_model_name_or_path = name
-        return self._adapted
+        """The denoiser with a new adapter for the current mask; the bare, frozen denoiser for the all-off mask.
+
+        Where the mask selects blocks of text encoders, they come with the denoiser: [`DenoiserAndTextEncoders`].
+        """
+        for adapted in self._adapted.values():
+            adapted.unload()
+        self._adapted = {}
+        for part, module in self._parts.items():
+            config = self.search_space.apply(self.peft_config, self.mask, part)
+            if config.target_modules:
+                # PEFT warns of a name that the module itself does not have.
+                name, config.base_model_name_or_path = config.base_model_name_or_path, None
+                self._adapted[part] = get_peft_model(module, config)
+                config.base_model_name_or_path = name
+        text_encoders = {part: adapted for part, adapted in self._adapted.items() if part}
+        denoiser = self._adapted.get("", self.denoiser)
+        return DenoiserAndTextEncoders(denoiser, text_encoders) if text_encoders else denoiser
+
+    @property
+    def _tunes_text(self) -> bool:
+        """Whether a text encoder has an adapter now, so that captions have to be encoded anew."""
+        return any(part for part in self._adapted)
+
+    @property
+    def _null(self) -> Condition | None:
+        """The null condition, by the text encoders as they are now."""
+        return self.family.null_condition() if self._tunes_text else self._base_null
 
     def set_mask(self, mask: Mapping[str, bool]) -> None:
         """Start again from the base with a new adapter in the blocks that `mask` selects."""
@@ -263,8 +324,8 @@ class MemControlTrainer(Trainer):
 
     @property
     def trainable_percent(self) -> float:
-        """The same in percent of the denoiser's own parameters."""
-        return 100 * self.trainable_parameters / self._denoiser_size
+        """The same in percent of the own parameters of the denoiser, and of text encoders in the search space."""
+        return 100 * self.trainable_parameters / self._size
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
         """As of transformers. The all-off mask has nothing to train.
@@ -325,9 +386,9 @@ class MemControlTrainer(Trainer):
             timesteps.append(self.family.sample_timestep(generator))
             dropped.append(torch.rand((), generator=generator) < self.args.caption_dropout)
             noise.append(torch.randn(latents.shape[1:], generator=generator))
-        condition = self._conditions(condition, rows, (self.args.seed, _MITIGATIONS, turn))
-        if any(dropped) and self._null is not None:
-            null, drop = null_like(self._null, condition), torch.stack(dropped).to(latents.device)
+        condition = self._conditions(condition, rows, (self.args.seed, _MITIGATIONS, turn), self._tunes_text)
+        if any(dropped) and (null := self._null) is not None:
+            null, drop = null_like(null, condition), torch.stack(dropped).to(latents.device)
             condition = {
                 name: torch.where(drop.view(-1, *[1] * (tensor.dim() - 1)), null[name], tensor)
                 for name, tensor in condition.items()
@@ -412,12 +473,31 @@ class MemControlTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # The adapter alone: no pickled arguments, and none of the pipeline's other parts.
-        if self.args.should_save and self._adapted is not None:
-            # A denoiser has no vocabulary, for which PEFT would ask the Hub about the base model's name.
-            self._adapted.save_pretrained(
-                output_dir or self.args.output_dir, state_dict=state_dict, save_embedding_layers=False
-            )
+        # The adapters alone, a text encoder's in a folder of its name: no pickled arguments, nothing of the base.
+        if not self.args.should_save:
+            return
+        output_dir = Path(output_dir or self.args.output_dir)
+        for part in self.family.parts.keys() - self._adapted.keys():  # what an earlier mask has left
+            for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
+                (output_dir / part / name).unlink(missing_ok=True)
+        for part, adapted in self._adapted.items():
+            folder = output_dir / part
+            # The vocabulary is not tuned; PEFT would ask the Hub about it by the base model's name.
+            adapted.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+            if part:
+                (folder / "README.md").unlink()  # the card is that of the whole
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._tunes_text:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for part, adapted in self._adapted.items():
+            adapted.load_adapter(str(Path(resume_from_checkpoint) / part), adapted.active_adapter, is_trainable=True)
+
+    def _load_best_model(self) -> None:
+        if self._tunes_text:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     # ---- publishing ----
 
@@ -479,7 +559,7 @@ class MemControlTrainer(Trainer):
     # ---- measuring ----
 
     def encode(self, images: "Dataset | EncodedImages") -> "EncodedImages":
-        """A dataset beside its latents and text embeddings, which are computed once."""
+        """A dataset beside its latents and text embeddings by the base's encoders, which are computed once."""
         return self._encode(images, self.args.resolution)
 
     def _encode(self, images: "Dataset | EncodedImages", resolution: int) -> "EncodedImages":
@@ -487,7 +567,12 @@ class MemControlTrainer(Trainer):
             return images
         key = images._fingerprint
         if key not in self._encoded:
-            self._encoded[key] = EncodedImages(images, encode(images, self.family, resolution))
+            with ExitStack() as stack:
+                for part, adapted in self._adapted.items():
+                    if part:
+                        stack.enter_context(adapted.disable_adapter())
+                encoded = encode(images, self.family, resolution, digests=self._digests)
+            self._encoded[key] = EncodedImages(images, encoded)
         return self._encoded[key]
 
     def evaluate(
@@ -524,7 +609,7 @@ class MemControlTrainer(Trainer):
         others = self.encode(self.eval_dataset if eval_dataset is None else eval_dataset)
         train = self.train_dataset
         training, _ = self.model.training, self.model.eval()
-        with self.accelerator.autocast(), self._merged():
+        with torch.no_grad(), self.accelerator.autocast(), self._merged():
             figures = self._measure(set(wanted), train, others)
         self.model.train(training)
         figures = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
@@ -535,13 +620,13 @@ class MemControlTrainer(Trainer):
     @contextmanager
     def _merged(self) -> Iterator[None]:
         """Our own adapters, which unmerge exactly, are merged while nothing is trained: sampling is faster so."""
-        adapted = self._adapted if isinstance(self.peft_config, MemControlConfig) else None
-        if adapted is not None:
+        merged = self._adapted.values() if isinstance(self.peft_config, MemControlConfig) else ()
+        for adapted in merged:
             adapted.merge_adapter()
         try:
             yield
         finally:
-            if adapted is not None:
+            for adapted in merged:
                 adapted.unmerge_adapter()
 
     def _measure(self, wanted: set[str], train: "EncodedImages", others: "EncodedImages") -> dict[str, float]:
@@ -584,9 +669,10 @@ class MemControlTrainer(Trainer):
 
     def _noise_norms(self, data: "EncodedImages", purpose: int) -> torch.Tensor:
         """Mean noise norm of each distinct image at the fixed timesteps: `[N]`."""
+        null = self._null
 
         def norms(latents: torch.Tensor, condition: Condition, *rest: Any) -> torch.Tensor:
-            return measures.noise_norm(self.model, latents, condition, self._null, self.family, *rest)
+            return measures.noise_norm(self.model, latents, condition, null, self.family, *rest)
 
         return self._of_images(norms, data, purpose)
 
@@ -597,13 +683,19 @@ class MemControlTrainer(Trainer):
         def of(rows: list[int]) -> torch.Tensor:
             values = []
             for start in range(0, len(rows), size):
-                batch = data.encoded[rows[start : start + size]]
+                part = rows[start : start + size]
+                batch, condition = data.encoded[part], self._condition(data, part)
                 seeds = [(self.args.seed, purpose, row) for row in batch["row"].tolist()]
-                condition = {name: batch[name] for name in self.family.conditions}
                 values.append(measure(batch["latents"], condition, timesteps, seeds, size).mean(1))
             return torch.cat(values)
 
         return self._over_processes(of, data.unique)
+
+    def _condition(self, data: "EncodedImages", rows: list[int]) -> Condition:
+        """The conditions of some rows: those that are cached, unless the text encoders are tuned."""
+        if self._tunes_text:
+            return self.family.encode_prompts(data.images["text"][rows])
+        return {name: data.encoded[name][rows] for name in self.family.conditions}
 
     def _generated_features(self, data: "EncodedImages", purpose: int) -> torch.Tensor:
         """Features of images generated from the captions of distinct images, at most `eval_num_images`: `[N, D]`."""
@@ -631,8 +723,9 @@ class MemControlTrainer(Trainer):
         guidance = self._mitigations.get("anti_memorization_guidance")
         if guidance is None:
             return nullcontext()
-        encoded = self.train_dataset.encoded
-        latents, embeds = encoded["latents"][:], encoded["prompt_embeds"][:]
+        data = self.train_dataset
+        latents = data.encoded["latents"][:]
+        embeds = self._condition(data, list(range(len(data))))["prompt_embeds"]
         return guidance.on(self.family, self.model, latents, embeds, self.args.eval_guidance_scale)
 
     def real_features(self, data: "EncodedImages") -> torch.Tensor:

@@ -112,7 +112,9 @@ def validation_images() -> Dataset:
     return images_of(8, seed=2)
 
 
-def tiny_trainer(output_dir, pipeline=None, config=None, train=None, validation=None, mask=None, **arguments):
+def tiny_trainer(
+    output_dir, pipeline=None, config=None, train=None, validation=None, mask=None, space=None, **arguments
+):
     """A trainer whose steps take milliseconds."""
     from memcontrol_hf import MemControlConfig, MemControlTrainer, MemControlTrainingArguments
 
@@ -135,6 +137,7 @@ def tiny_trainer(output_dir, pipeline=None, config=None, train=None, validation=
         args=MemControlTrainingArguments(output_dir=str(output_dir), **{**defaults, **arguments}),
         train_dataset=train or images_of(10, seed=1),
         eval_dataset=validation or images_of(8, seed=2),
+        search_space=space,
         mask=mask,
         encoder=torch.nn.Sequential(torch.nn.AvgPool2d(RESOLUTION), torch.nn.Flatten()),
     )

@@ -8,14 +8,17 @@ import peft
 import pytest
 import torch
 from conftest import RESOLUTION, adapter_of, images_of, tiny_pipeline, tiny_trainer
+from original_layout import save_original
 from safetensors.torch import load_file
 from tiny_families import PIPELINES, sd3
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from memcontrol_hf import MemControlConfig, SearchSpace
+from memcontrol_hf import MemControlConfig, SearchSpace, demo_pipeline
+from memcontrol_hf.demo import DEMO_PIPELINE
 from memcontrol_hf.diffusion import family_of, load_pipeline
 from memcontrol_hf.dry_run import load_architecture, plan
+from memcontrol_hf.sampling import denoiser_in_place, generate
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
 LORA = peft.LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
@@ -159,6 +162,27 @@ def test_a_base_in_half_precision_is_tuned_in_full(tmp_path):
     assert any(not torch.equal(before[name], after[name]) for name in after)
 
 
+def test_a_single_file_in_the_original_layout_trains_and_samples_as_the_folder(tmp_path):
+    file = save_original(demo_pipeline(), tmp_path / "demo.safetensors")
+    adapters, images = [], []
+    for pipeline in (demo_pipeline(), load_pipeline(str(file), config=str(DEMO_PIPELINE))):
+        assert not hasattr(pipeline.unet, "hf_device_map"), "the Trainer would not move it to the accelerator"
+        folder, given = (
+            tmp_path / str(len(images)),
+            {"resolution": 64, "train": images_of(4), "max_steps": 2, "learning_rate": 1.0},
+        )
+        # Adam would blow up the last digits, in which the two differ as their weights lie elsewhere in memory.
+        trainer = tiny_trainer(folder, pipeline, per_device_train_batch_size=2, optim="sgd", **given)
+        before = adapter_of(trainer.model)
+        trainer.train()
+        assert any(not torch.allclose(before[k], t, atol=1e-4) for k, t in adapter_of(trainer.model).items())
+        adapters.append(adapter_of(trainer.model))
+        with denoiser_in_place(pipeline, trainer.model):
+            images.append(generate(pipeline, ["grinning face"], [(0,)], 64, num_inference_steps=3))
+    torch.testing.assert_close(*adapters, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(*images, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -170,6 +194,14 @@ def test_a_base_in_half_precision_is_tuned_in_full(tmp_path):
 def test_wrong_ways_to_load_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         load_pipeline(**{"name": "demo", **arguments})
+
+
+def test_a_single_file_whose_architecture_is_not_at_hand_names_the_flag(tmp_path):
+    file = str(save_original(demo_pipeline(), tmp_path / "demo.safetensors"))
+    with pytest.raises(ValueError, match=r"stable-diffusion-v1-5', which it is taken for: .*--single_file_config"):
+        load_pipeline(file)
+    with pytest.raises(ValueError, match=r"no model_index.json of '/none': name .* built alike with --single_file_c"):
+        load_pipeline(file, config="/none")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")

@@ -1,18 +1,27 @@
 """Pushing to a Hub on the loopback interface, one that fails too."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 
 import pytest
-from conftest import adapter_folder, small_report, tiny_trainer
+from conftest import adapter_folder, small_report, tiny_pipeline, tiny_trainer
 from huggingface_hub import ModelCard, constants
 from mini_hub import TOKEN, Repo, serve
+from safetensors.torch import load_file
 
 from memcontrol_hf import cli
+from memcontrol_hf.diffusion import family_of
 from memcontrol_hf.hub import PUBLIC_FILES, WAITS, PushError, push
 
-PUSHED = sorted(set(PUBLIC_FILES) - {"pytorch_lora_weights.safetensors", "pareto_front.png"})
+PUSHED = sorted(
+    name
+    for name in PUBLIC_FILES
+    if "/" not in name and name not in ("pytorch_lora_weights.safetensors", "pareto_front.png")
+)
 
 
 @pytest.fixture
@@ -221,3 +230,27 @@ def test_the_trainer_pushes_what_it_trained(hub, tmp_path):
         trainer.push_to_hub()
     with pytest.raises(ValueError, match="give no token"):
         trainer.push_to_hub(token="hf_something")
+
+
+def test_adapters_of_text_encoders_are_pushed_and_found_in_their_folders(hub, tmp_path):
+    pipeline = tiny_pipeline()
+    space = family_of(pipeline).search_space(text_encoder_blocks=True)
+    trainer = tiny_trainer(tmp_path / "with-text", pipeline, space=space, max_steps=1)
+    trainer.train()
+    trainer.push_to_hub()
+    inside = [f"text_encoder/{name}" for name in ("adapter_config.json", "adapter_model.safetensors")]
+    assert sorted(hub.repos["tester/with-text"].files) == sorted([*PUSHED, *inside])
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    code = (
+        "import sys; from diffusers import StableDiffusionPipeline; from memcontrol_hf.audit import load_adapter\n"
+        "pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1]); load_adapter(pipe, sys.argv[2])\n"
+        "for part in (pipe.unet, pipe.text_encoder):\n"
+        "    print(sum(p.double().sum() for n, p in part.named_parameters() if 'memcontrol_' in n).item())"
+    )
+    reached = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", code, str(tmp_path / "base"), "tester/with-text"]
+    loaded = subprocess.run(command, env={**os.environ, **reached}, capture_output=True, text=True)
+    for part, found in zip(("", "text_encoder"), loaded.stdout.split(), strict=True):
+        saved = load_file(tmp_path / "with-text" / part / "adapter_model.safetensors")
+        total = sum(tensor.double().sum().item() for tensor in saved.values())
+        assert total and float(found) == pytest.approx(total)

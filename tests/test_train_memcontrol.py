@@ -21,15 +21,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import ResNetConfig, ResNetModel, ViTImageProcessorPil
 
-from memcontrol_hf import MemorizationReport, audit_memorization
+from memcontrol_hf import MemorizationReport, audit_memorization, cli
 from memcontrol_hf.audit import AuditSettings
 from memcontrol_hf.data import load_images, plant_canaries
 from memcontrol_hf.hub import PUBLIC_FILES, push_mask
-from memcontrol_hf.sampling import denoiser_in_place
+from memcontrol_hf.sampling import denoiser_in_place, generate
 from memcontrol_hf.search_space import block_map
 
 SCRIPT = Path(__file__).parent.parent / "training_scripts" / "train_memcontrol.py"
-PUBLIC = sorted(set(PUBLIC_FILES) - {"pytorch_lora_weights.safetensors"})
+PUBLIC = sorted(name for name in PUBLIC_FILES if "/" not in name and name != "pytorch_lora_weights.safetensors")
 FILES = sorted([*PUBLIC, "study.journal"])
 
 
@@ -175,12 +175,52 @@ def test_the_card_has_valid_metadata_and_no_placeholder(finished):
     assert """--validation_prompt 'a "quoted" prompt'""" in card.text
 
 
+def snippet_of(folder, assets) -> str:
+    snippet = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    return snippet.replace('"tiny-sd"', repr(str(assets / "tiny-sd")))
+
+
 def test_the_snippet_of_the_card_runs(finished, assets, tmp_path):
-    snippet = re.search(r"```python\n(.*?)```", (finished / "README.md").read_text(), re.DOTALL)[1]
-    code = snippet.replace('"tiny-sd"', repr(str(assets / "tiny-sd"))) + "\nimage.save('image.png')"
+    code = snippet_of(finished, assets) + "\nimage.save('image.png')"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=finished.parent, capture_output=True)
     assert (finished.parent / "image.png").exists()
     (finished.parent / "image.png").unlink()
+
+
+def test_blocks_of_the_text_encoder_go_all_the_way(script, assets, tmp_path, monkeypatch):
+    """From the flag to the audit, the card's snippet and a merged pipeline; what an earlier mask left is gone."""
+    layer, out = "text_encoder.encoder.layers.0", tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    given = {"mask_from": tmp_path / "mask.json", "learning_rate": 0.3, "max_train_steps": 2, "eval_num_images": 2,
+             "audit_num_prompts": 2}  # fmt: skip
+    plain = StableDiffusionPipeline.from_pretrained(assets / "tiny-sd")
+    drawn = {}
+    for mask in ({"mid_block.attentions.0": True, layer: True}, {layer: True}):
+        (tmp_path / "mask.json").write_text(json.dumps(mask))
+        script.main([*flags(assets, out, **given), "--text_encoder_blocks"])
+        report = MemorizationReport.from_json(out / "memorization_report.json")
+        assert report.mask[layer] and ("text_encoder.encoder.layers", "■") in block_map(report.mask)
+        attacked = report.audit["measures"]["membership_auc_secmi"]
+        assert attacked["model"]["value"] != attacked["frozen_base"]["value"]
+        adapters = {str(file.parent.relative_to(out)) for file in out.rglob("adapter_model.safetensors")}
+        assert adapters == ({".", "text_encoder"} if len(mask) == 2 else {"text_encoder"})
+        snippet = snippet_of(out, assets)
+        assert ("pipe.unet" in snippet) == (len(mask) == 2) and 'subfolder="text_encoder")' in snippet
+        names = {}
+        exec(snippet, names)
+        cli.main(["export", str(out), "--to", "merged", "--pipeline", str(assets / "tiny-sd"),
+                  "--output_dir", str(tmp_path / f"merged-{len(mask)}")])  # fmt: skip
+        merged = StableDiffusionPipeline.from_pretrained(tmp_path / f"merged-{len(mask)}")
+        drawn[len(mask)] = [draw(pipeline) for pipeline in (plain, names["pipe"], merged)]
+        torch.testing.assert_close(*drawn[len(mask)][1:], atol=1e-5, rtol=0)
+        assert not torch.allclose(*drawn[len(mask)][:2], atol=1e-4)
+    assert not torch.allclose(drawn[1][1], drawn[2][1], atol=1e-4)
+    with pytest.raises(SystemExit):  # the mask alone does not bring text encoders into the space
+        script.main(flags(assets, tmp_path / "other", mask_from=out))
+
+
+def draw(pipeline) -> torch.Tensor:
+    return generate(pipeline, ["abc"], [(0,)], RESOLUTION, num_inference_steps=2, guidance_scale=2.0)
 
 
 def test_the_same_command_again_repeats_no_trial(script, assets, finished, monkeypatch):
@@ -420,7 +460,7 @@ def test_no_image_is_sent_nor_its_latents_or_embeddings(published):
         embeds = condition["prompt_embeds"][0, 1:]  # the first token is the same for all
         file = (published.images / f"{MARK}-{i}.png").read_bytes()
         marks = [file[file.index(b"IDAT") + 8 :][:32], row["image"].tobytes()[:48]]
-        for tensor in (latents, embeds):
+        for tensor in (latents, embeds.detach()):
             marks += [tensor.to(kind).numpy().tobytes()[:32] for kind in (torch.float32, torch.float16)]
         for mark in marks:
             assert len(set(mark)) > 4 and found(mark, published.sent) == []

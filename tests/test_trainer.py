@@ -5,6 +5,7 @@ import sys
 import peft
 import pytest
 import torch
+from accelerate import PartialState
 from conftest import RESOLUTION, adapter_of, images_of, tiny_pipeline, tiny_trainer, tiny_unet
 from diffusers import DDPMScheduler
 from peft import PeftModel
@@ -171,26 +172,36 @@ def test_the_saved_adapter_is_the_selection_and_loads_with_peft(tmp_path):
         assert torch.equal(trainer.model.eval()(x, 5, c).sample, loaded(x, 5, c).sample)
 
 
+def runs(folder: str, **arguments) -> dict:
+    """Adapter and figures of a short run, without and with blocks of the text encoder."""
+    results = {}
+    for text in (False, True):
+        pipeline = tiny_pipeline()
+        space = family_of(pipeline).search_space(text_encoder_blocks=text)
+        trainer = tiny_trainer(folder, pipeline, space=space, train=images_of(8), max_steps=3, **arguments)
+        trainer.train()
+        figures = trainer.evaluate(metrics=list(METRICS))
+        results[text] = {"adapter": adapter_of(trainer.accelerator.unwrap_model(trainer.model)), **figures}
+    return results
+
+
 def one_of_two(folder: str) -> None:
     """What each of the two processes runs."""
-    trainer = tiny_trainer(folder, per_device_train_batch_size=2, train=images_of(8), max_steps=3, use_cpu=True)
-    assert trainer.args.world_size == 2
-    trainer.train()
-    figures = trainer.evaluate(metrics=list(METRICS))
-    if trainer.is_world_process_zero():
-        torch.save({"adapter": adapter_of(trainer.accelerator.unwrap_model(trainer.model)), **figures}, folder + "/2")
+    results = runs(folder, per_device_train_batch_size=2, use_cpu=True)
+    assert PartialState().num_processes == 2
+    if PartialState().is_main_process:
+        torch.save(results, folder + "/2")
 
 
 def test_two_processes_train_and_measure_as_one(tmp_path):
-    one = tiny_trainer(tmp_path, train=images_of(8), max_steps=3)
-    one.train()
-    figures = one.evaluate(metrics=list(METRICS))
+    one = runs(tmp_path)
     # New processes, not forks: a fork waits for ever for the OpenMP threads of the tests before it.
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([*launch, __file__, str(tmp_path)], check=True, timeout=300)
     two = torch.load(tmp_path / "2")
-    equal(adapter_of(one.model), two.pop("adapter"), atol=2e-4, rtol=1e-3)
-    assert two == pytest.approx(figures, rel=1e-3)
+    for text, figures in one.items():
+        equal(figures.pop("adapter"), two[text].pop("adapter"), atol=2e-4, rtol=1e-3)
+        assert two[text] == pytest.approx(figures, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,6 @@ from memcontrol_hf import (
     MemControlTrainer,
     MemControlTrainingArguments,
     MemorizationReport,
-    SearchSpace,
     audit_memorization,
     demo_dataset,
     select_run,
@@ -66,6 +65,8 @@ from memcontrol_hf.selection import rank_runs
 from memcontrol_hf.tracking import log_images, log_push, log_report, run_url, start_tracking
 from memcontrol_hf.trainer import METRICS, check_objectives
 
+# the projections of attention layers: of denoisers, of CLIP, of T5
+ATTENTION = [*("to_q", "to_k", "to_v", "to_out.0"), *("q_proj", "k_proj", "v_proj", "out_proj"), *("q", "k", "v", "o")]
 # method -> its config, and the learning rates that are searched
 METHODS: dict[str, tuple[PeftConfig, tuple[float, float]]] = {
     "svdiff": (MemControlConfig(method="svdiff"), (1e-2, 1e-1)),
@@ -75,7 +76,7 @@ METHODS: dict[str, tuple[PeftConfig, tuple[float, float]]] = {
     "norm": (MemControlConfig(method="norm"), (3e-4, 3e-2)),
     "bias": (MemControlConfig(method="bias"), (3e-4, 3e-2)),
     "lora": (
-        peft.LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]),
+        peft.LoraConfig(r=4, lora_alpha=4, target_modules=ATTENTION),
         (1e-4, 1e-2),
     ),
 }
@@ -178,6 +179,10 @@ class ScriptArguments:
             "help": "What a bit of the mask stands for: block, site (attn1, attn2, ff), or regular expressions over "
             "the denoiser's module names, one for each bit."
         },
+    )
+    text_encoder_blocks: bool = field(
+        default=False,
+        metadata={"help": "Layers of the text encoders are blocks, too; captions are then encoded in each step."},
     )
     mask_from: str | None = field(
         default=None,
@@ -400,6 +405,8 @@ def settings(args: ScriptArguments) -> dict[str, Any]:
         *("trainer_args", "encoder", "eval_num_images", "eval_inference_steps", "eval_guidance_scale", "seed"),
     )
     values = {name: without_place(getattr(args, name)) for name in depends_on}
+    if args.text_encoder_blocks:
+        values["text_encoder_blocks"] = True
     if args.canaries:
         values |= {"canaries": args.canaries, "canary_repeats": args.canary_repeats}
     return values | ({"mitigation": sorted(args.mitigation)} if args.mitigation else {})
@@ -510,9 +517,10 @@ def dry_run(args: ScriptArguments) -> str:
     if args.quantization is not None:
         weight_bytes = QUANTIZATIONS[args.quantization][1]
     planned = plan(
-        load_architecture(args.pretrained_model_name_or_path, args.revision),
+        load_architecture(args.single_file_config or args.pretrained_model_name_or_path, args.revision),
         config,
         granularity_of(args),
+        args.text_encoder_blocks,
         resolution=args.resolution,
         batch_size=args.train_batch_size,
         n_trials=args.n_trials,
@@ -543,7 +551,7 @@ def prepare(argv: list[str] | None) -> tuple[ScriptArguments, MemControlTrainer,
     config, rates, mask = check(args)
     trainer_args = training_arguments(args)
     pipeline, data = load(args)
-    space = SearchSpace.from_model(family_of(pipeline).denoiser, granularity_of(args))
+    space = family_of(pipeline).search_space(granularity_of(args), args.text_encoder_blocks)
     on_hub = args.pretrained_model_name_or_path != "demo" and not Path(args.pretrained_model_name_or_path).exists()
     config.base_model_name_or_path = args.pretrained_model_name_or_path if on_hub else None
     trainer = MemControlTrainer(

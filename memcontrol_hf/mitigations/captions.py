@@ -189,13 +189,11 @@ class Conditions:
                 f"{in_sampling[0]} is there for Stable Diffusion 1.x and 2.x alone, not for {type(family).__name__}: "
                 "leave it out"
             )
-        self.texts: dict[int, tuple[str, Sequence[str]]] = {}
-        if self.of_captions:
-            several = mitigations.get("multiple_captions")
-            if several is not None:
-                several.check(images)
-            others = [()] * len(images) if several is None else list(images[several.column])
-            self.texts = dict(zip(rows, zip(images["text"], others), strict=True))
+        several = mitigations.get("multiple_captions")
+        if several is not None:
+            several.check(images)
+        others = [()] * len(images) if several is None else list(images[several.column])
+        self.texts = dict(zip(rows, zip(images["text"], others), strict=True))
 
     def captions(self, rows: Sequence[int], key: tuple[int, ...]) -> list[str]:
         """The captions of some rows, by a seed that [`__call__`] describes."""
@@ -207,15 +205,18 @@ class Conditions:
             captions.append(caption)
         return captions
 
-    def __call__(self, condition: Condition, rows: Sequence[int], key: tuple[int, ...]) -> Condition:
+    def __call__(
+        self, condition: Condition, rows: Sequence[int], key: tuple[int, ...], encode: bool = False
+    ) -> Condition:
         """The conditions of some rows.
 
         Args:
             condition (`Condition`): of the captions as they are: what is used unless a caption changes.
             rows (list of `int`): their numbers.
             key (tuple of `int`): seed, purpose and epoch (or step). With the row, this is all that a draw depends on.
+            encode (`bool`): encode the captions even if none changes, as the text encoders are tuned.
         """
-        if self.of_captions:
+        if self.of_captions or encode:
             encoded = self.family.encode_prompts(self.captions(rows, key))
             condition = {name: encoded[name].to(tensor) for name, tensor in condition.items()}
         if self.noise is None:

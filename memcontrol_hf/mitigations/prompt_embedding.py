@@ -74,8 +74,9 @@ class PromptEmbedding(Mitigation):
         pipeline, denoiser = family.pipeline, family.denoiser
         side = resolution // pipeline.vae_scale_factor
         shape = (len(prompts), denoiser.config.in_channels, side, side)
-        condition = family.encode_prompts(prompts)
-        embeds, null = (c["prompt_embeds"] for c in (condition, null_like(family.null_condition(), condition)))
+        with torch.no_grad():
+            condition = family.encode_prompts(prompts)
+            embeds, null = (c["prompt_embeds"] for c in (condition, null_like(family.null_condition(), condition)))
         noise = randn_tensor(shape, list(generators), embeds.device, embeds.dtype)
         pipeline.scheduler.set_timesteps(num_inference_steps, device=noise.device)
         first = pipeline.scheduler.timesteps[0]

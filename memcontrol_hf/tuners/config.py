@@ -70,7 +70,10 @@ class MemControlConfig(PeftConfig):
         metadata={"help": "SV-DIFF: the factor of the shift of the singular values, above 0."},
     )
     scale_modules: list[str] = field(
-        default_factory=lambda: ["to_out.0", "ff.net.2", "to_add_out", "ff_context.net.2"],
+        default_factory=lambda: [
+            *("to_out.0", "ff.net.2", "to_add_out", "ff_context.net.2"),
+            *("self_attn.out_proj", "mlp.fc2", "SelfAttention.o", "DenseReluDense.wo"),  # of text encoders
+        ],
         metadata={"help": "DiffFit: ends of the names of the Linear modules whose output gets a scale."},
     )
     mask: dict[str, bool] | None = field(

@@ -44,7 +44,8 @@ def tuned_tensors(module: nn.Module, method: str, name: str, scale_modules: Sequ
         for kind in ("weight", "bias")
         if (tensor := module._parameters.get(kind)) is not None and tensor.is_floating_point()
     )
-    is_norm = isinstance(module, (nn.GroupNorm, nn.LayerNorm)) or type(module).__name__.endswith("RMSNorm")
+    rms_norm = type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))
+    is_norm = rms_norm or isinstance(module, (nn.GroupNorm, nn.LayerNorm))
     is_linear_map = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) and "weight" in own
     biases = ("bias",) if "bias" in own and hasattr(module, "weight") else ()
 
