@@ -38,7 +38,7 @@ GROUPS = {
     "up.3": r"^up_blocks\.3\.attentions",
 }
 RATES = (3e-4, 1e-3)
-STAGES = (0.5,)
+STAGES = (0.25, 0.5)
 NOISE_TIMESTEPS = (100, 300, 500, 700, 900)
 
 

@@ -1,0 +1,312 @@
+"""What the table of real trials says: which reward a search should look at, and which sampler finds most.
+
+    python training_scripts/trial_table.py       # hours: makes docs/trial_table.parquet
+    python training_scripts/analyze_trials.py    # minutes
+
+Writes `docs/trials.json` and `docs/trials.md`, and with a complete table `docs/trials_replay.png`.
+
+1. The rank correlation, over runs, of each cheap reward with what the attacks of the audit find against held-out
+   images that no reward saw: over all runs, and over masks alone (ranks within each learning rate).
+2. Each sampler searches the table instead of training, many times: the hypervolume of (fid, membership AUC) it has
+   after each trial, as a share of that of the table's own front. A trial that repeats another is free, as it is in
+   `run_search`; in `plain random`, Optuna's sampler with nothing of ours, it is not.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pandas as pd
+from scipy.stats import bootstrap, rankdata, spearmanr
+
+from memcontrol_hf.search import SAMPLERS, SeededSampler
+
+OBJECTIVES = ["fid", "membership_auc"]
+REWARDS = {
+    "membership_auc": "membership AUC by the loss, validation images (the default)",
+    "stage0_membership_auc": "the same, halfway through the training",
+    "loss_gap": "loss on validation minus on training images",
+    "trainable_parameters": "trainable parameters",
+    "noise_norm": "noise norm on training images, mean of all timesteps",
+    **{f"noise_norm_{t}_train": f"noise norm at timestep {t}" for t in (100, 300, 500, 700, 900)},
+    **{f"noise_norm_{t}_auc": f"membership AUC by the noise norm at timestep {t}" for t in (100, 300, 500, 700, 900)},
+    "audit_trajectory_norm_auc": "membership AUC by the noise norm along trajectories, the audit's own",
+    "negative_amd": "minus amd, of the audit's own images",
+}
+OUTCOMES = {
+    "audit_membership_auc_loss": "membership, loss",
+    "audit_membership_auc_clid": "membership, CLiD",
+    "audit_membership_auc_pia": "membership, PIA",
+    "audit_copy_share": "copies",
+    "audit_extraction_rate_calibrated": "extracted, calibrated",
+    "audit_nearest_share": "nearer to training",
+    "canaries": "canaries caught by any attack",
+}
+COSTS = {"membership_auc": "seconds_membership_auc", "loss_gap": "seconds_membership_auc"} | {
+    name: "seconds_noise_norm" for name in REWARDS if name.startswith("noise_norm")
+}
+PLAIN = "plain random"
+
+
+def read(table: Path) -> pd.DataFrame:
+    """The table, with the columns that follow from others."""
+    runs = pd.read_parquet(table)
+    runs["loss_gap"] = runs["loss"] - runs["loss_train"]
+    runs["noise_norm"] = runs[[f"noise_norm_{t}_train" for t in (100, 300, 500, 700, 900)]].mean(axis=1)
+    runs["negative_amd"] = -runs["audit_amd"]
+    runs["canaries"] = runs[[c for c in runs if c.startswith("canaries_")]].max(axis=1)
+    return runs
+
+
+# ---- which reward? ----
+
+
+def correlations(runs: pd.DataFrame, within_rates: bool) -> dict[str, dict[str, dict[str, float] | None]]:
+    """Spearman's rho of each reward with each outcome, and its 95 % bootstrap interval over the runs.
+
+    `None` where it is not there: the outcome, or the reward, is the same in all runs.
+    """
+    trained = runs[[c for c in runs if c.startswith("mask.")]].any(axis=1)
+    runs = runs[trained]  # the frozen base has no stages
+    groups = [g for _, g in runs.groupby("learning_rate")] if within_rates else [runs]
+
+    def ranks(column: str) -> np.ndarray:
+        return np.concatenate([rankdata(group[column]) / (len(group) + 1) for group in groups])
+
+    def rho(x: np.ndarray, y: np.ndarray) -> dict[str, float] | None:
+        if len(set(x)) < 2 or len(set(y)) < 2:
+            return None
+        rows = np.random.default_rng(0).integers(len(x), size=(999, len(x)))
+        # A draw in which all are the same has no correlation.
+        drawn = [spearmanr(x[r], y[r]).statistic for r in rows if np.ptp(x[r]) > 0 and np.ptp(y[r]) > 0]
+        low, high = np.quantile(drawn, (0.025, 0.975))
+        return {"rho": float(spearmanr(x, y).statistic), "low": float(low), "high": float(high)}
+
+    return {reward: {outcome: rho(ranks(reward), ranks(outcome)) for outcome in OUTCOMES} for reward in REWARDS}
+
+
+# ---- which sampler? ----
+
+
+def hypervolumes(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """The area that the first 1, 2, ..., N points dominate: `[N, 2]`, both minimized -> `[N]`."""
+    areas = []
+    for count in range(1, len(values) + 1):
+        area, best = 0.0, reference[1]
+        for x, y in sorted(values[:count].tolist()):
+            if x < reference[0] and y < best:
+                area, best = area + (reference[0] - x) * (best - y), y
+        areas.append(area)
+    return np.array(areas)
+
+
+class Table:
+    """The trials that a replay looks up."""
+
+    def __init__(self, runs: pd.DataFrame) -> None:
+        self.groups = [c for c in runs if c.startswith("mask.")]
+        self.rates = sorted(runs["learning_rate"].unique())
+        self.values = {
+            (*(bool(on) for on in mask), rate): np.array(objectives)
+            for *mask, rate, objectives in zip(
+                *(runs[g] for g in self.groups), runs["learning_rate"], runs[OBJECTIVES].to_numpy(), strict=True
+            )
+        }
+        off = (False,) * len(self.groups)  # any rate of the frozen base is the frozen base
+        base = (*off, self.rates[0])
+        self.values |= {(*off, rate): self.values[base] for rate in self.rates if base in self.values}
+        all_values = np.array(list(self.values.values()))
+        self.reference = all_values.max(0)
+        self.area = hypervolumes(all_values, self.reference)[-1]
+
+    @property
+    def missing(self) -> int:
+        """How many runs are not made yet."""
+        return 2 ** len(self.groups) * len(self.rates) - len(self.values)
+
+    def known(self) -> list[dict]:
+        """All on and all off, as a search queues them."""
+        return [dict.fromkeys(self.groups, on) | {"learning_rate": self.rates[0]} for on in (True, False)]
+
+    def ask(self, trial: optuna.Trial) -> tuple:
+        mask = [trial.suggest_categorical(group, [False, True]) for group in self.groups]
+        return (*mask, trial.suggest_categorical("learning_rate", self.rates))
+
+
+def replay(table: Table, name: str, trials: int, seed: int) -> np.ndarray:
+    """One search: the share of the front's hypervolume after each trial, `[trials]`."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    make: Callable[[int], optuna.samplers.BaseSampler] = SAMPLERS[name.split()[-1]]
+    sampler = make(seed) if name == PLAIN else SeededSampler(make, seed, table.known())
+    study = optuna.create_study(directions=["minimize"] * 2, sampler=sampler)
+    seen, found = set(), []
+    for _ in range(20 * trials):  # as `run_search`: where nearly all is tried, the search ends before its budget
+        trial = study.ask()
+        key = table.ask(trial)
+        values = table.values[key]
+        identity = key if any(key[:-1]) else None  # any rate of the frozen base is the frozen base
+        if name == PLAIN or identity not in seen:
+            found.append(values)
+        seen.add(identity)
+        study.tell(trial, values.tolist())
+        if len(found) == trials:
+            break
+    areas = hypervolumes(np.array(found), table.reference) / table.area
+    return np.pad(areas, (0, trials - len(areas)), mode="edge")
+
+
+def replays(table: Table, seeds: int, trials: int, workers: int) -> dict[str, np.ndarray]:
+    """Of each sampler the shares `[seeds, trials]`; the Gaussian process, which is slow, with a tenth of the seeds."""
+    of = {}
+    with ProcessPoolExecutor(workers) as pool:
+        for name in (PLAIN, *SAMPLERS):
+            count = max(2, seeds // 10) if name == "gp" else seeds
+            of[name] = np.array(list(pool.map(partial(replay, table, name, trials), range(count), chunksize=4)))
+            print(f"{name}: {count} searches", flush=True)
+    return of
+
+
+def first_to_reach(shares: np.ndarray, goal: float) -> np.ndarray:
+    """The trial with which each search reaches the goal, one beyond the last where it does not: `[seeds]`."""
+    reached = shares >= goal - 1e-12
+    return np.where(reached.any(1), reached.argmax(1) + 1, shares.shape[1] + 1)
+
+
+def median_interval(values: np.ndarray) -> dict[str, float]:
+    """The median with its 95 % bootstrap interval."""
+    drawn = bootstrap((values,), np.median, n_resamples=999, method="percentile", rng=0)
+    low, high = drawn.confidence_interval
+    return {"median": float(np.median(values)), "low": float(low), "high": float(high)}
+
+
+def summary(of: dict[str, np.ndarray], counts: list[int]) -> dict:
+    """Medians over seeds, and how many trials each sampler needs for what plain random has after the last."""
+    goal = float(np.median(of[PLAIN][:, -1]))
+    return {
+        "goal": goal,
+        "samplers": {
+            name: {
+                "searches": len(shares),
+                "share": {str(count): median_interval(shares[:, count - 1]) for count in counts},
+                "trials_to_goal": median_interval(first_to_reach(shares, goal)),
+            }
+            for name, shares in of.items()
+        },
+    }
+
+
+# ---- what is written ----
+
+
+def as_markdown(result: dict) -> str:
+    """The page of a result."""
+
+    def cell(of: dict | None) -> str:
+        return "–" if of is None else f"{of['rho']:.2f} ({of['low']:.2f} to {of['high']:.2f})"
+
+    lines = [
+        "# What the table of real trials says",
+        "",
+        f"`python training_scripts/analyze_trials.py`, from [{result['runs']} of {result['runs_in_all']} runs]"
+        "(trial_table.parquet) that `python training_scripts/trial_table.py` trained on the demo: whole attention "
+        f"weights of some of {result['groups']} groups of blocks, {result['steps']} steps, seed 0, learning rates "
+        f"{', '.join(f'{rate:g}' for rate in result['rates'])}. The runs are made in a random order.",
+        "",
+        "## Which reward?",
+        "",
+        "Spearman's rank correlation of each cheap reward, measured against validation images, with what the attacks "
+        "of the audit find against held-out images (95 % bootstrap interval over the runs). 1: it ranks the runs as "
+        "the attack does; 0: it says nothing; below 0: it prefers the ones that leak. –: the same in all runs.",
+    ]
+    for kind, title in (("all", "Over all runs"), ("masks", "Over masks: ranks within each learning rate")):
+        lines += ["", f"### {title}", "", f"| reward | {' | '.join(OUTCOMES.values())} | CPU seconds |"]
+        lines += ["|---|" + "---|" * (len(OUTCOMES) + 1)]
+        for reward, said in REWARDS.items():
+            cells = " | ".join(cell(result["correlations"][kind][reward][outcome]) for outcome in OUTCOMES)
+            seconds = result["seconds"].get(reward)
+            lines.append(f"| {said} | {cells} | {'' if seconds is None else f'{seconds:.0f}'} |")
+    if "replay" in result:
+        replay, counts = result["replay"], list(result["replay"]["samplers"][PLAIN]["share"])
+        lines += [
+            "",
+            "## Which sampler?",
+            "",
+            f"Share of the hypervolume of the table's front, median over searches with its 95 % bootstrap interval, "
+            f"and the trials that are needed for the {replay['goal']:.3f} that {PLAIN} search has after "
+            f"{counts[-1]} ({int(counts[-1]) + 1}: not reached).",
+            "",
+            "![](trials_replay.png)",
+            "",
+            f"| sampler | searches | {' | '.join(f'after {count}' for count in counts)} | trials needed |",
+            "|---|---|" + "---|" * (len(counts) + 1),
+        ]
+        for name, of in replay["samplers"].items():
+            shares = " | ".join(f"{s['median']:.3f} ({s['low']:.3f} to {s['high']:.3f})" for s in of["share"].values())
+            needed = of["trials_to_goal"]
+            lines.append(
+                f"| {name} | {of['searches']} | {shares} | {needed['median']:g} ({needed['low']:g} to "
+                f"{needed['high']:g}) |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def plot(of: dict[str, np.ndarray], file: Path) -> None:
+    """Medians and quartiles of the shares, against the number of trials."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, shares in of.items():
+        trials = np.arange(1, shares.shape[1] + 1)
+        low, median, high = np.quantile(shares, (0.25, 0.5, 0.75), axis=0)
+        (line,) = axes.plot(trials, median, label=name)
+        axes.fill_between(trials, low, high, alpha=0.12, color=line.get_color(), linewidth=0)
+    axes.set(xlabel="trials", ylabel="share of the front's hypervolume", xlim=(1, None), ylim=(None, 1.005))
+    axes.grid(alpha=0.3)
+    axes.legend(title="median, quartiles")
+    figure.savefig(file)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Correlate, replay, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", type=Path, default=Path("docs/trial_table.parquet"), help="of trial_table.py")
+    parser.add_argument("--seeds", type=int, default=200, help="searches of each sampler")
+    parser.add_argument("--trials", type=int, default=64, help="trials of each search")
+    parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--output_dir", type=Path, default=Path("docs"), help="for trials.{json,md} and the picture")
+    args = parser.parse_args(argv)
+    if not args.table.is_file():
+        parser.error(f"there is no {args.table}: make it with training_scripts/trial_table.py")
+    runs = read(args.table)
+    table = Table(runs)
+    result = {
+        "runs": len(runs),
+        "runs_in_all": len(runs) + table.missing,
+        "groups": len(table.groups),
+        "rates": [float(rate) for rate in table.rates],
+        "steps": int(runs["steps"].max()),
+        "correlations": {"all": correlations(runs, False), "masks": correlations(runs, True)},
+        "seconds": {reward: float(runs[column].median()) for reward, column in COSTS.items()},
+    }
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    if table.missing:
+        print(f"{table.missing} runs are missing: no sampler is replayed")
+    else:
+        of = replays(table, args.seeds, args.trials, args.workers)
+        result["replay"] = summary(of, [n for n in (4, 8, 16, 32, 64) if n <= args.trials])
+        plot(of, args.output_dir / "trials_replay.png")
+    (args.output_dir / "trials.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (args.output_dir / "trials.md").write_text(as_markdown(result), encoding="utf-8")
+    print(f"{args.output_dir / 'trials.md'}")
+
+
+if __name__ == "__main__":
+    main()
