@@ -62,7 +62,9 @@ def test_rewards_are_ranked_as_scipy_ranks_them(script, tmp_path):
         assert of["noise_norm"]["audit_membership_auc_clid"]["rho"] == pytest.approx(-1)
         assert of["stage0_membership_auc"]["audit_membership_auc_clid"] is None  # the same in all runs
         assert of["membership_auc"]["audit_copy_share"] is None
-    by_size = [script.correlations(runs, w)["trainable_parameters"]["audit_nearest_share"]["rho"] for w in (True, False)]
+    by_size = [
+        script.correlations(runs, w)["trainable_parameters"]["audit_nearest_share"]["rho"] for w in (True, False)
+    ]
     assert by_size[0] > by_size[1]  # the rate hides what the mask does
 
 
