@@ -30,7 +30,11 @@ def made_up(script) -> pd.DataFrame:
             row = {f"mask.{name}": on for name, on in zip("abc", mask)}
             row |= {"learning_rate": rate, "steps": 5, "seed": 0, "trainable_parameters": sum(mask)}
             row |= {"fid": 8 - learnt + rng.normal(0, 0.1), "membership_auc": 0.5 + learnt / 30, "loss": 0.2}
-            row |= {"loss_train": 0.2 - learnt / 100, "stage0_membership_auc": 0.5, "audit_amd": rng.random()}
+            row |= {"loss_train": 0.2 - learnt / 100, "audit_amd": rng.random()}
+            for stage, share in enumerate((0.25, 0.5)):
+                row |= {f"stage{stage}_fid": 8 - share * learnt, f"stage{stage}_loss": 0.3 - share * learnt / 100}
+                row[f"stage{stage}_membership_auc"] = 0.5
+            row |= {"seconds_train_with_stages": 40.0, "seconds_fid": 8.0}
             row |= {"audit_trajectory_norm_auc": rng.random()}
             row |= {f"noise_norm_{t}_train": 10 - learnt for t in (100, 300, 500, 700, 900)}
             row |= {f"noise_norm_{t}_auc": rng.random() for t in (100, 300, 500, 700, 900)}
@@ -78,6 +82,32 @@ def test_a_search_that_tries_all_finds_the_whole_front(script):
     # Repeats are free: 15 different runs are all that there are.
     assert script.replay(table, "random", 15, seed=1)[-1] == pytest.approx(1)
     assert script.replay(table, script.PLAIN, 15, seed=1)[-1] < 1
+
+
+def test_a_trial_is_stopped_when_so_many_earlier_ones_dominate_it(script):
+    values = np.array([[3, 3], [2, 2], [1, 4], [2.5, 2.5], [4, 5], [2, 2]])
+    # The third is nobody's inferior; the last equals the second, which is no domination.
+    assert script.pruned(values, 1).tolist() == [False, False, False, True, True, False]
+    assert script.pruned(values, 4).tolist() == [False, False, False, False, True, False]
+
+
+def test_pruning_that_sees_nothing_stops_nothing_and_costs_the_looks(script):
+    runs = made_up(script)
+    runs["stage0_fid"] = runs["stage1_fid"] = 8.0  # and the AUC is the same in all runs
+    rows = [row for row in script.pruning(runs, 8, 3) if row["quality"] == "fid"]
+    for row in rows:
+        assert row["stopped"] == row["wrong"] == 0 and row["hypervolume"] == 1
+        assert row["seconds"] == pytest.approx((20 + 10 + 10) / (20 + 10))  # 40 s hold two looks of 10
+    assert script.pruning(runs, 99, 3) == []
+
+
+def test_pruning_by_what_ranks_runs_as_the_end_does_loses_nothing(script):
+    runs = made_up(script)
+    for stage in (0, 1):
+        runs[f"stage{stage}_fid"], runs[f"stage{stage}_membership_auc"] = runs["fid"], runs["membership_auc"]
+    for row in script.pruning(runs, 12, 3):
+        if row["quality"] == "fid":
+            assert row["wrong"] == 0 and row["hypervolume"] == pytest.approx(1)
 
 
 def test_trials_to_a_goal(script):
