@@ -5,6 +5,7 @@ It holds aggregates only: no image, caption, file name or id of the data.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -270,13 +271,14 @@ def search_summary(study: "optuna.Study", sampler: str, objectives: list[str]) -
         for trial in study.trials
         if trial.state.name == "COMPLETE"
     ]
-    failed = sum(trial.state.name == "FAIL" for trial in study.trials)
+    ended = Counter(trial.state.name for trial in study.trials)
     return {
         "study_name": study.study_name,
         "sampler": sampler,
         "objectives": objectives,
         "directions": [d.name.lower() for d in study.directions],
-        "failed_trials": failed,
+        "failed_trials": ended["FAIL"],
+        "pruned_trials": ended["PRUNED"],
         "trials": trials,
     }
 

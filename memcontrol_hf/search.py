@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 _KILLED, _SURPLUS, _OVER = "its process ended", "another process had begun the last trial", "over the budget"
 _FINAL = "-final"  # ends the name of the study by which one process takes the final fine-tune
 _AGREEMENT = timedelta(minutes=5)  # how long the processes of a trial wait for each other after it
+# What an objective that needs sampling is judged by on the way.
+_STAND_INS = {"fid": "loss", "amd": "membership_auc"}
 
 SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=4),
@@ -162,6 +164,7 @@ def run_search(
     memorization_budget: float | None = None,
     max_trainable_percent: float | None = None,
     trial_timeout: float | None = None,
+    prune_at: float | None = None,
 ) -> BestRun | list[BestRun]:
     """The loop behind [`MemControlTrainer.hyperparameter_search`]; see there for the first arguments.
 
@@ -188,6 +191,10 @@ def run_search(
         trial_timeout (`float`, *optional*):
             Seconds after which the training of a trial is stopped; the trial has failed then. A trial of another
             machine that runs for twice as long is given up.
+        prune_at (`float`, *optional*):
+            A share of a trial's steps. There it is measured without sampling an image (by the `loss` on validation
+            images instead of `fid`, by `membership_auc` instead of `amd`), and stopped when another trial was better
+            in all of it. It counts, and is on no front.
 
     Raises:
         ValueError: before the first trial, for an unknown sampler, settings that differ, or `n_trials` below 1.
@@ -203,6 +210,10 @@ def run_search(
     directions = [direction] if isinstance(direction, str) else list(direction)
     if memorization_budget is not None and len(directions) < 2:
         raise ValueError("a memorization budget needs a second objective, the memorization")
+    if prune_at is not None and not 0 < prune_at < 1:
+        raise ValueError(f"prune_at must be a share of the steps between 0 and 1, but got {prune_at}")
+    if prune_at is not None and compute_objective is not None:
+        raise ValueError("prune_at knows the objectives of the arguments alone: leave compute_objective out")
     if isinstance(sampler, str):
         check_sampler(sampler)
 
@@ -239,8 +250,9 @@ def run_search(
                 study.enqueue_trial(dict(params), skip_if_exists=True)
         _queue_again_what_died(study, trial_timeout)
     processes = _Processes(args.world_size)
-    timeout = _Timeout(trial_timeout, processes)
+    timeout, pruning = _Timeout(trial_timeout, processes), _Pruning(trainer, prune_at, study)
     trainer.add_callback(timeout)
+    trainer.add_callback(pruning)
     try:
         while True:
             trial, hyperparameters = _next_trial(study, n_trials, hp_space) if study else (None, None)
@@ -253,6 +265,7 @@ def run_search(
             name = hp_name(trial) if hp_name and trial else f"trial-{number}"
             started, error, values, figures = time.perf_counter(), None, [], {}
             timeout.start()
+            pruning.trial = trial
             try:
                 trainer.apply_hyperparameters(hyperparameters)
                 if max_trainable_percent is not None and trainer.trainable_percent > max_trainable_percent:
@@ -266,6 +279,11 @@ def run_search(
                 values = [values] if isinstance(values, float) else list(values)
                 if not all(math.isfinite(value) for value in values):  # Optuna would keep them, even on the front
                     error = f"an objective is not finite: {values}"
+            except _Dominated as raised:
+                if trial:
+                    study.tell(trial, state=TrialState.PRUNED)
+                    logger.info(f"trial {number} of {n_trials}: {raised}")
+                continue
             except Exception as raised:
                 error = f"{type(raised).__name__}: {raised}"
                 clear_device_cache(garbage_collection=True)
@@ -293,6 +311,7 @@ def run_search(
                 )
     finally:
         trainer.remove_callback(timeout)
+        trainer.remove_callback(pruning)
     runs = best_runs(study) if study else []
     if args.world_size > 1:  # the study stays with the process that owns it; the others get its directions
         message = [[run._replace(run_summary=None) for run in runs]]
@@ -493,6 +512,44 @@ class _Timeout(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.seconds and self._processes.any(time.monotonic() - self._started > self.seconds):
             raise TimeoutError(f"its training took longer than {self.seconds:g} s")
+
+
+class _Dominated(Exception):
+    """A trial was beaten on the way; all of its processes raise this at the same step."""
+
+
+class _Pruning(TrainerCallback):
+    """Ends the training of a trial that another has beaten in everything at the same step.
+
+    Optuna's pruners know one objective. Here those that need no sampling are compared, lower is better for each.
+    """
+
+    def __init__(self, trainer: "MemControlTrainer", share: float | None, study: optuna.Study | None) -> None:
+        self._trainer, self._share, self._study = trainer, share, study
+        self._metrics = list(dict.fromkeys(_STAND_INS.get(name, name) for name in trainer.args.objectives))
+        self.trial: optuna.Trial | None = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._share is None or state.global_step != max(1, round(self._share * args.max_steps)):
+            return
+        due = control.should_log, control.should_evaluate  # which a look would have the Trainer take as done
+        figures = self._trainer.evaluate(metrics=self._metrics)
+        control.should_log, control.should_evaluate = due
+        message = [self._beaten_by([figures[f"eval_{name}"] for name in self._metrics]) if self.trial else None]
+        if args.world_size > 1:
+            broadcast_object_list(message)
+        if message[0] is not None:
+            raise _Dominated(f"stopped after {state.global_step} steps, where trial {message[0]} was better")
+
+    def _beaten_by(self, values: list[float]) -> int | None:
+        """The first trial that was at this point better than the current one in something, and worse in nothing."""
+        self.trial.set_user_attr("on_the_way", values)
+        states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+        for other in self._study.get_trials(deepcopy=False, states=states):
+            before = other.user_attrs.get("on_the_way")
+            if before and before != values and all(b <= v for b, v in zip(before, values)):
+                return other.number
+        return None
 
 
 # ---- after the trials ----

@@ -786,7 +786,7 @@ class MemControlTrainer(Trainer):
                 From a trial to the name of its run in trackers.
             **kwargs:
                 `learning_rate_range`, `sampler`, `storage`, `study_name`, `settings`, `enqueue`,
-                `memorization_budget`, `max_trainable_percent`, `trial_timeout`: see
+                `memorization_budget`, `max_trainable_percent`, `trial_timeout`, `prune_at`: see
                 [`~memcontrol_hf.search.run_search`].
 
         Returns:

@@ -234,6 +234,26 @@ def test_a_trial_that_takes_too_long_is_stopped(tmp_path):
     assert "took longer than 1 s" in runs[0].run_summary.trials[0].user_attrs["failure"]
 
 
+def test_a_trial_that_another_beats_on_the_way_is_stopped_and_the_others_end_as_they_would(tmp_path):
+    arguments = {"n_trials": 8, "sampler": "random", "learning_rate_range": (1e-4, 1e-1)}
+    whole = tiny_trainer(tmp_path / "whole", max_steps=4).hyperparameter_search(**arguments)[0].run_summary.trials
+    runs = tiny_trainer(tmp_path / "pruned", max_steps=4).hyperparameter_search(**arguments, prune_at=0.5)
+    trials = runs[0].run_summary.trials
+    assert [t.params for t in trials] == [t.params for t in whole]
+    seen, states = [], set()
+    for trial, as_before in zip(trials, whole):
+        values = trial.user_attrs.get("on_the_way")
+        if values is None:
+            continue  # nothing was trained: the frozen base, and what repeats it
+        beaten = any(all(a <= b for a, b in zip(other, values)) and other != values for other in seen)
+        assert trial.state == (TrialState.PRUNED if beaten else TrialState.COMPLETE)
+        assert beaten or trial.values == as_before.values
+        seen.append(values)
+        states.add(trial.state)
+    assert states == {TrialState.PRUNED, TrialState.COMPLETE}
+    assert not {run.run_id for run in runs} & {str(t.number) for t in trials if t.state == TrialState.PRUNED}
+
+
 def test_finalists_are_repeated_with_new_seeds_once(searched):
     folder, trainer, runs = searched
     repeated = repeat_runs(trainer, runs[:1], 2)

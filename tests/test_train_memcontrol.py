@@ -281,6 +281,7 @@ def test_final_fine_tune_resumes_from_a_checkpoint(script, assets, finished, tmp
         ({"granularity": ["layer", "("]}, "granularity 'layer' matches no module"),
         ({"mixed_precision": "fp8"}, "unknown mixed precision 'fp8'"),
         ({"n_trials": 0}, "--n_trials must be at least 1"),
+        ({"prune_at": 1.0}, "--prune_at must be a share of the steps between 0 and 1, but is 1"),
         ({"learning_rate": -1.0}, "--learning_rate must be positive"),
         ({"train_data_dir": "/nowhere"}, "'/nowhere' is no folder"),
         ({"caption_column": "caption"}, "has no column 'caption'; it has: image, text"),

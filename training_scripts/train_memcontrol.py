@@ -215,6 +215,12 @@ class ScriptArguments:
     trial_timeout: float | None = field(
         default=None, metadata={"help": "Seconds after which a trial's training is stopped; it has failed then."}
     )
+    prune_at: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of a trial's steps after which it is stopped if another was better there in everything."
+        },
+    )
     sampler: str = field(default="tpe", metadata={"help": "Of the search: tpe, nsga2, gp, random."})
     search_fraction: float = field(default=1.0, metadata={"help": "Share of the training rows in a trial."})
     search_max_steps: int | None = _by_pipeline("search_max_steps", "Steps of a trial of the search.")
@@ -352,6 +358,8 @@ def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[
     for flag, least in (("n_finalists", 0), ("finalist_repeats", 1)):
         if (value := getattr(args, flag)) < least:
             raise ValueError(f"--{flag} must be at least {least}, but is {value}")
+    if args.prune_at is not None and not 0 < args.prune_at < 1:
+        raise ValueError(f"--prune_at must be a share of the steps between 0 and 1, but is {args.prune_at:g}")
     if args.memorization_budget is not None and len(args.objectives) < 2:
         raise ValueError("--memorization_budget needs a second objective, the memorization")
     if args.train_data_dir is not None and not Path(args.train_data_dir).is_dir():
@@ -407,6 +415,8 @@ def settings(args: ScriptArguments) -> dict[str, Any]:
     values = {name: without_place(getattr(args, name)) for name in depends_on}
     if args.text_encoder_blocks:
         values["text_encoder_blocks"] = True
+    if args.prune_at is not None:
+        values["prune_at"] = args.prune_at
     if args.canaries:
         values |= {"canaries": args.canaries, "canary_repeats": args.canary_repeats}
     return values | ({"mitigation": sorted(args.mitigation)} if args.mitigation else {})
@@ -601,6 +611,7 @@ def search(
         memorization_budget=args.memorization_budget,
         max_trainable_percent=args.max_trainable_percent,
         trial_timeout=args.trial_timeout,
+        prune_at=args.prune_at,
     )
     if not claim_final(trainer, runs, args.trial_timeout):
         logger.info("another process that works on this study does the final fine-tune")
