@@ -12,9 +12,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import yaml
 
 from .search import is_frozen_base
+from .search_space import block_map
 
 if TYPE_CHECKING:
     import optuna
@@ -280,27 +282,55 @@ def search_summary(study: "optuna.Study", sampler: str, objectives: list[str]) -
         "failed_trials": ended["FAIL"],
         "pruned_trials": ended["PRUNED"],
         "trials": trials,
+        "block_effects": block_effects(study),
     }
 
 
-def plot_front(
+def block_effects(study: "optuna.Study") -> dict[str, list[float]]:
+    """What a block does to each objective: the mean over the finished trials with it on, minus that of the others.
+
+    Blocks that were always on, or always off, are left out. Optuna's importances have no sign and, over the few trials
+    of a search with a learning rate in it, do not find the blocks that matter.
+
+    Returns:
+        `dict[str, list[float]]`: block name -> one difference for each objective, in its units.
+    """
+    trials = [t for t in study.trials if t.state.name == "COMPLETE"]
+    masks = [t.user_attrs["hyperparameters"]["mask"] for t in trials]
+    values = np.array([t.values for t in trials])
+    effects = {}
+    for name in masks[0] if masks else ():
+        on = np.array([mask[name] for mask in masks])
+        if on.any() and not on.all():
+            effects[name] = (values[on].mean(0) - values[~on].mean(0)).tolist()
+    return effects
+
+
+def plot_search(
     study: "optuna.Study",
     objectives: list[str],
     path: str | Path,
     selected: int | None = None,
     distances: Mapping[str, list[float]] | None = None,
 ) -> None:
-    """Draw the trials in the plane of the two objectives, with the Pareto front, as a PNG.
+    """Draw a search as a PNG: its trials with the Pareto front, their history, and its blocks over the denoiser.
 
     Args:
         selected (`int`, *optional*): number of the trial that was chosen.
-        distances (`dict`, *optional*): of the audit, for a second panel; see [`plot_distances`].
+        distances (`dict`, *optional*): of the audit, for a fourth panel; see [`plot_distances`].
     """
-    trials = [t for t in study.trials if t.state.name == "COMPLETE"]
-    front = sorted(study.best_trials, key=lambda t: t.values)
-    figure, (axes, *further) = _figure(1 if distances is None else 2)
+    figure, (front, history, blocks, *further) = _figure(3 if distances is None else 4)
+    _draw_front(figure, front, study, objectives, selected)
+    _draw_history(history, study, objectives, selected)
+    _draw_blocks(figure, blocks, study, objectives, selected)
     if distances is not None:
         _draw_distances(*further, distances)
+    figure.savefig(path)
+
+
+def _draw_front(figure: Any, axes: Any, study: "optuna.Study", objectives: list[str], selected: int | None) -> None:
+    trials = [t for t in study.trials if t.state.name == "COMPLETE"]
+    front = sorted(study.best_trials, key=lambda t: t.values)
     y = [t.values[min(1, len(objectives) - 1)] for t in trials]
     x = [t.values[0] if len(objectives) > 1 else t.number for t in trials]
     place = {t.number: (a, b) for t, a, b in zip(trials, x, y)}
@@ -328,9 +358,49 @@ def plot_front(
         axes.set_xlabel("trial")
     axes.set_ylabel(f"{objectives[-1]} ({better[directions[-1]]})")
     axes.set_title(f"{len(trials)} trials of {study.study_name}")
-    axes.margins(0.12)
+    axes.margins(0.18, 0.12)
     axes.grid(alpha=0.3)
-    figure.savefig(path)
+
+
+def _draw_history(axes: Any, study: "optuna.Study", objectives: list[str], selected: int | None) -> None:
+    """The objectives of each trial, one after the other: the first on the left axis, a second on the right."""
+    trials = [t for t in study.trials if t.state.name == "COMPLETE"]
+    for i, (name, color) in enumerate(zip(objectives[:2], ("tab:blue", "tab:orange"))):
+        side = axes.twinx() if i else axes
+        side.plot([t.number for t in trials], [t.values[i] for t in trials], "o-", ms=4, lw=0.8, color=color)
+        side.set_ylabel(name, color=color)
+        side.tick_params(axis="y", colors=color)
+    if selected is not None:
+        axes.axvline(selected, color="tab:red", lw=1, ls="--", label="selected")
+        axes.legend(fontsize=9)
+    axes.set_xlabel("trial")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_title("History")
+    axes.grid(alpha=0.3)
+
+
+def _draw_blocks(figure: Any, axes: Any, study: "optuna.Study", objectives: list[str], selected: int | None) -> None:
+    """The blocks in the way of the data: which are selected, and the effect of each on the objectives."""
+    effects = block_effects(study)
+    masks = {t.number: t.user_attrs["hyperparameters"]["mask"] for t in study.trials if t.state.name == "COMPLETE"}
+    names = list(masks[min(masks)])
+    signs = [1 if d.name == "MINIMIZE" else -1 for d in study.directions]
+    rows = [[effects[n][i] * signs[i] if n in effects else math.nan for n in names] for i in range(len(objectives))]
+    largest = [max((abs(v) for v in row if math.isfinite(v)), default=0) or 1 for row in rows]
+    shades = [[value / most for value in row] for row, most in zip(rows, largest)]
+    image = axes.imshow([[math.nan] * len(names), *shades], cmap="RdYlGn_r", vmin=-1, vmax=1, aspect="auto")
+    figure.colorbar(image, ticks=[-1, 1]).ax.set_yticklabels(["better\nwith it", "worse\nwith it"], fontsize=9)
+    labels = ["selected", *(f"{name}\n(up to {most:.2g})" for name, most in zip(objectives, largest))]
+    axes.set_yticks(range(len(labels)), labels, fontsize=9)
+    on = [place for place, name in enumerate(names) if selected is not None and masks[selected][name]]
+    axes.bar(on, 0.7, width=0.8, bottom=-0.35, color="black")
+    parts = block_map(dict.fromkeys(names, True))
+    ends = np.cumsum([len(blocks) for _, blocks in parts])
+    starts = ends - [len(blocks) for _, blocks in parts]
+    axes.set_xticks((starts + ends - 1) / 2, [part for part, _ in parts], rotation=30, ha="right", fontsize=9)
+    for end in ends[:-1]:
+        axes.axvline(end - 0.5, color="black", lw=1)
+    axes.set_title("What a block does: mean of the trials with it, minus without")
 
 
 def plot_distances(distances: Mapping[str, list[float]], path: str | Path) -> None:
@@ -348,9 +418,11 @@ def _figure(panels: int) -> tuple[Any, list[Any]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7 * panels, 5), dpi=120, layout="constrained")
+    columns = min(panels, 2)
+    rows = math.ceil(panels / columns)
+    figure = Figure(figsize=(7 * columns, 4.6 * rows), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
+    return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(panels)]
 
 
 def _draw_distances(axes: Any, distances: Mapping[str, list[float]]) -> None:

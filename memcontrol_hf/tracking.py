@@ -64,7 +64,7 @@ def run_url() -> str | None:
 def log_report(report: "MemorizationReport", folder: str | Path) -> None:
     """Put the report into the current run, if there is one.
 
-    The front is a table and a plot there, the block map a table, and the report an artifact.
+    The front and what each block does are tables and a plot there, the block map a table, and the report an artifact.
     With `WANDB_LOG_MODEL` set, as the Trainer's own callback reads it, the files that may be published are an artifact
     too.
 
@@ -90,6 +90,8 @@ def log_report(report: "MemorizationReport", folder: str | Path) -> None:
             for t in report.search["trials"]
         ]
         logged["front"] = wandb.Table(columns, data=rows)
+        effects = [[block, report.mask[block], *values] for block, values in report.search["block_effects"].items()]
+        logged["block_effects"] = wandb.Table(["block", "selected", *objectives], data=effects)
     if (folder / PLOT).is_file():
         logged["front_plot"] = wandb.Image(str(folder / PLOT))
     run.log(logged)

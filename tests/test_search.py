@@ -14,6 +14,7 @@ from optuna.trial import TrialState
 from transformers.trainer_utils import BestRun
 
 from memcontrol_hf import MemControlConfig, select_run
+from memcontrol_hf.report import block_effects
 from memcontrol_hf.search import SAMPLERS, check_study, claim_final, open_storage, repeat_runs
 
 logging.getLogger("memcontrol_hf").setLevel(logging.INFO)
@@ -54,6 +55,19 @@ def test_a_trial_holds_its_figures_and_its_size(searched):
     assert trial.user_attrs["trainable_parameters"] == 464
     assert trial.user_attrs["figures"]["eval_fid"] == trial.values[0]
     assert trial.user_attrs["figures"]["eval_membership_auc_low"] < trial.values[1]
+
+
+def test_the_effect_of_a_block_is_the_difference_of_means(searched):
+    study = searched[2][0].run_summary
+    effects = block_effects(study)
+    for name, values in effects.items():
+        on, off = (
+            [t.values for t in study.trials if t.user_attrs["hyperparameters"]["mask"][name] == side]
+            for side in (True, False)
+        )
+        expected = [sum(a) / len(on) - sum(b) / len(off) for a, b in zip(zip(*on), zip(*off))]
+        assert values == pytest.approx(expected)
+    assert effects.keys() == searched[1].search_space.blocks.keys()  # all on and all off come first
 
 
 def test_a_trial_is_the_same_by_itself(searched, tmp_path):

@@ -504,10 +504,12 @@ def test_the_final_run_holds_the_front_the_block_map_the_report_and_the_adapter(
     tables = {}
     for where, data in published.sent.items():
         if where.endswith(".table.json"):
-            tables[Path(where).name.split("_")[0]] = json.loads(data)
+            tables[re.match(r"(\w+?)_\d+_", Path(where).name)[1]] = json.loads(data)
     assert len(tables["front"]["data"]) == 3
     assert [row[1:3] for row in tables["front"]["data"]] == [trial["values"] for trial in report.search["trials"]]
-    assert tables["block"]["data"] == [list(row) for row in block_map(report.mask)]
+    assert tables["block_map"]["data"] == [list(row) for row in block_map(report.mask)]
+    effects = {block: values for block, _, *values in tables["block_effects"]["data"]}
+    assert effects == report.search["block_effects"] and effects
     assert any(where.endswith(".png") and "front_plot" in where for where in published.sent)
     staged = [data for where, data in published.sent.items() if "/artifacts/staging/" in where]
     assert any(b'"schema_version": 2' in data for data in staged), "the report"

@@ -57,7 +57,7 @@ from memcontrol_hf.report import (
     FROZEN_BASE,
     SELECTED,
     load_gate,
-    plot_front,
+    plot_search,
     search_summary,
 )
 from memcontrol_hf.search import check_sampler, check_study, claim_final, known_masks, repeat_runs
@@ -723,7 +723,7 @@ def save(
     report.to_json(folder / "memorization_report.json")
     if study is not None:
         distances = report.audit and report.audit["distances"]
-        plot_front(study, trainer.args.objectives, folder / "pareto_front.png", selected, distances)
+        plot_search(study, trainer.args.objectives, folder / "pareto_front.png", selected, distances)
     write_card(folder)
     log_report(report, folder)
     print("\n" + report.summary() + f"\n\nadapter, card and report: {args.output_dir}")
