@@ -1,4 +1,4 @@
-"""Weights & Biases, as far as the Trainer's own callback does not go: one group a study, one run a trial.
+"""Trackers, as far as the Trainer's own callbacks do not go: one run a trial, in Weights & Biases one group a study.
 
 Aggregates only, and nothing that names a place of this machine.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback
 
 from .metrics import nearest_distances
 from .sampling import denoiser_in_place, generate
@@ -27,10 +28,18 @@ _SHOWN = 200  # the purpose of these images' seeds; the trainer's own are below 
 def start_tracking(
     trainer: "MemControlTrainer", study_name: str, name: str, job_type: str, hyperparameters: Mapping[str, Any]
 ) -> None:
-    """Begin a run in Weights & Biases, where it is asked for; the Trainer's own callback then logs into it.
+    """Begin a run in the trackers that are asked for; the Trainer's own callbacks then log into it.
 
-    A study is a group there, and each trial a run.
+    A study is a group in Weights & Biases, and each trial a run; a folder each in TensorBoard; a name each in Trackio.
     """
+    trainer.args.run_name = f"{study_name}-{name}"
+    for callback in trainer.callback_handler.callbacks:
+        # What is measured after a training would be logged into a run that the next training goes on with.
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = str(Path(trainer.args.output_dir) / "runs" / study_name / name)
+            callback.on_train_end(trainer.args, trainer.state, trainer.control)
+        elif isinstance(callback, TrackioCallback):
+            callback.on_train_end(trainer.args, trainer.state, trainer.control)
     if "wandb" not in trainer.args.report_to or not trainer.is_world_process_zero():
         return
     import wandb

@@ -18,7 +18,7 @@ from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations.integration_utils import WandbCallback, WandbLogModel
+from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback, WandbLogModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, BestRun, TrainOutput, get_last_checkpoint
 from transformers.utils import is_bitsandbytes_available
 
@@ -144,6 +144,13 @@ class _LossProgressCallback(ProgressCallback):
             self.training_bar.set_postfix(loss=logs["loss"])
 
 
+class _TensorBoardCallback(TensorBoardCallback):
+    """The Trainer's own, without the model's config, which it can read of a transformers model alone."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control)
+
+
 class DenoiserAndTextEncoders(nn.Module):
     """One model for the Trainer when text encoders are tuned: it is called, and otherwise looks, like the denoiser.
 
@@ -257,6 +264,8 @@ class MemControlTrainer(Trainer):
             # With WANDB_LOG_MODEL it would upload the arguments too, and it cannot read a denoiser's config.
             if isinstance(callback, WandbCallback):
                 callback._log_model = WandbLogModel.FALSE
+        if (tensorboard := self.pop_callback(TensorBoardCallback)) is not None:
+            self.add_callback(_TensorBoardCallback(tensorboard.tb_writer))
         self.loss_is_scaled_for_ga = False
         self._mitigations = parse_mitigations(args.mitigations)
         numbers = train_dataset.encoded["row"][:].tolist()

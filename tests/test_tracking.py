@@ -1,4 +1,4 @@
-"""A run against a real server, where one is installed; the offline runs are in test_train_memcontrol.py."""
+"""TensorBoard, and Weights & Biases on a real server, where one is installed; offline: test_train_memcontrol.py."""
 
 import json
 import shutil
@@ -11,6 +11,7 @@ import urllib.request
 import pytest
 import torch
 from conftest import adapter_folder, tiny_trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from memcontrol_hf import MemorizationReport
 from memcontrol_hf.tracking import clear_of_copies, log_push, log_report, run_url, start_tracking
@@ -84,3 +85,15 @@ def test_a_run_reaches_the_server_with_its_report(server, tmp_path):
     assert ("memorization-report", "report") in found.execute("SELECT name, artifact_type FROM artifacts").fetchall()
     said = json.dumps([config, summary, places])
     assert str(tmp_path) not in said and places == ["-", "-"], "neither the machine nor the program"
+
+
+def test_tensorboard_has_a_folder_a_trial_with_its_own_figures(tmp_path):
+    trainer = tiny_trainer(tmp_path, report_to="tensorboard", max_steps=2, logging_steps=1)
+    runs = trainer.hyperparameter_search(n_trials=3, learning_rate_range=(1e-2, 1e-1))
+    for trial in runs[0].run_summary.trials:
+        folder = tmp_path / "runs" / "memcontrol" / f"trial-{trial.number}"
+        events = EventAccumulator(str(folder)).Reload()
+        fids = [event.value for event in events.Scalars("eval/fid")]
+        assert fids == pytest.approx([trial.values[0]])
+        trained = any(trial.user_attrs["hyperparameters"]["mask"].values())
+        assert ("train/loss" in events.Tags()["scalars"]) == trained
