@@ -5,9 +5,9 @@
 
 Each run fine-tunes the attention weights of some of six groups of blocks, and is measured twice: by what a search may
 look at (cheap rewards against the validation images, at two stages of the training), and by the attacks of the audit
-against held-out images. Each finished run is a file in `--output_dir`, so the same command goes on where it stopped;
-`docs/trial_table.parquet` holds all that are finished, one row each. The runs come in a seeded random order: what is
-there before the end is a random sample.
+against held-out images. `docs/trial_table.parquet` holds all that are finished, one row each, and each is first
+a file in `--output_dir`: the same command goes on where it stopped, on another machine from the table alone. The runs
+come in a seeded random order: what is there before the end is a random sample.
 """
 
 import argparse
@@ -139,11 +139,26 @@ def measure(run: dict, trainer: MemControlTrainer, data: dict) -> dict[str, floa
     return row
 
 
+def finished(args: argparse.Namespace) -> dict[str, dict]:
+    """The rows of all finished runs, in the order of the runs, by the names of their files."""
+    table = pd.read_parquet(args.results).to_dict("records") if args.results.exists() else []
+    by_settings = {(*(row[f"mask.{name}"] for name in GROUPS), row["learning_rate"], row["steps"], row["seed"]): row
+                   for row in table}  # fmt: skip
+    rows = {}
+    for run in runs(args):
+        file, settings = file_of(run, args), (run["learning_rate"], args.max_train_steps, run["seed"])
+        if file.exists():
+            rows[file.stem] = json.loads(file.read_text(encoding="utf-8"))
+        elif (row := by_settings.get((*run["mask"].values(), *settings))) is not None:
+            rows[file.stem] = row
+    return rows
+
+
 def collect(args: argparse.Namespace) -> None:
     """All finished runs into one Parquet file."""
-    rows = [json.loads(f.read_text(encoding="utf-8")) for run in runs(args) if (f := file_of(run, args)).exists()]
+    rows = finished(args)
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_parquet(args.results, index=False)
+    pd.DataFrame(rows.values()).to_parquet(args.results, index=False)
     print(f"{len(rows)} of {len(runs(args))} runs: {args.results}")
 
 
@@ -174,9 +189,10 @@ def main(argv: list[str] | None = None) -> None:
             encoder=load_encoder("demo"),
         )
         args.output_dir.mkdir(parents=True, exist_ok=True)
+        done = finished(args)
         for number, run in enumerate(runs(args)):
             file = file_of(run, args)
-            if number % parts == part - 1 and not file.exists():
+            if number % parts == part - 1 and file.stem not in done:
                 row = measure(run, trainer, data)
                 file.with_suffix(".part").write_text(json.dumps(row), encoding="utf-8")
                 file.with_suffix(".part").rename(file)
