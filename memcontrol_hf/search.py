@@ -54,6 +54,10 @@ SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
 }
 
 
+class NoRunError(RuntimeError):
+    """A study holds no run that could be chosen."""
+
+
 class SeededSampler(BaseSampler):
     """Known trials first, then a sampler that is made anew for each trial, seeded by the trial's number.
 
@@ -165,6 +169,7 @@ def run_search(
     max_trainable_percent: float | None = None,
     trial_timeout: float | None = None,
     prune_at: float | None = None,
+    delegate: Callable[[optuna.Study], None] | None = None,
 ) -> BestRun | list[BestRun]:
     """The loop behind [`MemControlTrainer.hyperparameter_search`]; see there for the first arguments.
 
@@ -195,10 +200,13 @@ def run_search(
             A share of a trial's steps. There it is measured without sampling an image (by the `loss` on validation
             images instead of `fid`, by `membership_auc` instead of `amd`), and stopped when another trial was better
             in all of it. It counts, and is on no front.
+        delegate (`Callable`, *optional*):
+            Gets the study before this process asks for a trial, and may have others do the trials.
 
     Raises:
         ValueError: before the first trial, for an unknown sampler, settings that differ, or `n_trials` below 1.
-        RuntimeError: when no trial succeeded, and when a trial failed in one of several processes alone.
+        NoRunError: when no trial succeeded.
+        RuntimeError: when a trial failed in one of several processes alone.
     """
     if n_trials < 1:
         raise ValueError(f"n_trials must be at least 1, but got {n_trials}")
@@ -248,7 +256,9 @@ def run_search(
         if not isinstance(sampler, SeededSampler):
             for params in known:
                 study.enqueue_trial(dict(params), skip_if_exists=True)
-        _queue_again_what_died(study, trial_timeout)
+        queue_again_what_died(study, trial_timeout)
+        if delegate is not None:
+            delegate(study)
     processes = _Processes(args.world_size)
     timeout, pruning = _Timeout(trial_timeout, processes), _Pruning(trainer, prune_at, study)
     trainer.add_callback(timeout)
@@ -319,7 +329,7 @@ def run_search(
         if study is None:
             runs = [run._replace(run_summary=optuna.create_study(directions=directions)) for run in message[0]]
     if not runs:
-        raise RuntimeError(_why_none(study, study_name, memorization_budget))
+        raise NoRunError(_why_none(study, study_name, memorization_budget))
     return runs[0] if len(directions) == 1 else runs
 
 
@@ -394,7 +404,7 @@ def _ask(study: optuna.Study, n_trials: int) -> optuna.Trial | None:
     if counted >= n_trials or len(trials) - counted >= 20 * n_trials:
         return None
     trial = study.ask()
-    trial.set_user_attr("worker", _this_worker())
+    trial.set_user_attr("worker", this_worker())
     before = [t for t in study.get_trials(deepcopy=False) if t.number < trial.number]
     if sum(_counts(t) or t.state == TrialState.WAITING for t in before) >= n_trials:
         _fail(study, trial.number, _SURPLUS)  # another worker asked at the same moment
@@ -412,14 +422,20 @@ def _twin(study: optuna.Study, hyperparameters: Mapping[str, Any]) -> FrozenTria
     return None
 
 
-def _queue_again_what_died(study: optuna.Study, timeout: float | None) -> None:
-    """Trials whose process was killed: recorded as failed, their parameters queued again."""
+def queue_again_what_died(study: optuna.Study, timeout: float | None, dead: Sequence[Any] = ()) -> None:
+    """Trials whose process was killed: recorded as failed, their parameters queued again.
+
+    Args:
+        timeout (`float`, *optional*): the search's `trial_timeout`.
+        dead (list, *optional*): a worker that is known to be dead, as [`this_worker`] named it there.
+    """
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if not _alive(trial, timeout) and _fail(study, trial.number, _KILLED):
+        ended = bool(dead) and trial.user_attrs.get("worker") == dead
+        if (ended or not _alive(trial, timeout)) and _fail(study, trial.number, _KILLED):
             study.enqueue_trial({**trial.system_attrs.get("fixed_params", {}), **trial.params})
 
 
-def _this_worker() -> list[Any]:
+def this_worker() -> list[Any]:
     """Which process this is: its machine, its number, and when it was started."""
     process = psutil.Process()
     return [socket.gethostname(), process.pid, process.create_time()]
@@ -622,7 +638,7 @@ def _claim(study: optuna.Study, timeout: float | None, poll_seconds: float) -> b
     while running := [t for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if _alive(t, timeout)]:
         logger.info(f"waiting for trial {', '.join(str(t.number) for t in running)} of another process")
         time.sleep(poll_seconds)
-    worker = _this_worker()
+    worker = this_worker()
     started = datetime.fromtimestamp(worker[-1])
     final = optuna.create_study(storage=study._storage, study_name=study.study_name + _FINAL, load_if_exists=True)
     claim = final.ask()  # its number is given once

@@ -65,6 +65,12 @@ def start_tracking(
     )
 
 
+def end_tracking() -> None:
+    """End the current run, if there is one, in a process that may be killed before its exit."""
+    if run := _run():
+        run.finish()
+
+
 def run_url() -> str | None:
     """The address of the current run, if it has one."""
     return run.url if (run := _run()) else None

@@ -28,6 +28,7 @@ from .demo import DEMO_PIPELINE
 from .diffusion import Condition, family_of, null_like, seeded_generator
 from .features import Encoder, features_of, load_encoder
 from .mitigations import Conditions, EarlyStopCallback, PrivateGradients, parse_mitigations, per_sample_gradients
+from .ray_workers import run_search_on_ray
 from .sampling import denoiser_in_place, generate
 from .search import run_search
 from .search_space import SearchSpace
@@ -125,6 +126,12 @@ class MemControlTrainingArguments(TrainingArguments):
             name: Path(value).name if isinstance(value, str) and _is_place(value) else value
             for name, value in super().to_dict().items()
         }
+
+
+def check_backend(backend: str) -> None:
+    """Raise `ValueError` for a backend of a search that is neither `optuna` nor `ray`."""
+    if backend not in ("optuna", "ray"):
+        raise ValueError(f"backend {backend!r} is not supported: use 'optuna' or 'ray'")
 
 
 def check_objectives(objectives: list[str]) -> None:
@@ -278,6 +285,8 @@ class MemControlTrainer(Trainer):
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(_LossProgressCallback)
+        given = callbacks or []
+        self._own_callbacks = [c for c in self.callback_handler.callbacks if c not in given and type(c) not in given]
 
     # ---- the model ----
 
@@ -790,7 +799,9 @@ class MemControlTrainer(Trainer):
             direction (`str` or list of `str`, *optional*):
                 `"minimize"` or `"maximize"` for each objective; by default as each metric is better.
             backend (`str`):
-                `"optuna"`.
+                `"optuna"`: the trials are run here. `"ray"`: by `num_workers` processes that Ray places on its
+                cluster, with the `resources_per_trial` of transformers; see
+                [`~memcontrol_hf.ray_workers.run_search_on_ray`]. The study and the result are the same.
             hp_name (`Callable`, *optional*):
                 From a trial to the name of its run in trackers.
             **kwargs:
@@ -803,11 +814,31 @@ class MemControlTrainer(Trainer):
             of the Pareto front. `run_summary` holds the Optuna study. Go on with
             [`~MemControlTrainer.apply_hyperparameters`].
         """
-        if backend != "optuna":
-            raise ValueError(f"backend {backend!r} is not supported: use 'optuna'")
+        check_backend(backend)
         if direction is None:
             direction = [METRICS[name] for name in self.args.objectives]
-        return run_search(self, hp_space, compute_objective, n_trials, direction, hp_name, **kwargs)
+        search = run_search_on_ray if backend == "ray" else run_search
+        return search(self, hp_space, compute_objective, n_trials, direction, hp_name, **kwargs)
+
+    def recipe(self) -> dict[str, Any]:
+        """The arguments that build this trainer again in another process; all of them can be pickled.
+
+        The pipeline is bare, its adapters gone. Progress bars and what else the Trainer adds itself is left out.
+        """
+        self.set_mask(self.search_space.mask(False))
+        args = {f.name: getattr(self.args, f.name) for f in fields(self.args) if f.init}
+        args |= {"output_dir": str(Path(self.args.output_dir).resolve()), "disable_tqdm": True}
+        return {
+            "pipeline": self.pipeline,
+            "peft_config": self.peft_config,
+            "args": (type(self.args), args),  # made there, since they find the process's device
+            "train_dataset": self._full_train_dataset,
+            "eval_dataset": self.encode(self.eval_dataset),
+            "search_space": self.search_space,
+            "mask": self.mask,
+            "encoder": self._encoder,
+            "callbacks": [c for c in self.callback_handler.callbacks if c not in self._own_callbacks],
+        }
 
     def train_and_evaluate(self) -> dict[str, float]:
         """One trial: the current mask and arguments, on the search's share of the data, measured on validation."""
