@@ -51,6 +51,7 @@ from memcontrol_hf.features import encoder_name, load_encoder
 from memcontrol_hf.hub import GateFailed, PushError, check_login, push
 from memcontrol_hf.mitigations import MITIGATIONS, parse_mitigations
 from memcontrol_hf.model_card import MASK, REPORT, write_card
+from memcontrol_hf.ray_workers import check_ray
 from memcontrol_hf.report import (
     ALL_ON,
     DEFAULT_GATE,
@@ -63,7 +64,7 @@ from memcontrol_hf.report import (
 from memcontrol_hf.search import check_sampler, check_study, claim_final, known_masks, repeat_runs
 from memcontrol_hf.selection import rank_runs
 from memcontrol_hf.tracking import log_images, log_push, log_report, run_url, start_tracking
-from memcontrol_hf.trainer import METRICS, check_objectives
+from memcontrol_hf.trainer import METRICS, check_backend, check_objectives
 
 # the projections of attention layers: of denoisers, of CLIP, of T5
 ATTENTION = [*("to_q", "to_k", "to_v", "to_out.0"), *("q_proj", "k_proj", "v_proj", "out_proj"), *("q", "k", "v", "o")]
@@ -232,6 +233,14 @@ class ScriptArguments:
         },
     )
     study_name: str = field(default="memcontrol", metadata={"help": "Name of the study in its storage."})
+    backend: str = field(
+        default="optuna",
+        metadata={"help": "optuna: the trials run in this process. ray: in workers that Ray places on its cluster."},
+    )
+    num_workers: int | None = field(
+        default=None,
+        metadata={"help": "Workers of --backend ray, each with a CPU and a GPU if there are any: 2."},
+    )
 
     resolution: int | None = _by_pipeline("resolution", "Side of the images in pixels.")
     train_batch_size: int | None = _by_pipeline("train_batch_size", "Images a step on each device.")
@@ -341,6 +350,11 @@ def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[
     audit_settings(args)
     check_objectives(args.objectives)
     check_sampler(args.sampler)
+    check_backend(args.backend)
+    if args.backend == "ray":
+        check_ray(ray_options(args).get("num_workers", 1))
+    elif args.num_workers is not None:
+        raise ValueError(f"--num_workers {args.num_workers} is for --backend ray: give that, too, or neither")
     for flag, known in (("dtype", DTYPES), ("quantization", QUANTIZATIONS)):
         if (value := getattr(args, flag)) is not None and value not in known:
             raise ValueError(f"unknown --{flag} {value!r}: use {', '.join(known)}")
@@ -420,6 +434,11 @@ def settings(args: ScriptArguments) -> dict[str, Any]:
     if args.canaries:
         values |= {"canaries": args.canaries, "canary_repeats": args.canary_repeats}
     return values | ({"mitigation": sorted(args.mitigation)} if args.mitigation else {})
+
+
+def ray_options(args: ScriptArguments) -> dict[str, int]:
+    """What `--backend ray` is given."""
+    return {} if args.num_workers is None else {"num_workers": args.num_workers}
 
 
 def audit_settings(args: ScriptArguments) -> AuditSettings:
@@ -612,6 +631,8 @@ def search(
         max_trainable_percent=args.max_trainable_percent,
         trial_timeout=args.trial_timeout,
         prune_at=args.prune_at,
+        backend=args.backend,
+        **ray_options(args),
     )
     if not claim_final(trainer, runs, args.trial_timeout):
         logger.info("another process that works on this study does the final fine-tune")
