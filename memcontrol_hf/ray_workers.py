@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
-from diffusers.utils import logging as diffusers_logging
 from optuna.trial import TrialState
 from transformers.trainer_utils import BestRun
-from transformers.utils import logging as transformers_logging
 
 from .search import NoRunError, SeededSampler, open_storage, queue_again_what_died, run_search, this_worker
 from .tracking import end_tracking
@@ -164,11 +162,10 @@ class _Worker:
 
         for name in _OF_LAUNCHER:
             os.environ.pop(name, None)
-        diffusers_logging.set_verbosity_error()  # a warning may quote a caption, and Ray keeps what is printed
-        transformers_logging.set_verbosity_error()
         _package.setLevel(level)
         _package.addHandler(QueueHandler(log))
         kind, recipe, search, options = ray.cloudpickle.loads(task)
+        make_args, args = recipe.pop("args")
         try:
             optuna.load_study(
                 study_name=options.get("study_name", "memcontrol"), storage=open_storage(options["storage"])
@@ -180,7 +177,7 @@ class _Worker:
             ) from None
         try:
             with suppress(NoRunError):  # another worker may have one
-                run_search(kind(**recipe | {"args": recipe["args"][0](**recipe["args"][1])}), *search, **options)
+                run_search(kind(args=make_args(**args), **recipe), *search, **options)
         finally:
             end_tracking()
 
