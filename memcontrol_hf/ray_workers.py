@@ -86,7 +86,12 @@ def run_search_on_ray(
             ) from error
         ours, may_grow = not ray.is_initialized(), ray.is_initialized() or "RAY_ADDRESS" in os.environ
         if ours:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+            try:
+                ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+            except ConnectionError as error:
+                raise RuntimeError(
+                    f"{error}: see that RAY_ADDRESS is that of a running cluster, or unset it"
+                ) from None
         try:
             there = ray.cluster_resources()
             if not may_grow and any(there.get(name, 0) < n for name, n in resources.items()):
