@@ -109,10 +109,12 @@ def _have_done(study: optuna.Study, task: Any, count: int, resources: dict[str, 
     import ray
     from ray.exceptions import RayError, RayTaskError
     from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     needs = dict(resources)
     kind = ray.remote(_Worker).options(num_cpus=needs.pop("CPU", 1), num_gpus=needs.pop("GPU", 0), resources=needs)
-    log = Queue(actor_options={"num_cpus": 0})
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    log = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     listener = _Listener(log)
     listener.start()
     working: dict[Any, tuple[Any, Any]] = {}  # the end of its search -> worker, and who it is

@@ -11,7 +11,7 @@ from conftest import images_of, tiny_trainer
 from optuna.trial import TrialState
 from transformers import TrainerCallback
 
-from memcontrol_hf.search import SeededSampler
+from memcontrol_hf.search import SeededSampler, queue_again_what_died
 
 ray = pytest.importorskip("ray")
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find this file
@@ -139,6 +139,18 @@ def test_a_worker_that_is_killed_is_replaced_and_its_trial_repeated(tmp_path):
     assert study.trials[0].user_attrs["failure"] == "its process ended"
     assert study.trials[1].params == study.trials[0].params
     assert len(workers_of(study)) == 2
+
+
+def test_a_trial_of_another_machine_is_repeated_when_its_worker_is_known_to_be_dead():
+    study, worker = optuna.create_study(), ["elsewhere", 1, 1.5]
+    trial = study.ask({"x": optuna.distributions.FloatDistribution(0, 1)})
+    trial.set_user_attr("worker", worker)
+    queue_again_what_died(study, None)
+    queue_again_what_died(study, None, ["elsewhere", 2, 1.5])
+    assert [t.state for t in study.trials] == [TrialState.RUNNING]
+    queue_again_what_died(study, None, worker)
+    assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.WAITING]
+    assert study.ask({"x": optuna.distributions.FloatDistribution(0, 1)}).params == trial.params
 
 
 class Holding(TrainerCallback):
