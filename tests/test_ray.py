@@ -68,7 +68,7 @@ def on_ray(tmp_path_factory):
     level = logger.level
     logger.setLevel(logging.INFO)
     logger.addHandler(shown)
-    session = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False).address_info["session_dir"]
+    session = ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False).address_info["session_dir"]
     try:
         runs = search(tmp_path_factory.mktemp("ray"), 2, backend="ray", num_workers=2)
         assert ray.is_initialized(), "who started Ray ends it"
