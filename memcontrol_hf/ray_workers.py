@@ -90,7 +90,7 @@ def run_search_on_ray(
                 ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
             except ConnectionError as error:
                 raise RuntimeError(
-                    f"{error}: see that RAY_ADDRESS is that of a running cluster, or unset it"
+                    f"{error}: start it, or unset RAY_ADDRESS; `ray stop` clears what a crashed cluster left"
                 ) from None
         try:
             there = ray.cluster_resources()
