@@ -39,7 +39,7 @@ def space_of(blocks, workers: int):
     def hp_space(trial: optuna.Trial) -> dict:
         mask = {name: trial.suggest_categorical(f"mask.{name}", [True, False]) for name in blocks}
         hyperparameters = {"mask": mask, "learning_rate": trial.suggest_float("learning_rate", *RATES, log=True)}
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while len(workers_of(trial.study)) < workers and time.monotonic() < deadline:
             time.sleep(0.1)
         return {**hyperparameters, "no_such_argument": 1} if trial.number == 3 else hyperparameters
