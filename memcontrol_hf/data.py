@@ -55,7 +55,8 @@ def load_images(
         dataset_name (`str`, *optional*):
             A Hub id or a folder that `datasets.load_dataset` reads.
         train_data_dir (`str`, *optional*):
-            A folder of images with a `metadata.jsonl` (or `.csv`) beside them, as `imagefolder` reads it.
+            A folder of images with a `metadata.jsonl` (or `.csv`) beside them, as `imagefolder` reads it; where there
+            are splits already, a folder for each, named as they are.
         image_column, caption_column (`str`):
             Their columns. With `caption_column=""` every caption is empty, as for a model without captions; of a
             column of classes (`ClassLabel`), the caption is the class's name.
@@ -77,7 +78,10 @@ def load_images(
     if train_data_dir is not None:
         if not Path(train_data_dir).is_dir():
             raise ValueError(f"--train_data_dir {train_data_dir!r} is no folder")
-        loaded = load_dataset("imagefolder", data_dir=train_data_dir)
+        # A folder `held_out` would be passed over: `datasets` knows splits by its own names alone.
+        named = [name for name in (*SPLITS, *_ALIASES) if (Path(train_data_dir) / name).is_dir()]
+        files = {name: f"{name}/**" for name in named} if "held_out" in named else None
+        loaded = load_dataset("imagefolder", data_dir=train_data_dir, data_files=files)
     else:
         loaded = load_dataset(dataset_name)
     splits = {}

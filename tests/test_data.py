@@ -43,6 +43,20 @@ def test_the_split_depends_on_the_seed_alone(folder):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_folders_named_as_the_splits_are_the_splits(tmp_path):
+    for i, name in enumerate(("train", "validation", "held_out")):
+        (tmp_path / name).mkdir()
+        images = images_of(3 + i, seed=i)
+        for number, row in enumerate(images):
+            row["image"].save(tmp_path / name / f"{number}.png")
+        lines = [
+            json.dumps({"file_name": f"{number}.png", "text": text}) for number, text in enumerate(images["text"])
+        ]
+        (tmp_path / name / "metadata.jsonl").write_text("\n".join(lines))
+    data = load_images(train_data_dir=str(tmp_path))
+    assert {name: len(split) for name, split in data.items()} == {"train": 3, "validation": 4, "held_out": 5}
+
+
 def test_groups_stay_together(folder):
     data = load_images(train_data_dir=str(folder), group_column="patient")
     groups = [set(s["group"]) for s in data.values()]
