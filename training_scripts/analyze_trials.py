@@ -15,7 +15,7 @@ Writes `docs/trials.json` and `docs/trials.md`, and with a complete table `docs/
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -68,7 +68,12 @@ def read(table: Path) -> pd.DataFrame:
 # ---- which reward? ----
 
 
-def correlations(runs: pd.DataFrame, within_rates: bool) -> dict[str, dict[str, dict[str, float] | None]]:
+def correlations(
+    runs: pd.DataFrame,
+    within_rates: bool,
+    rewards: Collection[str] = tuple(REWARDS),
+    outcomes: Collection[str] = tuple(OUTCOMES),
+) -> dict[str, dict[str, dict[str, float] | None]]:
     """Spearman's rho of each reward with each outcome, and its 95 % bootstrap interval over the runs.
 
     `None` where it is not there: the outcome, or the reward, is the same in all runs.
@@ -96,10 +101,10 @@ def correlations(runs: pd.DataFrame, within_rates: bool) -> dict[str, dict[str, 
         low, high = np.nanquantile(drawn[1:], (0.025, 0.975))
         return {"rho": float(drawn[0]), "low": float(low), "high": float(high)}
 
-    outcomes = {outcome: ranks(outcome) for outcome in OUTCOMES}
+    of_outcomes = {outcome: ranks(outcome) for outcome in outcomes}
     return {
-        reward: {outcome: rho(x, y) for outcome, y in outcomes.items()}
-        for reward, x in ((reward, ranks(reward)) for reward in REWARDS)
+        reward: {outcome: rho(x, y) for outcome, y in of_outcomes.items()}
+        for reward, x in ((reward, ranks(reward)) for reward in rewards)
     }
 
 

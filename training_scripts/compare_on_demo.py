@@ -57,6 +57,7 @@ NOTES = (
     "[mitigations.md](mitigations.md)."
 )
 RESULTS = {"tuned": Path("docs/demo_comparison.json"), "mitigations": Path("docs/mitigations_comparison.json")}
+DP_SGD = "dp_sgd:epsilon=8,delta=0.001,max_grad_norm=0.05"
 # Each with its defaults, except where these would change nothing or do not fit 128 rows.
 MITIGATIONS = (
     "multiple_captions",
@@ -65,7 +66,7 @@ MITIGATIONS = (
     "caption_dropout:0.5",
     "threshold",
     "early_stop",
-    "dp_sgd:epsilon=8,delta=0.001,max_grad_norm=0.05",
+    DP_SGD,
     "prompt_embedding",
     "anti_memorization_guidance",
 )
@@ -155,7 +156,13 @@ def canaries_caught(trainer: MemControlTrainer, data: dict, encoder: torch.nn.Mo
         report = audit_memorization(
             data["train"], data["held_out"], trainer.pipeline, encoder=encoder, settings=CANARIES, control=False
         )
-    return max(100 * n["caught"] / n["of"] for n in report.audit["canaries"]["caught"].values() if n["of"])
+    return best_attack(report.audit)
+
+
+def best_attack(audit: dict) -> float:
+    """Percent of the canaries that it looked at which the best attack of an audit caught; NaN without canaries."""
+    shares = [100 * n["caught"] / n["of"] for n in audit["canaries"]["caught"].values() if n["of"]]
+    return max(shares, default=float("nan"))
 
 
 def interval(values: list[float]) -> tuple[float, float]:
