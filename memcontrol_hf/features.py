@@ -79,7 +79,8 @@ def load_encoder(encoder: str | nn.Module, device: torch.device | str = "cpu") -
     Args:
         encoder (`str` or `nn.Module`):
             `"demo"` for the small encoder that ships in the package, a Hub id or folder for
-            `transformers.AutoModel` (DINOv2, RAD-DINO, ...), or a module from images in [0, 1] to features.
+            `transformers.AutoModel` (DINOv2, RAD-DINO, ...), `"xrv:<weights>"` for a DenseNet-121 of torchxrayvision
+            (`xrv:densenet121-res224-all`; extra `xrv`), or a module from images in [0, 1] to features.
 
     Raises:
         ValueError: when the name can be loaded by none of these.
@@ -88,6 +89,8 @@ def load_encoder(encoder: str | nn.Module, device: torch.device | str = "cpu") -
         return encoder.to(device)
     if isinstance(encoder, nn.Module):
         return Encoder(encoder).to(device)
+    if encoder.startswith("xrv:"):
+        return Encoder(_xray_densenet(encoder.removeprefix("xrv:")), 224).to(device)
     from transformers import AutoImageProcessor, AutoModel
 
     from .demo import DEMO_ENCODER
@@ -99,12 +102,39 @@ def load_encoder(encoder: str | nn.Module, device: torch.device | str = "cpu") -
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"cannot load the image encoder {encoder!r}: {reason} Give 'demo', a folder or a Hub id of a vision model."
+            f"cannot load the image encoder {encoder!r}: {reason} Give 'demo', a folder or a Hub id of a vision model, or "
+            "xrv:<weights of torchxrayvision>."
         ) from None
     size = processor.size.get("height") or processor.size.get("shortest_edge")
     if getattr(processor, "crop_size", None) and getattr(processor, "do_center_crop", False):
         size = processor.crop_size["height"]
     return Encoder(model, size, tuple(processor.image_mean), tuple(processor.image_std)).to(device)
+
+
+class XRayFeatures(nn.Module):
+    """The features of a torchxrayvision DenseNet, `[N, 1024]`, of images `[N, 3, 224, 224]` in [0, 1]."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        # it reads one channel from -1024 to 1024
+        return self.model.features2(images.mean(1, keepdim=True) * 2048 - 1024)
+
+
+def _xray_densenet(weights: str) -> XRayFeatures:
+    try:
+        from torchxrayvision.models import DenseNet
+    except ImportError as error:
+        raise ValueError(
+            f"the encoder 'xrv:{weights}' needs torchxrayvision and torchvision ({error}): "
+            "pip install 'memcontrol_hf[xrv]'"
+        ) from None
+    try:
+        return XRayFeatures(DenseNet(weights=weights))
+    except Exception as error:  # it raises a bare Exception for an unknown name, and any for a failed download
+        raise ValueError(f"cannot load the image encoder 'xrv:{weights}': {error}") from None
 
 
 def encoder_name(encoder: str | nn.Module) -> str:

@@ -449,12 +449,13 @@ def mean_and_ends(values: Sequence[float]) -> tuple[float, float, float] | None:
     if len(values) < 2:
         return None
     mean, half = interval(list(values))
-    return mean, mean - half, mean + half
+    return mean, mean - float(half), mean + float(half)
 
 
 def paired(runs: Runs, one: str, other: str, column: str) -> tuple[float, float, float] | None:
     """The difference of two rows, paired by seed."""
-    of = [(runs.get(row, {}).get(seed, {}).get(column) for row in (one, other)) for seed in runs.get(one, {})]
+    both = runs.get(one, {}).keys() & runs.get(other, {}).keys()
+    of = [(runs[one][seed].get(column), runs[other][seed].get(column)) for seed in sorted(both)]
     return mean_and_ends([a - b for a, b in of if a is not None and b is not None])
 
 
@@ -685,7 +686,7 @@ def plots(content: dict[str, Any], table: Path, folder: Path) -> None:
             continue
         figure, (axes,) = figure_of(1)
         for name in (name for name in ROWS if name in runs):
-            x, y = ([f[c] for f in runs[name].values() if f.get(c) is not None] for c in (QUALITY, MEMORIZATION))
+            x, y = [[f[c] for f in runs[name].values() if f.get(c) is not None] for c in (QUALITY, MEMORIZATION)]
             ends = [mean_and_ends(values) or (np.mean(values),) * 3 for values in (x, y)]
             errors = [[[of[0] - of[1]], [of[2] - of[0]]] for of in ends]
             axes.errorbar(ends[0][0], ends[1][0], xerr=errors[0], yerr=errors[1], fmt="o", ms=4, lw=0.7, alpha=0.6)

@@ -270,7 +270,10 @@ class ScriptArguments:
     )
 
     encoder: str = field(
-        default="demo", metadata={"help": "Image encoder of fid and amd: demo, or a Hub id or folder of a model."}
+        default="demo",
+        metadata={
+            "help": "Image encoder of fid and amd: demo, a Hub id or folder of a model, or xrv:densenet121-res224-all."
+        },
     )
     eval_num_images: int | None = _by_pipeline("eval_num_images", "Images generated for fid and for amd.")
     eval_inference_steps: int | None = _by_pipeline("eval_inference_steps", "Sampling steps of these images.")

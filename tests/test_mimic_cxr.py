@@ -1,0 +1,128 @@
+"""A folder in MIMIC-CXR's layout, made of the one real radiograph that a package ships and of reports written here."""
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from memcontrol_hf.data import load_images
+from memcontrol_hf.features import Encoder, XRayFeatures, load_encoder
+
+ROOT = Path(__file__).parent.parent
+SPEC = importlib.util.spec_from_file_location("mimic_cxr", ROOT / "training_scripts" / "mimic_cxr.py")
+mimic_cxr = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(mimic_cxr)
+
+REPORT = """                                 FINAL REPORT
+ EXAMINATION:  CHEST (PA AND LAT)
+
+ INDICATION:  ___F with cough  // acute process?
+
+ FINDINGS: {findings}
+
+ IMPRESSION:
+
+ No acute cardiopulmonary
+ process. {more}
+"""
+
+
+@pytest.fixture(scope="module")
+def radiograph():
+    data = pytest.importorskip("pydicom.data", reason="pip install pydicom pydicom-data")
+    return Path(data.get_testdata_file("RG1_UNCR.dcm"))
+
+
+@pytest.fixture
+def mimic(tmp_path, radiograph):
+    """Six patients with two studies; a DICOM file, the others as JPG, each a little different."""
+    shown = mimic_cxr.read_image(radiograph).resize((96, 102))
+    for number in range(6):
+        patient = tmp_path / "mimic" / "files" / "p10" / f"p1000003{number}"
+        for study in (1, 2):
+            folder = patient / f"s5041426{study}{number}"
+            folder.mkdir(parents=True)
+            if (number, study) == (0, 1):
+                shutil.copy(radiograph, folder / "00-a.dcm")
+            else:
+                shown.rotate(15 * (2 * number + study)).save(folder / f"{number}{study}-a.jpg")
+            report = REPORT.format(findings="", more="As compared to ___.") if study == 1 else "FINDINGS: Clear lungs."
+            folder.with_suffix(".txt").write_text(report)
+    return tmp_path / "mimic"
+
+
+def test_images_and_reports_become_a_folder_that_is_split_by_patient(mimic, tmp_path, capsys):
+    mimic_cxr.main(["--mimic_dir", str(mimic), "--output_dir", str(tmp_path / "out"), "--resolution", "64"])
+    said = capsys.readouterr()
+    assert "12 images of 6 patients; 0 left out" in said.out
+    assert "blank (___) in 6" in said.err
+    data = load_images(train_data_dir=str(tmp_path / "out"), group_column="subject_id")
+    patients = [set(split["group"]) for split in data.values()]
+    assert all(patients) and sum(map(len, patients)) == len(set.union(*patients)) == 6
+    texts = {text for split in data.values() for text in split["text"]}
+    assert texts == {"No acute cardiopulmonary process. As compared to ___.", "Clear lungs."}
+    assert {min(image.size) for split in data.values() for image in split["image"]} == {64}
+
+
+def test_a_radiograph_is_shown_with_bright_bones_on_a_dark_ground(radiograph):
+    from pydicom import dcmread
+
+    dicom = dcmread(radiograph)
+    assert dicom.PhotometricInterpretation == "MONOCHROME1"  # stored the other way around
+    shown = np.asarray(mimic_cxr.read_image(radiograph), dtype=float)
+    assert shown.min() == 0 and shown.max() == 255
+    assert np.corrcoef(shown.ravel(), dicom.pixel_array.ravel())[0, 1] < -0.9
+
+
+def test_an_image_without_a_report_is_left_out_and_counted(mimic, tmp_path, capsys):
+    (mimic / "files" / "p10" / "p10000030" / "s504142610.txt").unlink()
+    mimic_cxr.main(["--mimic_dir", str(mimic), "--output_dir", str(tmp_path / "out"), "--resolution", "32"])
+    assert "11 images of 6 patients; 1 left out" in capsys.readouterr().out
+
+
+def test_the_sections_are_chosen_in_order_or_joined():
+    report = REPORT.format(findings="Clear lungs.", more="")
+    assert mimic_cxr.caption_of(report, ["impression", "findings"]) == "No acute cardiopulmonary process."
+    joined = "Clear lungs. No acute cardiopulmonary process."
+    assert mimic_cxr.caption_of(report, ["findings+impression"]) == joined
+    assert mimic_cxr.caption_of(report, ["history"]) is None
+
+
+def test_only_some_views_are_taken_where_their_table_is_there(mimic, tmp_path, capsys):
+    command = ["--mimic_dir", str(mimic), "--output_dir", str(tmp_path / "out"), "--views", "PA", "--resolution", "32"]
+    with pytest.raises(SystemExit):
+        mimic_cxr.main(command)
+    assert "--views needs mimic-cxr-2.0.0-metadata.csv.gz" in capsys.readouterr().err
+    (mimic / mimic_cxr.METADATA[1]).write_text("dicom_id,ViewPosition\n11-a,PA\n12-a,LATERAL\n")
+    mimic_cxr.main(command)
+    assert [file.name for file in (tmp_path / "out").glob("*.png")] == ["11-a.png"]
+    assert Image.open(tmp_path / "out" / "11-a.png").mode == "L"
+
+
+def test_another_layout_is_an_error_that_shows_the_right_one(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        mimic_cxr.main(["--mimic_dir", str(tmp_path), "--output_dir", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    assert "files/p10/p10000032/s50414267/<dicom_id>.jpg or .dcm" in capsys.readouterr().err
+
+
+def test_the_papers_encoder_is_asked_for_by_name_and_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchxrayvision", None)
+    with pytest.raises(ValueError, match=r"'xrv:densenet121-res224-all' needs torchxrayvision .* pip install"):
+        load_encoder("xrv:densenet121-res224-all")
+
+
+def test_an_x_ray_encoder_gets_one_channel_of_224_pixels_in_its_own_range():
+    class Echo(torch.nn.Module):
+        def features2(self, images):
+            assert images.shape[1:] == (1, 224, 224)
+            return images.flatten(2).aminmax(dim=2, keepdim=True)[0].flatten(1)
+
+    encoder = Encoder(XRayFeatures(Echo()), 224)
+    assert encoder(torch.zeros(2, 3, 32, 32)).tolist() == [[-1024.0]] * 2
+    assert encoder(torch.ones(1, 3, 224, 224)).tolist() == [[1024.0]]

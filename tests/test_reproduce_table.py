@@ -1,0 +1,174 @@
+"""The table of the paper: what is rendered follows from the runs, and the runs go on where they stopped."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "training_scripts"))  # as when it is run
+SPEC = importlib.util.spec_from_file_location("reproduce_table", ROOT / "training_scripts" / "reproduce_table.py")
+table = importlib.util.module_from_spec(SPEC)
+sys.modules["reproduce_table"] = table
+SPEC.loader.exec_module(table)
+
+TINY = ["--max_train_steps", "2", "--eval_num_images", "8", "--num_prompts", "2", "--images_per_prompt", "3",
+        "--max_images", "12", "--data", "demo", "--rows", "svdiff", "--seed", "0"]  # fmt: skip
+AUC = {"full": 0.9, "svdiff": 0.7, "memcontrol-svdiff": 0.6, "random-svdiff": 0.65, "transfer-mask": 0.62}
+
+
+def results(aucs=None, fids=None, noise=0.01, data=("demo", "elpv")):
+    """Made-up runs of three seeds; the membership AUC and fid of a row, with a little of each seed's own."""
+    aucs, fids = AUC if aucs is None else aucs, fids or {}
+    runs = [
+        {
+            "data": name,
+            "row": row,
+            "seed": seed,
+            "trainable_percent": 100 * auc**4,
+            "adapter_bytes": 1000,
+            "fid": fids.get(row, 4.0) + noise * ((seed + len(row)) % 3),
+            "amd": 0.1,
+            "audit_membership_auc_loss": auc + noise * ((seed * len(row)) % 3),
+            "audit_extraction_rate": 0.25,
+            "audit_extraction_rate_calibrated": None,
+            "canaries_best": 50.0,
+            "prompts": 24,
+            "seconds": 60.0,
+        }
+        for name in data
+        for row, auc in aucs.items()
+        for seed in (0, 1, 2)
+    ]
+    settings = {name: default for name, (default, _) in table.NUMBERS.items()} | {"max_images": None}
+    return {"settings": settings, "environment": "a machine", "rates": [], "searches": [], "runs": runs, "sweep": None}
+
+
+def said(content, text, data="demo"):
+    return table.claims(content)[text][data][0]
+
+
+@pytest.mark.skipif(not (ROOT / "docs" / "results.json").exists(), reason="the table is not computed yet")
+def test_the_committed_page_is_rendered_from_the_committed_runs():
+    content = json.loads((ROOT / "docs" / "results.json").read_text(encoding="utf-8"))
+    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == table.render(content)
+    assert len(pd.read_parquet(ROOT / "docs" / "results.parquet")) == len(content["runs"])
+
+
+def test_a_row_shows_its_mean_and_interval_and_a_missing_one_that_it_is_not_run():
+    text = table.render(results(noise=0.0))
+    assert "| SV-DIFF | 3 | 24 | 1000 | 4.000 ± 0.000 | – | 0.1000 ± 0.0000 |" in text
+    assert "| DiffFit | 0 | not run yet |" in text
+    assert "| 18 of 72 (16 to 37 %) | – |" in text
+
+
+@pytest.mark.parametrize(
+    ("searched", "fid", "noise", "verdict"),
+    [
+        (0.6, 4.0, 0.001, table.CONFIRMED),
+        (0.8, 4.0, 0.001, table.NOT_CONFIRMED),  # memorizes more
+        (0.6, 6.0, 0.001, table.NOT_CONFIRMED),  # memorizes less, at the price of worse images
+        (0.6, 4.0, 0.5, table.UNDECIDED),
+    ],
+)
+def test_a_searched_mask_is_held_against_a_random_one(searched, fid, noise, verdict):
+    content = results({"memcontrol-svdiff": searched, "random-svdiff": 0.7}, {"memcontrol-svdiff": fid}, noise)
+    assert said(content, "A searched mask beats a random one of its size") == verdict
+
+
+def test_differences_are_paired_by_seed():
+    runs = {"a": {0: {"fid": 1.0}, 1: {"fid": 2.0}, 2: {"fid": 9.0}}, "b": {1: {"fid": 1.0}, 0: {"fid": 3.0}}}
+    mean, low, high = table.paired(runs, "a", "b", "fid")
+    assert mean == -0.5 and (high - low) / 2 == pytest.approx(1.5 * 12.7062, rel=1e-4)
+
+
+def test_a_claim_needs_all_of_its_comparisons():
+    text = "A mask carries over to another data set"
+    aucs = {"transfer-mask": 0.6, "svdiff": 0.7, "transfer-random": 0.8}
+    assert said(results(aucs, noise=0.001), text) == table.CONFIRMED
+    assert said(results(aucs | {"transfer-random": 0.5}, noise=0.001), text) == table.NOT_CONFIRMED
+    del aucs["transfer-random"]
+    assert said(results(aucs, noise=0.001), text) == table.NOT_RUN
+
+
+def test_capacity_is_the_rank_correlation_over_rows():
+    content = results(noise=0.0)
+    assert said(content, table.CAPACITY) == table.CONFIRMED
+    for run in content["runs"]:
+        run["trainable_percent"] = -run["trainable_percent"]
+    assert said(content, table.CAPACITY) == table.NOT_CONFIRMED
+
+
+def test_one_seed_decides_nothing():
+    content = results(noise=0.0)
+    content["runs"] = [run for run in content["runs"] if run["seed"] == 0]
+    assert {said(content, text) for text in table.claims(content)} == {table.NOT_RUN}
+    assert "| SV-DIFF | 1 | 24 | 1000 | 4.000 |" in table.render(content)
+
+
+def test_a_random_mask_has_the_size_of_the_one_it_stands_for():
+    sizes = {f"block {i}": 10 * (i + 1) for i in range(16)}
+    like = {name: name in ("block 3", "block 7", "block 12") for name in sizes}
+    masks = [table.random_mask(sizes, like, seed) for seed in (0, 0, 1)]
+    assert masks[0] == masks[1] != masks[2]
+    for mask in masks:
+        assert mask != like
+        assert sum(sizes[name] for name, on in mask.items() if on) == pytest.approx(250, rel=0.05)
+
+
+def test_a_run_comes_after_what_it_needs_and_each_part_has_its_own():
+    tasks = table.plan(["elpv"], ["transfer-mask", "transfer-own"], [0], "1/1")
+    assert [(task.kind, task.data, task.name) for task in tasks] == [
+        ("rate", "elpv", "svdiff"),
+        ("search", "demo", "svdiff"),
+        ("run", "elpv", "transfer-mask"),
+        ("search", "elpv", "svdiff"),
+        ("run", "elpv", "transfer-own"),
+    ]
+    parts = [table.plan(table.DATA, table.GROUPS["main"], [0, 1], part) for part in ("1/2", "2/2")]
+    runs = [{task for task in part if task.kind == "run"} for part in parts]
+    assert not runs[0] & runs[1] and len(runs[0] | runs[1]) == 2 * 2 * len(table.GROUPS["main"])
+
+
+def test_an_unknown_row_is_refused_with_the_names_of_all(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        table.main(["--rows", "svdif", "--output_dir", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert "unknown row(s) svdif" in error and all(name in error for name in ("transfer", *table.ROWS))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One row, for real, with next to no steps."""
+    folder = tmp_path_factory.mktemp("table")
+    table.main([*TINY, "--output_dir", str(folder / "out"), "--docs_dir", str(folder / "docs")])
+    return folder
+
+
+def test_a_row_is_trained_attacked_and_collected(finished):
+    content = json.loads((finished / "docs" / "results.json").read_text(encoding="utf-8"))
+    (run,) = content["runs"]
+    assert run["learning_rate"] == content["rates"][0]["learning_rate"]
+    assert run["trainable_parameters"] > 0 and run["adapter_bytes"] > 4 * run["trainable_parameters"]
+    columns = {*table.COST, *table.ATTACKS, *table.EXTRACTED, *table.SHOWN} - {"canaries_best"}
+    assert columns <= run.keys()
+    assert (finished / "docs" / "results.md").read_text(encoding="utf-8") == table.render(content)
+    assert (finished / "docs" / "results_demo.png").stat().st_size > 0
+
+
+def test_a_second_call_runs_nothing_and_writes_the_same(finished, capsys):
+    page = (finished / "docs" / "results.md").read_text(encoding="utf-8")
+    table.main([*TINY, "--output_dir", str(finished / "out"), "--docs_dir", str(finished / "docs")])
+    assert capsys.readouterr().out.splitlines() == [f"1 runs: {finished / 'docs' / 'results.md'}"]
+    assert (finished / "docs" / "results.md").read_text(encoding="utf-8") == page
+
+
+def test_results_of_other_settings_are_not_mixed_in(finished, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        table.main([*TINY, "--max_train_steps", "3", "--output_dir", str(finished / "out")])
+    assert stopped.value.code == 2
+    assert "max_train_steps was 2 and is 3" in capsys.readouterr().err
