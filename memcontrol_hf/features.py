@@ -102,8 +102,8 @@ def load_encoder(encoder: str | nn.Module, device: torch.device | str = "cpu") -
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"cannot load the image encoder {encoder!r}: {reason} Give 'demo', a folder or a Hub id of a vision model, or "
-            "xrv:<weights of torchxrayvision>."
+            f"cannot load the image encoder {encoder!r}: {reason} Give 'demo', a folder or a Hub id of a vision "
+            "model, or xrv:<weights of torchxrayvision>."
         ) from None
     size = processor.size.get("height") or processor.size.get("shortest_edge")
     if getattr(processor, "crop_size", None) and getattr(processor, "do_center_crop", False):

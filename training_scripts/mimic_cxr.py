@@ -2,11 +2,11 @@
 
     python training_scripts/mimic_cxr.py --mimic_dir DIR --output_dir data/mimic_cxr
 
-`DIR` is laid out as PhysioNet distributes it: images `files/p10/p10000032/s50414267/<dicom_id>.jpg` (MIMIC-CXR-JPG) or
-`.dcm` (MIMIC-CXR, needs `pip install pydicom`), and reports `files/p10/p10000032/s50414267.txt`, of
-mimic-cxr-reports.zip; where these lie elsewhere, give `--reports_dir`. Each image is written as a grayscale PNG and has
-a line in `metadata.jsonl` with the columns `text`, `subject_id` and `study_id`: train with `--group_column subject_id`,
-so that no patient is in two splits. What is written is as confidential as what was read.
+`DIR` is laid out as PhysioNet distributes it: images `files/p10/p10000032/s50414267/<dicom_id>.jpg` (MIMIC-CXR-JPG)
+or `.dcm` (MIMIC-CXR, needs `pip install pydicom`), and reports `files/p10/p10000032/s50414267.txt`, of
+mimic-cxr-reports.zip; where these lie elsewhere, give `--reports_dir`. Each image is written as a grayscale PNG, with
+a line in `metadata.jsonl`: columns `text`, `subject_id` and `study_id`. Train with `--group_column subject_id`, so
+that no patient is in two splits. What is written is as confidential as what was read.
 """
 
 import argparse
