@@ -141,6 +141,32 @@ def test_an_unknown_row_is_refused_with_the_names_of_all(tmp_path, capsys):
     assert "unknown row(s) svdif" in error and all(name in error for name in ("transfer", *table.ROWS))
 
 
+def test_what_fails_is_told_and_left_out_while_the_rest_goes_on(tmp_path, monkeypatch, capsys):
+    def work(task, args):
+        if (task.kind, task.data) == ("rate", "demo"):
+            raise RuntimeError("no learning rate is finite")
+        run = results(data=[task.data])["runs"][0]
+        return {name: figure for name, figure in run.items() if name not in ("data", "row", "seed")}
+
+    monkeypatch.setattr(table, "DO", dict.fromkeys(table.DO, work))
+    with pytest.raises(SystemExit) as stopped:
+        command = ["--rows", "base", "svdiff", "--seed", "0", "--output_dir", str(tmp_path / "out")]
+        table.main([*command, "--docs_dir", str(tmp_path / "docs")])
+    said = capsys.readouterr()
+    assert stopped.value.code == 1
+    assert "no learning rate is finite" in said.err
+    assert "missing, see above: rate demo svdiff 1000; run demo svdiff 0" in said.err
+    runs = json.loads((tmp_path / "docs" / "results.json").read_text(encoding="utf-8"))["runs"]
+    assert [(run["data"], run["row"]) for run in runs] == [("demo", "base"), ("elpv", "base"), ("elpv", "svdiff")]
+
+
+def test_two_processes_are_never_at_the_same_piece(tmp_path):
+    with table._locked(tmp_path / "a.json") as first, table._locked(tmp_path / "a.json") as second:
+        assert first and not second
+    with table._locked(tmp_path / "a.json") as again:
+        assert again
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One row, for real, with next to no steps."""

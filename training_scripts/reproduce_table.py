@@ -578,7 +578,8 @@ def render(content: dict[str, Any]) -> str:
         "nothing saw before; mean ± half width of the 95 % t interval over seeds. Extracted: of the prompts of all "
         "seeds together, with the exact 95 % interval as if they were independent, which the same prompts under "
         "several seeds are not. TPR: at 1 % false alarms. Canaries: of the repeated training images, what the best "
-        "attack catches. An adapter's bytes are those of its safetensors.",
+        "of the audit's attacks catches; the frozen base shows how much of it is chance. An adapter's bytes are those "
+        "of its safetensors.",
         "",
         "## The claims of the paper",
         "",
@@ -629,7 +630,11 @@ def render(content: dict[str, Any]) -> str:
         lines += ["### What the claims rest on", ""]
         for text, of in said.items():
             lines += [f"{text}: **{of[data][0]}**", "", *_table(["difference", *SHOWN.values(), ""], of[data][1])]
-    lines += _render_sweep(content.get("sweep"))
+    lines += _render_sweep(content["sweep"])
+    lines += [
+        "",
+        "What would settle it at full size: the same rows in [the original setting](../training_scripts/README.md).",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -717,6 +722,9 @@ def collect(args: argparse.Namespace) -> None:
         for kind in ("rate", "search", "run")
     }
     packages = ("torch", "diffusers", "transformers", "peft", "optuna")
+    if not pieces["run"]:
+        print(f"no run is finished in {args.output_dir}: nothing is written")
+        return
     content = {
         "settings": settings_of(args),
         "environment": f"Python {platform.python_version()}, "
