@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from test_analyze_trials import made_up
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "training_scripts"))  # as when it is run
@@ -14,6 +15,7 @@ SPEC = importlib.util.spec_from_file_location("reproduce_table", ROOT / "trainin
 table = importlib.util.module_from_spec(SPEC)
 sys.modules["reproduce_table"] = table
 SPEC.loader.exec_module(table)
+import analyze_trials  # noqa: E402
 
 TINY = ["--max_train_steps", "2", "--eval_num_images", "8", "--num_prompts", "2", "--images_per_prompt", "3",
         "--max_images", "12", "--data", "demo", "--rows", "svdiff", "--seed", "0"]  # fmt: skip
@@ -100,6 +102,22 @@ def test_capacity_is_the_rank_correlation_over_rows():
     for run in content["runs"]:
         run["trainable_percent"] = -run["trainable_percent"]
     assert said(content, table.CAPACITY) == table.NOT_CONFIRMED
+
+
+def test_the_size_sweep_is_read_from_the_table_of_trials_and_left_out_without(tmp_path):
+    file = tmp_path / "trial_table.parquet"
+    assert table.sweep_of(file) is None and "not run yet: it is read from the table" in table.render(results())
+    made_up(analyze_trials).to_parquet(file)
+    content = results() | {"sweep": table.sweep_of(file)}
+    of = content["sweep"]["correlations"]["audit_membership_auc_loss"]
+    assert content["sweep"]["runs"] == 14 and 0 < of["low"] <= of["rho"] <= of["high"] <= 1
+    assert "Of 14 runs of [the table of real trials](trial_table.parquet)" in table.render(content)
+    table.plots(content, file, tmp_path)
+    assert {plot.name for plot in tmp_path.glob("*.png")} == {
+        "results_demo.png",
+        "results_elpv.png",
+        "results_sweep.png",
+    }
 
 
 def test_one_seed_decides_nothing():
