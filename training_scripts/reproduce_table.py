@@ -10,6 +10,7 @@ of processes with one output folder share the work: start the command once for e
 machines that share no folder, `--part 1/2` and `--part 2/2` do half of the rows each; copy their folders into one.
 
 `docs/results.json` and `docs/results.parquet` hold all that is finished, and `docs/results.md` is rendered from them.
+On a new machine the same command takes up what `docs/results.json` holds.
 
 How a row is made:
 
@@ -715,6 +716,20 @@ def plots(content: dict[str, Any], table: Path, folder: Path) -> None:
 # ---- the command ----
 
 
+def restore(args: argparse.Namespace) -> None:
+    """What `results.json` holds of the same settings, as the files that it was collected from."""
+    file = args.docs_dir / "results.json"
+    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if content.get("settings") != settings_of(args):
+        return
+    for kind, pieces in (("rate", content["rates"]), ("search", content["searches"]), ("run", content["runs"])):
+        for piece in pieces:
+            file = Task(kind, piece["data"], piece["row"], piece["seed"]).file(args)
+            if not file.exists():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(piece), encoding="utf-8")
+
+
 def collect(args: argparse.Namespace) -> None:
     """All that is finished, whatever was asked for, into the results and what is rendered from them."""
     pieces = {
@@ -805,6 +820,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     missing = []
+    restore(args)
     if not args.collect:
         transformers_logging.set_verbosity_error()
         missing = work(plan(args.data, rows, args.seed, args.part), args)
