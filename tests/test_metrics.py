@@ -246,6 +246,8 @@ def test_extraction_is_what_every_subset_and_tile_says(size, threshold):
     result = metrics.extraction(generated, train, threshold, size)
     memorized, extracted = extraction_by_hand(generated, train, threshold, size)
     assert result.memorized.tolist() == memorized and result.extracted.tolist() == extracted
+    nearest = [metrics.attacks.tile_distances(g, t[None]).min().item() for g, t in zip(generated, train)]
+    assert result.nearest.tolist() == pytest.approx(nearest, rel=1e-5)
     assert result.rate == pytest.approx(np.mean(extracted))
     assert result.interval[0] <= result.rate <= result.interval[1]
 

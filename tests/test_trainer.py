@@ -46,6 +46,19 @@ def test_training_moves_the_selected_blocks_and_nothing_else(tmp_path, config):
     assert moved and any(not torch.equal(trainer.model.get_parameter(n), before[n]) for n in moved)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_comes_before_the_first_selected_block_gets_no_backward_pass(tmp_path, checkpointing):
+    trainer = tiny_trainer(tmp_path, mask={SITE: True}, max_steps=1, activation_checkpointing=checkpointing)
+    before, after = ("conv_in", "down_blocks.0.resnets.0", "mid_block.resnets.0"), ("mid_block.resnets.1", "conv_out")
+    tracked = {}
+    for name in (*before, *after):
+        trainer.denoiser.get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: tracked.setdefault(name, output.requires_grad)
+        )
+    trainer.train()
+    assert tracked == {name: name in after for name in (*before, *after)}
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("snr_gamma", [None, 5.0])
 def test_the_loss_follows_its_formula(prediction_type, snr_gamma):
