@@ -53,7 +53,7 @@ def test_what_comes_before_the_first_selected_block_gets_no_backward_pass(tmp_pa
     tracked = {}
     for name in (*before, *after):
         trainer.denoiser.get_submodule(name).register_forward_hook(
-            lambda module, args, output, name=name: tracked.setdefault(name, output.requires_grad)
+            lambda module, args, output, name=name: tracked.update({name: output.requires_grad})
         )
     trainer.train()
     assert tracked == {name: name in after for name in (*before, *after)}

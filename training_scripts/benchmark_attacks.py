@@ -16,6 +16,7 @@ Writes `attack_cost.json` and `attack_cost.md`. The peak memory is what the work
 import argparse
 import json
 import multiprocessing
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--generated", type=int, default=10_000, help="generated images of the neighbour search")
     parser.add_argument("--train", type=int, default=100_000, help="training images of the neighbour search")
     parser.add_argument("--features", type=int, default=1024, help="width of the features")
-    parser.add_argument("--threads", type=int, default=1, help="threads of the processor")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of the processor")
     arguments = parser.parse_args()
 
     rows = {name: in_own_process(work, arguments) for name, work in WORK.items()}
@@ -156,7 +157,7 @@ def as_table(result: dict) -> str:
     lines = [
         "# What the attacks cost",
         "",
-        f"`{result['command']}`, PyTorch {result['torch']} on {settings['threads']} thread of the processor, each "
+        f"`{result['command']}`, PyTorch {result['torch']} on {settings['threads']} thread(s) of the processor, each "
         "line in a process of its own. Memory is the peak beyond that of the process with its inputs.",
         "",
         "| work | seconds | peak memory, MiB | inputs, MiB |",

@@ -254,9 +254,7 @@ def extraction(
     reference = None if held_out is None else _tiles(held_out.to(generated.device))
     memorized, extracted, nearest, ratios = [], [], [], []
     for images, original in zip(generated, train):
-        original = original.to(images).float()
-        to_original = _to_original(images, original, math.inf if reference is not None else threshold)
-        joined = _joined(images, original, to_original, threshold)
+        joined, to_original = _compare(images, original.to(images), threshold)
         near = (to_original <= threshold).tolist()
         members = _in_cliques(joined, clique_size)
         memorized.append(bool(members))
@@ -274,29 +272,21 @@ def extraction(
     return ExtractionResult(*result, calibrated, torch.tensor(ratios), *_rate(calibrated.tolist()))
 
 
-def _to_original(images: torch.Tensor, original: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Tile distances `[K]` of images `[K, C, H, W]` to their original.
+def _compare(images: torch.Tensor, original: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which images `[K, C, H, W]` are within the threshold of each other, and how far each is from the original.
 
-    They are exact for the nearest image and for all within the threshold; for others a lower bound, by one tile, that
-    is above both.
+    Returns:
+        bool `[K, K]`, above the diagonal only, and the tile distances `[K]`.
     """
     height, width = (side // TILES for side in images.shape[-2:])
-    place = (..., slice(height, 2 * height), slice(width, 2 * width))
-    distances = (images[place].float() - original[place]).flatten(1).norm(dim=1)
-    bounds, nearest = distances.tolist(), math.inf
-    for number in sorted(range(len(bounds)), key=bounds.__getitem__):
-        if bounds[number] > max(threshold, nearest):
-            break
-        squares = (images[number].float() - original).square_()
-        tiles = squares.unflatten(2, (TILES, width)).unflatten(1, (TILES, height)).sum(-1).sum((0, 2))
-        distances[number] = tiles.max().sqrt()
-        nearest = min(nearest, distances[number].item())
-    return distances
+    original = original.float()
 
+    def tile_norms(few: torch.Tensor) -> torch.Tensor:
+        squares = (few.float() - original).square_()
+        return squares.unflatten(3, (TILES, width)).unflatten(2, (TILES, height)).sum(-1).sum((1, 3)).sqrt()
 
-def _joined(images: torch.Tensor, original: torch.Tensor, to_original: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Which images `[K, C, H, W]` are within the threshold of each other: bool `[K, K]`, above the diagonal only."""
-    height, width = (side // TILES for side in images.shape[-2:])
+    # A few images at a time: what is computed on the way stays in the processor's cache.
+    to_original = torch.cat([tile_norms(few).amax((1, 2)) for few in images.split(8)])
     # Two images are no farther apart than their ways to the original are long together.
     joined = (to_original[:, None] + to_original <= threshold).triu(1)
     open_pairs = (~joined).triu(1)
@@ -308,7 +298,7 @@ def _joined(images: torch.Tensor, original: torch.Tensor, to_original: torch.Ten
         tile = (images[place].float() - original[place]).flatten(1)
         squares = tile.square().sum(1)
         open_pairs &= squares[:, None] + squares - 2 * (tile @ tile.T) <= threshold**2
-    return joined | open_pairs
+    return joined | open_pairs, to_original
 
 
 def _rate(found: list[bool]) -> tuple[float, tuple[float, float]]:
