@@ -45,6 +45,7 @@ _FINAL = "-final"  # ends the name of the study by which one process takes the f
 _AGREEMENT = timedelta(minutes=5)  # how long the processes of a trial wait for each other after it
 # What an objective that needs sampling is judged by on the way.
 _STAND_INS = {"fid": "loss", "amd": "membership_auc"}
+_BEATEN = 2  # by so many others a trial is stopped there: docs/trials.md has what one more or less would lose and save
 
 SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=4),
@@ -198,8 +199,8 @@ def run_search(
             machine that runs for twice as long is given up.
         prune_at (`float`, *optional*):
             A share of a trial's steps. There it is measured without sampling an image (by the `loss` on validation
-            images instead of `fid`, by `membership_auc` instead of `amd`), and stopped when another trial was better
-            in all of it. It counts, and is on no front.
+            images instead of `fid`, by `membership_auc` instead of `amd`), and stopped when two other trials were
+            better in all of it. It counts, and is on no front.
         delegate (`Callable`, *optional*):
             Gets the study before this process asks for a trial, and may have others do the trials.
 
@@ -535,7 +536,7 @@ class _Dominated(Exception):
 
 
 class _Pruning(TrainerCallback):
-    """Ends the training of a trial that another has beaten in everything at the same step.
+    """Ends the training of a trial that others have beaten in everything at the same step.
 
     Optuna's pruners know one objective. Here those that need no sampling are compared, lower is better for each.
     """
@@ -551,21 +552,24 @@ class _Pruning(TrainerCallback):
         due = control.should_log, control.should_evaluate  # which a look would have the Trainer take as done
         figures = self._trainer.evaluate(metrics=self._metrics)
         control.should_log, control.should_evaluate = due
-        message = [self._beaten_by([figures[f"eval_{name}"] for name in self._metrics]) if self.trial else None]
+        message = [self._beaten_by([figures[f"eval_{name}"] for name in self._metrics]) if self.trial else []]
         if args.world_size > 1:
             broadcast_object_list(message)
-        if message[0] is not None:
-            raise _Dominated(f"stopped after {state.global_step} steps, where trial {message[0]} was better")
+        if len(message[0]) >= _BEATEN:
+            others = " and ".join(map(str, message[0][:_BEATEN]))
+            raise _Dominated(f"stopped after {state.global_step} steps, where the trials {others} were better")
 
-    def _beaten_by(self, values: list[float]) -> int | None:
-        """The first trial that was at this point better than the current one in something, and worse in nothing."""
+    def _beaten_by(self, values: list[float]) -> list[int]:
+        """The trials that were at this point better than the current one in something, and worse in nothing."""
         self.trial.set_user_attr("on_the_way", values)
         states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-        for other in self._study.get_trials(deepcopy=False, states=states):
-            before = other.user_attrs.get("on_the_way")
-            if before and before != values and all(b <= v for b, v in zip(before, values)):
-                return other.number
-        return None
+        return [
+            other.number
+            for other in self._study.get_trials(deepcopy=False, states=states)
+            if (before := other.user_attrs.get("on_the_way"))
+            and before != values
+            and all(b <= v for b, v in zip(before, values))
+        ]
 
 
 # ---- after the trials ----

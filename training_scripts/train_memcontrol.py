@@ -219,7 +219,7 @@ class ScriptArguments:
     prune_at: float | None = field(
         default=None,
         metadata={
-            "help": "Share of a trial's steps after which it is stopped if another was better there in everything."
+            "help": "Share of a trial's steps after which it is stopped if two others were better there in everything."
         },
     )
     sampler: str = field(default="tpe", metadata={"help": "Of the search: tpe, nsga2, gp, random."})
