@@ -213,7 +213,6 @@ def test_a_missing_bitsandbytes_is_said_before_anything_is_loaded(tmp_path):
 
 
 def test_a_quantized_base_takes_lora_alone(tmp_path):
-    pytest.importorskip("torchao")
     sd3().save_pretrained(tmp_path / "model")
     pipeline = load_pipeline(str(tmp_path / "model"), quantization="torchao_int8")
     with pytest.raises(ValueError, match="svdiff cannot be trained on a quantized base: use LoRA"):
