@@ -88,9 +88,10 @@ def run_search_on_ray(
         if ours:
             try:
                 ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-            except ConnectionError as error:
+            except (ConnectionError, SystemExit) as error:  # Ray 2.60 exits where nobody answers at RAY_ADDRESS
                 raise RuntimeError(
-                    f"{error}: start it, or unset RAY_ADDRESS; `ray stop` clears what a crashed cluster left"
+                    f"no Ray cluster answers ({error}): start it, or unset RAY_ADDRESS; `ray stop` clears what a "
+                    "crashed cluster left"
                 ) from None
         try:
             there = ray.cluster_resources()
