@@ -180,11 +180,11 @@ def replay(table: Table, name: str, trials: int, seed: int) -> np.ndarray:
 
 
 def replays(table: Table, seeds: int, trials: int, workers: int) -> dict[str, np.ndarray]:
-    """Of each sampler the shares `[seeds, trials]`; those that are slow with a tenth of the seeds."""
+    """Of each sampler the shares `[seeds, trials]`; those that are slow with a twentieth of the seeds."""
     of = {}
     with ProcessPoolExecutor(workers) as pool:
         for name in (PLAIN, *SAMPLERS):
-            count = max(2, seeds // 10) if name in SLOW else seeds
+            count = max(2, seeds // 20) if name in SLOW else seeds
             of[name] = np.array(list(pool.map(partial(replay, table, name, trials), range(count), chunksize=4)))
             print(f"{name}: {count} searches", flush=True)
     return of
