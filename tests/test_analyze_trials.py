@@ -110,6 +110,13 @@ def test_pruning_by_what_ranks_runs_as_the_end_does_loses_nothing(script):
             assert row["wrong"] == 0 and row["hypervolume"] == pytest.approx(1)
 
 
+def test_the_committed_page_is_rendered_from_the_committed_result(script):
+    docs = SCRIPTS.parent / "docs"
+    result = json.loads((docs / "trials.json").read_text(encoding="utf-8"))
+    assert (docs / "trials.md").read_text(encoding="utf-8") == script.as_markdown(result)
+    assert result["runs"] == len(pd.read_parquet(docs / "trial_table.parquet"))
+
+
 def test_trials_to_a_goal(script):
     shares = np.array([[0.1, 0.5, 0.9], [0.6, 0.6, 0.6], [0.1, 0.1, 0.2]])
     assert script.first_to_reach(shares, 0.5).tolist() == [2, 1, 4]

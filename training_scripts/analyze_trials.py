@@ -18,6 +18,7 @@ import json
 from collections.abc import Callable, Collection
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +185,7 @@ def replay(table: Table, name: str, trials: int, seed: int) -> np.ndarray:
 def replays(table: Table, samplers: list[str], seeds: int, trials: int, workers: int) -> dict[str, np.ndarray]:
     """Of each sampler the shares `[seeds, trials]`; those that are slow with a twentieth of the seeds."""
     of = {}
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:  # a fork of a process with threads can hang
         for name in (PLAIN, *samplers):
             count = max(2, seeds // 20) if name in SLOW else seeds
             of[name] = np.array(list(pool.map(partial(replay, table, name, trials), range(count))))
@@ -274,7 +275,7 @@ def as_markdown(result: dict) -> str:
     lines = [
         "# What the table of real trials says",
         "",
-        f"`python training_scripts/analyze_trials.py`, from [{result['runs']} of {result['runs_in_all']} runs]"
+        f"`{result['command']}`, from [{result['runs']} of {result['runs_in_all']} runs]"
         "(trial_table.parquet) that `python training_scripts/trial_table.py` trained on the demo: whole attention "
         f"weights of some of {result['groups']} groups of blocks, {result['steps']} steps, seed 0, learning rates "
         f"{', '.join(f'{rate:g}' for rate in result['rates'])}. The runs are made in a random order.",
@@ -369,7 +370,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"there is no {args.table}: make it with training_scripts/trial_table.py")
     runs = read(args.table)
     table = Table(runs)
+    some = "" if args.samplers == list(SAMPLERS) else f" --samplers {' '.join(args.samplers)}"
     result = {
+        "command": f"python training_scripts/analyze_trials.py{some}",
         "runs": len(runs),
         "runs_in_all": len(runs) + table.missing,
         "groups": len(table.groups),
