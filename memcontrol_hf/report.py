@@ -10,16 +10,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import optuna
 import yaml
+from optuna.trial import FrozenTrial, TrialState
 
 from .search import is_frozen_base
 from .search_space import block_map
-
-if TYPE_CHECKING:
-    import optuna
 
 SCHEMA_VERSION = 2
 REPORT_SCHEMA = Path(__file__).with_name("report_schema.json")
@@ -258,7 +257,7 @@ def _violation(name: str, kind: str, bound: float, figures: Mapping[str, Any]) -
     )
 
 
-def search_summary(study: "optuna.Study", sampler: str, objectives: list[str]) -> dict[str, Any]:
+def search_summary(study: optuna.Study, sampler: str, objectives: list[str]) -> dict[str, Any]:
     """A study as the report holds it: its objectives, and mask size and values of every finished trial."""
     front = {trial.number for trial in study.best_trials}
     trials = [
@@ -270,8 +269,7 @@ def search_summary(study: "optuna.Study", sampler: str, objectives: list[str]) -
             "trainable_percent": trial.user_attrs["trainable_percent"],
             "on_front": trial.number in front,
         }
-        for trial in study.trials
-        if trial.state.name == "COMPLETE"
+        for trial in _complete(study)
     ]
     ended = Counter(trial.state.name for trial in study.trials)
     return {
@@ -286,16 +284,19 @@ def search_summary(study: "optuna.Study", sampler: str, objectives: list[str]) -
     }
 
 
-def block_effects(study: "optuna.Study") -> dict[str, list[float]]:
+def _complete(study: optuna.Study) -> list[FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def block_effects(study: optuna.Study) -> dict[str, list[float]]:
     """What a block does to each objective: the mean over the finished trials with it on, minus that of the others.
 
-    Blocks that were always on, or always off, are left out. Optuna's importances have no sign and, over the few trials
-    of a search with a learning rate in it, do not find the blocks that matter.
+    Blocks that were always on, or always off, are left out. Optuna's importances would not say which way.
 
     Returns:
         `dict[str, list[float]]`: block name -> one difference for each objective, in its units.
     """
-    trials = [t for t in study.trials if t.state.name == "COMPLETE"]
+    trials = _complete(study)
     masks = [t.user_attrs["hyperparameters"]["mask"] for t in trials]
     values = np.array([t.values for t in trials])
     effects = {}
@@ -307,7 +308,7 @@ def block_effects(study: "optuna.Study") -> dict[str, list[float]]:
 
 
 def plot_search(
-    study: "optuna.Study",
+    study: optuna.Study,
     objectives: list[str],
     path: str | Path,
     selected: int | None = None,
@@ -328,8 +329,8 @@ def plot_search(
     figure.savefig(path)
 
 
-def _draw_front(figure: Any, axes: Any, study: "optuna.Study", objectives: list[str], selected: int | None) -> None:
-    trials = [t for t in study.trials if t.state.name == "COMPLETE"]
+def _draw_front(figure: Any, axes: Any, study: optuna.Study, objectives: list[str], selected: int | None) -> None:
+    trials = _complete(study)
     front = sorted(study.best_trials, key=lambda t: t.values)
     y = [t.values[min(1, len(objectives) - 1)] for t in trials]
     x = [t.values[0] if len(objectives) > 1 else t.number for t in trials]
@@ -362,9 +363,9 @@ def _draw_front(figure: Any, axes: Any, study: "optuna.Study", objectives: list[
     axes.grid(alpha=0.3)
 
 
-def _draw_history(axes: Any, study: "optuna.Study", objectives: list[str], selected: int | None) -> None:
+def _draw_history(axes: Any, study: optuna.Study, objectives: list[str], selected: int | None) -> None:
     """The objectives of each trial, one after the other: the first on the left axis, a second on the right."""
-    trials = [t for t in study.trials if t.state.name == "COMPLETE"]
+    trials = _complete(study)
     for i, (name, color) in enumerate(zip(objectives[:2], ("tab:blue", "tab:orange"))):
         side = axes.twinx() if i else axes
         side.plot([t.number for t in trials], [t.values[i] for t in trials], "o-", ms=4, lw=0.8, color=color)
@@ -379,10 +380,10 @@ def _draw_history(axes: Any, study: "optuna.Study", objectives: list[str], selec
     axes.grid(alpha=0.3)
 
 
-def _draw_blocks(figure: Any, axes: Any, study: "optuna.Study", objectives: list[str], selected: int | None) -> None:
+def _draw_blocks(figure: Any, axes: Any, study: optuna.Study, objectives: list[str], selected: int | None) -> None:
     """The blocks in the way of the data: which are selected, and the effect of each on the objectives."""
     effects = block_effects(study)
-    masks = {t.number: t.user_attrs["hyperparameters"]["mask"] for t in study.trials if t.state.name == "COMPLETE"}
+    masks = {t.number: t.user_attrs["hyperparameters"]["mask"] for t in _complete(study)}
     names = list(masks[min(masks)])
     signs = [1 if d.name == "MINIMIZE" else -1 for d in study.directions]
     rows = [[effects[n][i] * signs[i] if n in effects else math.nan for n in names] for i in range(len(objectives))]

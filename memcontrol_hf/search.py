@@ -549,9 +549,7 @@ class _Pruning(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self._share is None or state.global_step != max(1, round(self._share * args.max_steps)):
             return
-        due = control.should_log, control.should_evaluate  # which a look would have the Trainer take as done
-        figures = self._trainer.evaluate(metrics=self._metrics)
-        control.should_log, control.should_evaluate = due
+        figures = self._trainer.look(self._metrics)
         message = [self._beaten_by([figures[f"eval_{name}"] for name in self._metrics]) if self.trial else []]
         if args.world_size > 1:
             broadcast_object_list(message)

@@ -635,6 +635,16 @@ class MemControlTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
         return figures
 
+    def look(self, metrics: list[str]) -> dict[str, float]:
+        """[`evaluate`] for a callback in the middle of a training.
+
+        The Trainer would take a log or an evaluation that is due as done.
+        """
+        due = self.control.should_log, self.control.should_evaluate
+        figures = self.evaluate(metrics=metrics)
+        self.control.should_log, self.control.should_evaluate = due
+        return figures
+
     @contextmanager
     def _merged(self) -> Iterator[None]:
         """Our own adapters, which unmerge exactly, are merged while nothing is trained: sampling is faster so."""

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import optuna
 import pytest
+import ray
 from conftest import images_of, tiny_trainer
 from optuna.trial import TrialState
 from transformers import TrainerCallback
 
 from memcontrol_hf.search import SeededSampler, queue_again_what_died
 
-ray = pytest.importorskip("ray")
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find this file
 RATES = (1e-2, 1e-1)
 

@@ -421,6 +421,8 @@ def test_every_sampler_searches_two_objectives(tmp_path, sampler):
         ({"sampler": "cma"}, "unknown sampler 'cma': use one of tpe"),
         ({"learning_rate_range": (1e-2, 1e-3)}, "must be positive and in order"),
         ({"backend": "sigopt"}, "backend 'sigopt' is not supported"),
+        ({"prune_at": 1.5}, "prune_at must be a share of the steps between 0 and 1, but got 1.5"),
+        ({"prune_at": 0.5, "compute_objective": sum}, "leave compute_objective out"),
     ],
 )
 def test_a_wrong_search_is_refused_before_the_first_trial(tmp_path, arguments, message):

@@ -113,16 +113,23 @@ def correlations(
 # ---- which sampler? ----
 
 
+def hypervolume(values: np.ndarray, reference: np.ndarray) -> float:
+    """The area that points dominate: `[N, 2]`, both minimized."""
+    area, best = 0.0, reference[1]
+    for x, y in sorted(values.tolist()):
+        if x < reference[0] and y < best:
+            area, best = area + (reference[0] - x) * (best - y), y
+    return area
+
+
 def hypervolumes(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """The area that the first 1, 2, ..., N points dominate: `[N, 2]`, both minimized -> `[N]`."""
-    areas = []
-    for count in range(1, len(values) + 1):
-        area, best = 0.0, reference[1]
-        for x, y in sorted(values[:count].tolist()):
-            if x < reference[0] and y < best:
-                area, best = area + (reference[0] - x) * (best - y), y
-        areas.append(area)
-    return np.array(areas)
+    """That of the first 1, 2, ..., N points: `[N]`."""
+    return np.array([hypervolume(values[:count], reference) for count in range(1, len(values) + 1)])
+
+
+def dominates(values: np.ndarray) -> np.ndarray:
+    """Whether point j is better than point i in something and worse in nothing: `[N, 2]` -> bool `[N, N]`."""
+    return (values[None] <= values[:, None]).all(2) & (values[None] < values[:, None]).any(2)
 
 
 class Table:
@@ -142,7 +149,7 @@ class Table:
         self.values |= {(*off, rate): self.values[base] for rate in self.rates if base in self.values}
         all_values = np.array(list(self.values.values()))
         self.reference = all_values.max(0)
-        self.area = hypervolumes(all_values, self.reference)[-1]
+        self.area = hypervolume(all_values, self.reference)
 
     @property
     def missing(self) -> int:
@@ -204,8 +211,7 @@ def first_to_reach(shares: np.ndarray, goal: float) -> np.ndarray:
 
 def pruned(stage_values: np.ndarray, dominators: int) -> np.ndarray:
     """Which trials, in their order, are dominated at a stage by so many earlier ones: `[N, 2]` -> bool `[N]`."""
-    better = (stage_values[None] <= stage_values[:, None]).all(2) & (stage_values[None] < stage_values[:, None]).any(2)
-    return np.tril(better, -1).sum(1) >= dominators
+    return np.tril(dominates(stage_values), -1).sum(1) >= dominators
 
 
 def pruning(runs: pd.DataFrame, trials: int, seeds: int) -> list[dict[str, float | str | int]]:
@@ -216,25 +222,25 @@ def pruning(runs: pd.DataFrame, trials: int, seeds: int) -> list[dict[str, float
     measuring = runs["seconds_fid"] + runs["seconds_membership_auc"]
     training = runs["seconds_train_with_stages"] - len(STAGES) * measuring
     values = runs[OBJECTIVES].to_numpy()
+    reference = values.max(0)
     draws = [np.random.default_rng(seed).permutation(len(runs))[:trials] for seed in range(seeds)]
+    fronts = [~dominates(values[draw]).any(1) for draw in draws]
+    areas = [hypervolume(values[draw], reference) for draw in draws]
+    without = (training + measuring).to_numpy()
     rows = []
     for stage, share in enumerate(STAGES):
         for quality, cost in (("fid", measuring), ("loss", runs["seconds_membership_auc"])):
             at_stage = runs[[f"stage{stage}_{quality}", f"stage{stage}_membership_auc"]].to_numpy()
+            looked = (training * share + cost).to_numpy()
+            going_on = (training * (1 - share) + measuring).to_numpy()
             for dominators in (1, 2, 3, 5):
                 found = []
-                for draw in draws:
+                for draw, front, area in zip(draws, fronts, areas):
                     stopped = pruned(at_stage[draw], dominators)
-                    full, kept = values[draw], values[draw][~stopped]
-                    front = ~((full[None] <= full[:, None]).all(2) & (full[None] < full[:, None]).any(2)).any(1)
-                    reference = values.max(0)
-                    area = hypervolumes(kept, reference)[-1] / hypervolumes(full, reference)[-1]
-                    without = (training + measuring).to_numpy()[draw]
-                    going_on = (training * (1 - share) + measuring).to_numpy()[draw]
-                    looked = (training * share + cost).to_numpy()[draw]
-                    seconds = (looked + np.where(stopped, 0, going_on)).sum() / without.sum()
+                    kept = hypervolume(values[draw][~stopped], reference) / area
+                    seconds = (looked[draw].sum() + going_on[draw][~stopped].sum()) / without[draw].sum()
                     wrong = (stopped & front).sum() / max(1, stopped.sum())
-                    found.append((stopped.mean(), wrong, area, seconds))
+                    found.append((stopped.mean(), wrong, kept, seconds))
                 means = dict(zip(("stopped", "wrong", "hypervolume", "seconds"), np.mean(found, 0).tolist()))
                 rows.append({"after": share, "quality": quality, "dominators": dominators, **means})
     return rows

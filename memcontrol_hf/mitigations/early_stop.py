@@ -79,8 +79,6 @@ class EarlyStopCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.early_stop.every:
             return
-        due = control.should_log, control.should_evaluate  # which a look would have the Trainer take as done
-        figures = self.trainer.evaluate(metrics=[self.early_stop.metric])
-        control.should_log, control.should_evaluate = due
+        figures = self.trainer.look([self.early_stop.metric])
         if self.early_stop.passed(figures[f"eval_{self.early_stop.metric}"]):
             control.should_training_stop = True
