@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from PIL import Image as PILImage
 from test_analyze_trials import made_up
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +47,15 @@ def results(aucs=None, fids=None, noise=0.01, data=("demo", "elpv")):
         for seed in (0, 1, 2)
     ]
     settings = {name: default for name, (default, _) in table.NUMBERS.items()} | {"max_images": None}
-    return {"settings": settings, "environment": "a machine", "rates": [], "searches": [], "runs": runs, "sweep": None}
+    return {
+        "settings": settings,
+        "environment": "a machine",
+        "rates": [],
+        "searches": [],
+        "runs": runs,
+        "sweep": None,
+        "pictures": ["real", "svdiff"],
+    }
 
 
 def said(content, text, data="demo"):
@@ -118,6 +127,12 @@ def test_the_size_sweep_is_read_from_the_table_of_trials_and_left_out_without(tm
         "results_elpv.png",
         "results_sweep.png",
     }
+
+
+def test_pictures_are_shown_where_the_licence_lets_them():
+    text = table.render(results())
+    assert "| real images | ![](results_samples/real.png) |\n| SV-DIFF | ![](results_samples/svdiff.png) |" in text
+    assert text.count("Not shown, for their licence: the command writes them to `samples/elpv`.") == 1
 
 
 def test_one_seed_decides_nothing():
@@ -202,6 +217,8 @@ def test_a_row_is_trained_attacked_and_collected(finished):
     assert columns <= run.keys()
     assert (finished / "docs" / "results.md").read_text(encoding="utf-8") == table.render(content)
     assert (finished / "docs" / "results_demo.png").stat().st_size > 0
+    real, drawn = (PILImage.open(finished / "docs" / "results_samples" / f"{name}.png") for name in ("real", "svdiff"))
+    assert real.size == drawn.size and real.tobytes() != drawn.tobytes()
 
 
 @pytest.mark.parametrize("folder", ["out", "another"])  # on a new machine only the results are there

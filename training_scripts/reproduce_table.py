@@ -31,6 +31,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -50,6 +51,7 @@ from analyze_trials import read as read_trials
 from compare_on_demo import DP_SGD, best_attack, interval
 from datasets import DatasetDict
 from elpv import elpv_dataset
+from PIL import Image as PILImage
 from scipy.stats import spearmanr
 from train_memcontrol import METHODS, ScriptArguments, audit_settings, settings, training_arguments
 from transformers import PrinterCallback
@@ -63,15 +65,18 @@ from memcontrol_hf import (
     demo_pipeline,
     select_run,
 )
+from memcontrol_hf.data import first_rows, to_pixels
 from memcontrol_hf.features import load_encoder
 from memcontrol_hf.metrics.intervals import clopper_pearson
-from memcontrol_hf.sampling import denoiser_in_place
+from memcontrol_hf.sampling import denoiser_in_place, generate
 
 DATA: dict[str, tuple[str, Callable[[], DatasetDict]]] = {
     "demo": ("Fluent emoji (the demo's)", demo_dataset),
     "elpv": ("ELPV solar cells", elpv_dataset),
 }
 FINAL_SEED, RATE_SEED = 100, 1000  # added to the seed of a search; of the choice of a learning rate
+PICTURED_SEED = 0  # whose runs draw samples to look at
+PUBLIC = ("demo",)  # the others' licences keep their images, and what looks like them, out of the repository
 
 
 class Row(NamedTuple):
@@ -342,6 +347,8 @@ def run(task: Task, args: argparse.Namespace) -> dict[str, Any]:
             figures["adapter_bytes"] = sum(f.stat().st_size for f in Path(folder).rglob("*.safetensors"))
     if trainer.privacy:
         figures["epsilon"] = trainer.privacy["epsilon"]
+    if task.seed == PICTURED_SEED:
+        draw_samples(trainer, script, data, args.output_dir / "samples" / task.data, task.name)
     measured = trainer.evaluate(data["held_out"], metrics=["fid", "amd", "noise_norm"])
     figures |= {name.removeprefix("eval_"): value for name, value in measured.items()}
     with denoiser_in_place(trainer.pipeline, trainer.model):
@@ -361,6 +368,28 @@ def run(task: Task, args: argparse.Namespace) -> dict[str, Any]:
     figures["canaries_best"] = best_attack(audit) if audit["canaries"]["planted"] else None
     figures["prompts"] = min(args.num_prompts, audit["images"]["train"])
     return figures
+
+
+def draw_samples(
+    trainer: MemControlTrainer, script: ScriptArguments, data: DatasetDict, folder: Path, name: str
+) -> None:
+    """`name`.png, and real.png with the images of the same captions: four repeated in training, four held out."""
+    seen = [image.tobytes() for image in data["train"]["image"]]
+    repeated = [row for row in first_rows(seen) if seen.count(seen[row]) > 1]
+    shown = [*data["train"].select(repeated[:4]), *data["held_out"].select(range(4))]
+    with denoiser_in_place(trainer.pipeline, trainer.model):
+        images = generate(
+            trainer.pipeline,
+            [row["text"] for row in shown],
+            [(script.seed, i) for i in range(len(shown))],
+            script.resolution,
+            script.eval_inference_steps,
+            script.eval_guidance_scale,
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, pixels in ((name, images), ("real", to_pixels([row["image"] for row in shown], script.resolution))):
+        side_by_side = (torch.cat([*pixels], 2) * 255).round().byte().permute(1, 2, 0)
+        PILImage.fromarray(side_by_side.numpy()).save(folder / f"{file}.png")
 
 
 DO: dict[str, Callable[[Task, argparse.Namespace], dict[str, Any]]] = {
@@ -610,7 +639,7 @@ def render(content: dict[str, Any]) -> str:
             heads = [head for head, _ in columns.values()]
             lines += _table(["", "seeds", *heads, *pooled.values()], table)
         if runs:
-            lines += [f"![](results_{data}.png)", ""]
+            lines += [f"![](results_{data}.png)", "", *_render_pictures(data, content["pictures"])]
         lines += ["### Masks from the other set", ""]
         shown = {**{c: (head, "{:.4g}") for c, head in SHOWN.items()}, "trainable_percent": COST["trainable_percent"]}
         titles = {**{name: ROWS[name].title for name in TRANSFER}, "svdiff": "all blocks"}
@@ -637,6 +666,22 @@ def render(content: dict[str, Any]) -> str:
         "What would settle it at full size: the same rows in [the original setting](../training_scripts/README.md).",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _render_pictures(data: str, pictures: Sequence[str]) -> list[str]:
+    """What the rows draw, in the order of the table, below the real images."""
+    lines = [
+        "### Samples",
+        "",
+        f"Of seed {PICTURED_SEED}, the same captions and noise in all rows: four of images that are repeated in "
+        "training, then four of held-out ones. The first line is the images themselves.",
+        "",
+    ]
+    if data not in PUBLIC:
+        return [*lines[:2], f"Not shown, for their licence: the command writes them to `samples/{data}`.", ""]
+    titles = {"real": "real images", **{name: ROWS[name].title for name in ROWS}}
+    names = [name for name in titles if name in pictures]
+    return lines + _table(["", ""], [[titles[name], f"![](results_samples/{name}.png)"] for name in names])
 
 
 def _render_sweep(sweep: dict[str, Any] | None) -> list[str]:
@@ -740,6 +785,11 @@ def collect(args: argparse.Namespace) -> None:
     if not pieces["run"]:
         print(f"no run is finished in {args.output_dir}: nothing is written")
         return
+    pictures = args.docs_dir / "results_samples"
+    pictures.mkdir(parents=True, exist_ok=True)
+    for data in PUBLIC:
+        for file in (args.output_dir / "samples" / data).glob("*.png"):
+            shutil.copy(file, pictures)
     content = {
         "settings": settings_of(args),
         "environment": f"Python {platform.python_version()}, "
@@ -751,8 +801,8 @@ def collect(args: argparse.Namespace) -> None:
             pieces["run"], key=lambda f: (list(DATA).index(f["data"]), list(ROWS).index(f["row"]), f["seed"])
         ),
         "sweep": sweep_of(args.trials),
+        "pictures": sorted(file.stem for file in pictures.glob("*.png")),
     }
-    args.docs_dir.mkdir(parents=True, exist_ok=True)
     (args.docs_dir / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     pd.DataFrame(content["runs"]).to_parquet(args.docs_dir / "results.parquet", index=False)
     (args.docs_dir / "results.md").write_text(render(content), encoding="utf-8")
