@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pandas as pd
 import pytest
 from PIL import Image as PILImage
 from test_analyze_trials import made_up
+
+from memcontrol_hf.report import MemorizationReport
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "training_scripts"))  # as when it is run
@@ -62,11 +65,34 @@ def said(content, text, data="demo"):
     return table.claims(content)[text][data][0]
 
 
-@pytest.mark.skipif(not (ROOT / "docs" / "results.json").exists(), reason="the table is not computed yet")
 def test_the_committed_page_is_rendered_from_the_committed_runs():
     content = json.loads((ROOT / "docs" / "results.json").read_text(encoding="utf-8"))
     assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == table.render(content)
     assert len(pd.read_parquet(ROOT / "docs" / "results.parquet")) == len(content["runs"])
+
+
+@pytest.mark.parametrize("data", table.DATA)
+def test_the_published_cards_show_the_committed_runs(data):
+    content = json.loads((ROOT / "docs" / "results.json").read_text(encoding="utf-8"))
+    report = MemorizationReport.from_json(ROOT / "model_cards" / f"{data}-svdiff" / "memorization_report.json")
+    assert report.card.get("over_seeds") == table.over_seeds(content, data)
+
+
+def test_a_card_gets_the_rows_of_its_data_set_once_all_have_several_seeds(tmp_path):
+    rows = dict.fromkeys(table.CARD_ROWS, 0.6)
+    assert table.over_seeds(results(dict.fromkeys(table.CARD_ROWS[1:], 0.6)), "demo") is None
+    folder = tmp_path / "model_cards" / "demo-svdiff"
+    shutil.copytree(ROOT / "model_cards" / "demo-svdiff", folder)
+    (tmp_path / "docs").mkdir()
+    content = results(rows, noise=0.0)
+    for run in content["runs"]:
+        file = tmp_path / "out" / "run" / f"{run['data']}-{run['row']}-{run['seed']}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(run))
+    table.main(["--collect", "--output_dir", str(tmp_path / "out"), "--docs_dir", str(tmp_path / "docs")])
+    card = (folder / "README.md").read_text()
+    assert "with 3 seeds and 200 steps" in card
+    assert "| full fine-tune | 13 | 4.000 ± 0.000 | 0.1000 ± 0.0000 | – | 0.600 ± 0.000 | – |" in card
 
 
 def test_a_row_shows_its_mean_and_interval_and_a_missing_one_that_it_is_not_run():

@@ -9,8 +9,9 @@ Each finished piece of work is a file in `--output_dir`, so the same command goe
 of processes with one output folder share the work: start the command once for each core, with `OMP_NUM_THREADS=1`. On
 machines that share no folder, `--part 1/2` and `--part 2/2` do half of the rows each; copy their folders into one.
 
-`docs/results.json` and `docs/results.parquet` hold all that is finished, and `docs/results.md` is rendered from them.
-On a new machine the same command takes up what `docs/results.json` holds.
+`docs/results.json` and `docs/results.parquet` hold all that is finished. `docs/results.md` and the tables over seeds
+on the cards in `model_cards/` are rendered from them. On a new machine the same command takes up what
+`docs/results.json` holds.
 
 How a row is made:
 
@@ -68,6 +69,8 @@ from memcontrol_hf import (
 from memcontrol_hf.data import first_rows, to_pixels
 from memcontrol_hf.features import load_encoder
 from memcontrol_hf.metrics.intervals import clopper_pearson
+from memcontrol_hf.model_card import REPORT, write_card
+from memcontrol_hf.report import MemorizationReport
 from memcontrol_hf.sampling import denoiser_in_place, generate
 
 DATA: dict[str, tuple[str, Callable[[], DatasetDict]]] = {
@@ -668,6 +671,26 @@ def render(content: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+CARD_ROWS = ("base", "full", "svdiff", "random-svdiff", "memcontrol-svdiff")
+CARD_COLUMNS = ("trainable_percent", "fid", "amd", "amd_held_out", MEMORIZATION, "audit_membership_auc_clid")
+
+
+def over_seeds(content: dict[str, Any], data: str) -> dict[str, Any] | None:
+    """What the card of a data set's SV-DIFF adapter shows of other seeds; `None` before all its rows have run."""
+    runs = by_row(content, data)
+    seeds = set.intersection(*(set(runs.get(name, {})) for name in CARD_ROWS))
+    if len(seeds) < 2:
+        return None
+    columns = {column: (COST | ATTACKS)[column] for column in CARD_COLUMNS}
+    of_row = {name: {seed: runs[name][seed] for seed in sorted(seeds)} for name in CARD_ROWS}
+    lines = [
+        [ROWS[name].title, *(_cell(of, column, form) for column, (_, form) in columns.items())]
+        for name, of in of_row.items()
+    ]
+    table = [["", *(head for head, _ in columns.values())], *lines]
+    return {"seeds": len(seeds), "steps": content["settings"]["max_train_steps"], "table": table}
+
+
 def _render_pictures(data: str, pictures: Sequence[str]) -> list[str]:
     """What the rows draw, in the order of the table, below the real images."""
     lines = [
@@ -807,6 +830,13 @@ def collect(args: argparse.Namespace) -> None:
     pd.DataFrame(content["runs"]).to_parquet(args.docs_dir / "results.parquet", index=False)
     (args.docs_dir / "results.md").write_text(render(content), encoding="utf-8")
     plots(content, args.trials, args.docs_dir)
+    for data in DATA:
+        card, shown = args.docs_dir.parent / "model_cards" / f"{data}-svdiff", over_seeds(content, data)
+        if shown and card.is_dir():
+            report = MemorizationReport.from_json(card / REPORT)
+            report.card["over_seeds"] = shown
+            report.to_json(card / REPORT)
+            write_card(card)
     print(f"{len(content['runs'])} runs: {args.docs_dir / 'results.md'}")
 
 
