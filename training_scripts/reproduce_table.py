@@ -428,6 +428,7 @@ EXTRACTED = {"audit_extraction_rate": "extracted ↓", "audit_extraction_rate_ca
 MEMORIZATION, QUALITY = "audit_membership_auc_loss", "fid"
 SHOWN = {
     MEMORIZATION: "membership AUC",
+    "audit_membership_auc_clid": "the same by CLiD",
     QUALITY: "fid",
     "canaries_best": "canaries, %",
     "audit_copy_similarity": "copy similarity",
