@@ -248,23 +248,28 @@ def test_a_trial_that_takes_too_long_is_stopped(tmp_path):
     assert "took longer than 1 s" in runs[0].run_summary.trials[0].user_attrs["failure"]
 
 
+def beaten_on_the_way(trials):
+    """Trial by trial, whether two before it were better on the way; `None` where nothing was trained."""
+    seen, beaten = [], []
+    for trial in trials:
+        values = trial.user_attrs.get("on_the_way")
+        better = [other for other in seen if other != values and all(a <= b for a, b in zip(other, values or []))]
+        beaten.append(None if values is None else len(better) >= 2)
+        seen += [] if values is None else [values]
+    return beaten
+
+
 def test_a_trial_that_two_others_beat_on_the_way_is_stopped_and_the_others_end_as_they_would(tmp_path):
     arguments = {"n_trials": 8, "sampler": "random", "learning_rate_range": (1e-4, 1e-1)}
     whole = tiny_trainer(tmp_path / "whole", max_steps=4).hyperparameter_search(**arguments)[0].run_summary.trials
     runs = tiny_trainer(tmp_path / "pruned", max_steps=4).hyperparameter_search(**arguments, prune_at=0.5)
     trials = runs[0].run_summary.trials
     assert [t.params for t in trials] == [t.params for t in whole]
-    seen, states = [], set()
-    for trial, as_before in zip(trials, whole):
-        values = trial.user_attrs.get("on_the_way")
-        if values is None:
-            continue  # nothing was trained: the frozen base, and what repeats it
-        beaten = sum(all(a <= b for a, b in zip(other, values)) and other != values for other in seen) >= 2
-        assert trial.state == (TrialState.PRUNED if beaten else TrialState.COMPLETE)
-        assert beaten or trial.values == as_before.values
-        seen.append(values)
-        states.add(trial.state)
-    assert states == {TrialState.PRUNED, TrialState.COMPLETE}
+    beaten = beaten_on_the_way(trials)
+    assert {True, False} <= set(beaten)
+    for trial, as_before, is_beaten in zip(trials, whole, beaten):
+        assert trial.state == (TrialState.PRUNED if is_beaten else TrialState.COMPLETE)
+        assert is_beaten or trial.values == as_before.values
     assert not {run.run_id for run in runs} & {str(t.number) for t in trials if t.state == TrialState.PRUNED}
 
 
@@ -478,18 +483,29 @@ def failing():
     return measure()
 
 trainer.train_and_evaluate = failing
-trainer.hyperparameter_search(n_trials=4, hp_space=lambda trial: {{
-    "mask": trainer.search_space.mask(True), "learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-2)
+trainer.hyperparameter_search(n_trials={trials}, prune_at={prune_at}, sampler="random", hp_space=lambda trial: {{
+    "mask": trainer.search_space.mask(True), "learning_rate": trial.suggest_float("learning_rate", *{rates}, log=True)
 }}, enqueue=[])
 """
 
 
-def search_in_two_processes(tmp_path, failing: set[int]) -> tuple[int, optuna.Study]:
-    """One search whose trials two processes share, and in the second trial of which some of them fail."""
+def search_in_two_processes(tmp_path, failing=(), trials=4, prune_at=None, rates=(1e-3, 1e-2)):
+    """One search whose trials two processes share, and in the second trial of which some of them fail.
+
+    Returns its exit code and study.
+    """
     file = tmp_path / "together.py"
     folder, cache = tmp_path / "out", str(tmp_path / "cache")
     file.write_text(
-        _TOGETHER.format(tests=os.path.dirname(__file__), cache=cache, folder=str(folder), failing=failing),
+        _TOGETHER.format(
+            tests=os.path.dirname(__file__),
+            cache=cache,
+            folder=str(folder),
+            failing=failing,
+            trials=trials,
+            prune_at=prune_at,
+            rates=rates,
+        ),
         encoding="utf-8",
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -509,3 +525,11 @@ def test_a_trial_that_fails_in_one_process_alone_is_recorded_and_nothing_hangs(t
     assert code != 0
     assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL"]
     assert study.trials[1].user_attrs["failure"] == "MemoryError: no memory left"
+
+
+def test_two_processes_stop_a_trial_that_two_others_beat_on_the_way(tmp_path):
+    code, study = search_in_two_processes(tmp_path, trials=8, prune_at=0.5, rates=(1e-4, 1e-1))
+    assert code == 0
+    beaten = beaten_on_the_way(study.trials)
+    assert {True, False} <= set(beaten)
+    assert [t.state == TrialState.PRUNED for t in study.trials] == [bool(is_beaten) for is_beaten in beaten]
