@@ -25,7 +25,7 @@ from peft import PeftModel
 from torch.nn import functional as F
 
 from . import metrics as measures
-from .data import encode, first_rows, thumbnails, to_pixels, without_captions
+from .data import encode, first_rows, thumbnails, to_pixels, to_rgb, without_captions
 from .diffusion import family_of, seeded_generator
 from .features import Encoder, encoder_name, features_of, load_encoder
 from .report import NOT_APPLICABLE, MemorizationReport
@@ -130,9 +130,7 @@ class _Images:
     @classmethod
     def read(cls, data: Dataset, resolution: int, encoder: Encoder) -> "_Images":
         """All different images of a dataset: the first row of each."""
-        digests = [
-            hashlib.sha256(repr(i.size).encode() + i.convert("RGB").tobytes()).hexdigest() for i in data["image"]
-        ]
+        digests = [hashlib.sha256(repr(i.size).encode() + to_rgb(i).tobytes()).hexdigest() for i in data["image"]]
         return cls(data, first_rows(digests), digests, resolution, encoder)
 
     def __len__(self) -> int:

@@ -26,6 +26,7 @@ from datasets import (
     load_dataset,
 )
 from datasets import config as datasets_config
+from datasets.exceptions import DatasetsError
 from datasets.fingerprint import Hasher
 from PIL import Image as PILImage
 from PIL import ImageOps
@@ -81,9 +82,14 @@ def load_images(
         # A folder `held_out` would be passed over: `datasets` knows splits by its own names alone.
         named = [name for name in (*SPLITS, *_ALIASES) if (Path(train_data_dir) / name).is_dir()]
         files = {name: f"{name}/**" for name in named} if "held_out" in named else None
-        loaded = load_dataset("imagefolder", data_dir=train_data_dir, data_files=files)
+        source = {"path": "imagefolder", "data_dir": train_data_dir, "data_files": files}
     else:
-        loaded = load_dataset(dataset_name)
+        source = {"path": dataset_name}
+    try:
+        loaded = load_dataset(**source)
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"cannot load the images of {train_data_dir or dataset_name!r}: {reason}") from None
     splits = {}
     for name, dataset in loaded.items():
         name = _ALIASES.get(name, name)
@@ -158,6 +164,8 @@ def _read_image(stored: dict, split_name: str, row: int) -> PILImage.Image:
     try:
         image = Image().decode_example(stored)
         image.load()
+        if image.mode in ("I", "F"):
+            raise ValueError(f"its mode {image.mode} says no range of values: save it with 8 or 16 bits")
         return image
     except Exception as error:  # PIL raises many kinds, down to SyntaxError
         where = f"{Path(path).name} (row {row} of the {split_name} split)" if path else f"row {row} of {split_name}"
@@ -285,13 +293,20 @@ def _groups(data: DatasetDict) -> dict[str, list[int]]:
 
 def _digest(image: PILImage.Image) -> bytes:
     """Of the pixels, so that exact copies are found; it stays in memory and in the local cache."""
-    return hashlib.blake2b(image.convert("RGB").tobytes(), digest_size=8).digest()
+    return hashlib.blake2b(to_rgb(image).tobytes(), digest_size=8).digest()
+
+
+def to_rgb(image: PILImage.Image) -> PILImage.Image:
+    """An image with three channels of 8 bits. Of 16 bits the upper 8 are taken, where Pillow would clip."""
+    if image.mode.startswith("I;16"):
+        image = PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def to_pixels(images: Sequence[PILImage.Image], resolution: int) -> torch.Tensor:
     """PIL images -> `[N, 3, resolution, resolution]` in [0, 1]: RGB, shorter side resized, centre cropped."""
     arrays = [
-        np.asarray(ImageOps.fit(image.convert("RGB"), (resolution, resolution), PILImage.Resampling.LANCZOS))
+        np.asarray(ImageOps.fit(to_rgb(image), (resolution, resolution), PILImage.Resampling.LANCZOS))
         for image in images
     ]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255

@@ -62,6 +62,23 @@ def captions_kept_out_of_logs(pipeline: "DiffusionPipeline") -> Iterator[None]:
         logger.setLevel(level)
 
 
+@contextmanager
+def safety_checker_off(pipeline: "DiffusionPipeline") -> Iterator[None]:
+    """Let a pipeline sample without its filter, which whoever has the weights can leave out.
+
+    It blacks images out before they are measured, and it is on no device that a trainer moves.
+    """
+    checker = getattr(pipeline, "safety_checker", None)
+    if checker is None:
+        yield
+        return
+    pipeline.safety_checker = None
+    try:
+        yield
+    finally:
+        pipeline.safety_checker = checker
+
+
 class Family:
     """What all families have in common: DDPM noise over VAE latents, conditioned on a caption.
 
@@ -77,7 +94,8 @@ class Family:
         scheduler: of the training: `DDPMScheduler` with the pipeline's settings.
 
     Raises:
-        ValueError: when the pipeline lacks a part, and for an unknown prediction type.
+        ValueError: when the pipeline lacks a part, for an unknown prediction type, and for a scheduler or a VAE of
+            another kind.
     """
 
     pipeline_classes: ClassVar[tuple[str, ...]] = ()
@@ -92,6 +110,8 @@ class Family:
         for name in (self.denoiser_name, *self.encoders):
             if getattr(pipeline, name, None) is None and name not in self.optional:
                 raise ValueError(f"the {type(pipeline).__name__} has no {name}: load it with all of its parts")
+        if getattr(getattr(pipeline, "vae", None), "config", {}).get("latents_mean") is not None:
+            raise ValueError("a VAE whose latents are shifted and scaled by channel (latents_mean) is not supported")
         self.pipeline: DiffusionPipeline | None = pipeline
         self.set_scheduler(pipeline.scheduler)
 
@@ -105,6 +125,8 @@ class Family:
 
     def set_scheduler(self, scheduler: SchedulerMixin) -> None:
         """Take the noise schedule and the prediction type of a scheduler."""
+        if "beta_schedule" not in scheduler.config:
+            raise ValueError(f"a {type(scheduler).__name__} has no beta schedule: such models are not supported")
         prediction = scheduler.config.get("prediction_type", "epsilon")
         if prediction not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(f"unknown prediction type {prediction!r}: use epsilon, v_prediction or sample")
@@ -246,7 +268,7 @@ class Family:
         changes: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         """An image for each caption: `[N, 3, H, W]` in [0, 1] on the CPU; `changes` are made to the `request`."""
-        with captions_kept_out_of_logs(self.pipeline):
+        with captions_kept_out_of_logs(self.pipeline), safety_checker_off(self.pipeline):
             images = self.pipeline(
                 **{**self.request(list(prompts), resolution, guidance_scale), **(changes or {})},
                 num_inference_steps=num_inference_steps,

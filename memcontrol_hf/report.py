@@ -17,7 +17,7 @@ import optuna
 import yaml
 from optuna.trial import FrozenTrial, TrialState
 
-from .search import is_frozen_base
+from .search import is_frozen_base, pareto_front
 from .search_space import block_map
 
 SCHEMA_VERSION = 2
@@ -259,7 +259,7 @@ def _violation(name: str, kind: str, bound: float, figures: Mapping[str, Any]) -
 
 def search_summary(study: optuna.Study, sampler: str, objectives: list[str]) -> dict[str, Any]:
     """A study as the report holds it: its objectives, and mask size and values of every finished trial."""
-    front = {trial.number for trial in study.best_trials}
+    front = {trial.number for trial in pareto_front(study)}
     trials = [
         {
             "number": trial.number,
@@ -331,7 +331,7 @@ def plot_search(
 
 def _draw_front(figure: Any, axes: Any, study: optuna.Study, objectives: list[str], selected: int | None) -> None:
     trials = _complete(study)
-    front = sorted(study.best_trials, key=lambda t: t.values)
+    front = sorted(pareto_front(study), key=lambda t: t.values)
     y = [t.values[min(1, len(objectives) - 1)] for t in trials]
     x = [t.values[0] if len(objectives) > 1 else t.number for t in trials]
     place = {t.number: (a, b) for t, a, b in zip(trials, x, y)}

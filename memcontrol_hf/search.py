@@ -254,6 +254,7 @@ def run_search(
             if not study.trials:
                 study.set_user_attr("settings", dict(settings or {}))
                 study.set_metric_names(args.objectives)
+            study.set_user_attr("memorization_budget", memorization_budget)
         if not isinstance(sampler, SeededSampler):
             for params in known:
                 study.enqueue_trial(dict(params), skip_if_exists=True)
@@ -334,6 +335,20 @@ def run_search(
     return runs[0] if len(directions) == 1 else runs
 
 
+def pareto_front(study: optuna.Study) -> list[FrozenTrial]:
+    """The finished trials that no other beats, of those within the memorization budget; of one objective, the best.
+
+    Not the study's own `best_trials`: these keep the budget of the command that ran the trial.
+    """
+    signs = np.array([1 if direction.name == "MINIMIZE" else -1 for direction in study.directions])
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if (budget := study.user_attrs.get("memorization_budget")) is not None:
+        trials = [trial for trial in trials if signs[1] * trial.values[1] <= signs[1] * budget]
+    values = np.array([trial.values for trial in trials]).reshape(-1, len(signs)) * signs
+    beaten = (values[None] <= values[:, None]).all(2) & (values[None] < values[:, None]).any(2)
+    return [trial for trial, by in zip(trials, beaten) if not by.any()]
+
+
 def best_runs(study: optuna.Study) -> list[BestRun]:
     """The best run, or those of the Pareto front; each once."""
     return [
@@ -343,14 +358,14 @@ def best_runs(study: optuna.Study) -> list[BestRun]:
             hyperparameters=best.user_attrs["hyperparameters"],
             run_summary=study,
         )
-        for best in study.best_trials
+        for best in pareto_front(study)
         if "same_as" not in best.user_attrs
     ]
 
 
 def _why_none(study: optuna.Study | None, study_name: str, budget: float | None) -> str:
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if study else []
-    if complete and budget is not None:
+    if complete and budget is not None and not pareto_front(study):
         lowest = min((t.values[1] for t in complete), key=lambda value: abs(value - budget))
         return f"no trial is within the memorization budget of {budget:g}; the nearest has {lowest:.4g}"
     reasons = {t.user_attrs.get("failure", "unknown") for t in study.trials} if study else set()
@@ -547,7 +562,7 @@ class _Pruning(TrainerCallback):
         self.trial: optuna.Trial | None = None
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self._share is None or state.global_step != max(1, round(self._share * args.max_steps)):
+        if self._share is None or state.global_step != max(1, round(self._share * state.max_steps)):
             return
         figures = self._trainer.look(self._metrics)
         message = [self._beaten_by([figures[f"eval_{name}"] for name in self._metrics]) if self.trial else []]
@@ -638,7 +653,11 @@ def claim_final(
 
 def _claim(study: optuna.Study, timeout: float | None, poll_seconds: float) -> bool:
     while running := [t for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if _alive(t, timeout)]:
-        logger.info(f"waiting for trial {', '.join(str(t.number) for t in running)} of another process")
+        where = {trial.user_attrs.get("worker", ["an unknown machine"])[0] for trial in running}
+        logger.info(
+            f"waiting for trial {', '.join(str(t.number) for t in running)} of another process on {', '.join(where)}; "
+            "if it is gone, or has another name now, end this one and give --trial_timeout"
+        )
         time.sleep(poll_seconds)
     worker = this_worker()
     started = datetime.fromtimestamp(worker[-1])

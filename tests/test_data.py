@@ -2,6 +2,7 @@ import json
 import logging
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from conftest import RESOLUTION, images_of, tiny_pipeline
@@ -163,11 +164,33 @@ def test_a_caption_that_is_no_text_is_refused():
 
 
 def test_grayscale_and_transparent_images_become_rgb_of_one_size():
-    images = [Image.new("L", (40, 20), 255), Image.new("RGBA", (10, 30), (255, 0, 0, 255)), Image.new("I;16", (9, 9))]
+    images = [Image.new("L", (40, 20), 255), Image.new("RGBA", (10, 30), (255, 0, 0, 255))]
     pixels = to_pixels(images, RESOLUTION)
-    assert pixels.shape == (3, 3, RESOLUTION, RESOLUTION)
+    assert pixels.shape == (2, 3, RESOLUTION, RESOLUTION)
     assert pixels.min() >= 0 and pixels.max() <= 1
     assert (pixels[0] == 1).all() and (pixels[1][0] == 1).all()
+
+
+def test_images_of_16_bits_are_scaled_and_told_apart(tmp_path):
+    ramp = np.linspace(0, 65535, RESOLUTION**2).astype(np.uint16).reshape(RESOLUTION, RESOLUTION)
+    for number in range(9):
+        Image.fromarray(np.roll(ramp, number)).save(tmp_path / f"{number}.png")
+    (tmp_path / "metadata.jsonl").write_text("".join(f'{{"file_name": "{n}.png", "text": ""}}\n' for n in range(9)))
+    data = load_images(train_data_dir=str(tmp_path))
+    assert sum(map(len, data.values())) == 9
+    pixels = to_pixels([Image.fromarray(ramp)], RESOLUTION)[0, 0]
+    assert (pixels * 65535 - torch.from_numpy(ramp.astype(np.float32))).abs().max() <= 256
+    Image.fromarray(ramp.astype(np.int32)).save(tmp_path / "0.tiff")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.tiff", "text": ""}\n')
+    with pytest.raises(ValueError, match=r"cannot read the image 0\.tiff .*mode I says no range of values"):
+        load_images(train_data_dir=str(tmp_path))
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"cannot load the images of '{tmp_path}'"):
+        load_images(train_data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="cannot load the images of 'no/such'"):
+        load_images("no/such")
 
 
 def test_latents_and_embeddings_are_encoded_once(pipeline, train_images, monkeypatch):

@@ -5,9 +5,9 @@ import math
 import peft
 import pytest
 import torch
-from conftest import RESOLUTION, adapter_of, images_of, tiny_trainer
+from conftest import RESOLUTION, adapter_of, images_of, tiny_pipeline, tiny_trainer
 from datasets import Dataset
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline, UNet2DModel
+from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline, UNet2DModel
 from peft import PeftModel
 from tiny_families import PIPELINES, ddpm, dit, sd3, sdxl
 
@@ -276,11 +276,39 @@ def test_an_audit_declares_what_does_not_apply(name):
         assert 0 <= figure["value"] <= 1
 
 
+def test_a_safety_checker_is_off_while_images_are_sampled():
+    pipeline = tiny_pipeline()
+
+    def sample():
+        return family_of(pipeline).sample(["a"], [seeded_generator(0)], RESOLUTION, 1, 1.0)
+
+    images = sample()
+
+    class Checker(torch.nn.Module):
+        def forward(self, *_):
+            raise AssertionError("it would black images out before they are measured")
+
+    checker = Checker()
+    pipeline.register_modules(safety_checker=checker, feature_extractor=lambda *_, **__: {"pixel_values": images})
+    assert torch.equal(sample(), images)
+    assert pipeline.safety_checker is checker
+
+
 # --- errors
 
 
 def without(pipeline, part: str):
     setattr(pipeline, part, None)
+    return pipeline
+
+
+def with_edm_scheduler(pipeline):
+    pipeline.scheduler = EDMEulerScheduler()
+    return pipeline
+
+
+def with_latents_mean(pipeline):
+    pipeline.vae.register_to_config(latents_mean=[0.0] * 4)
     return pipeline
 
 
@@ -292,6 +320,8 @@ def without(pipeline, part: str):
             "StableDiffusionXLPipeline has no text_encoder_2: load it with all",
         ),
         (lambda: without(ddpm(), "unet"), "DDPMPipeline has no unet"),
+        (lambda: with_edm_scheduler(sdxl()), "a EDMEulerScheduler has no beta schedule"),
+        (lambda: with_latents_mean(sdxl()), r"\(latents_mean\) is not supported"),
         (lambda: torch.nn.Linear(1, 1), r"Linear is no pipeline.*Family.*pipeline_classes.*encode\(\).*call\(\)"),
     ],
 )

@@ -230,6 +230,17 @@ def test_trials_over_the_memorization_budget_are_off_the_front(tmp_path):
         fake_figures(tiny_trainer(tmp_path / "none")).hyperparameter_search(n_trials=3, memorization_budget=0.4)
 
 
+def test_a_budget_that_is_changed_on_the_way_counts_for_all_trials(tmp_path):
+    search = fake_figures(tiny_trainer(tmp_path)).hyperparameter_search
+    whole = search(n_trials=8)
+    strict = search(n_trials=8, memorization_budget=0.75)
+    assert {run.run_id for run in strict} == {run.run_id for run in whole if run.objective[1] <= 0.75}
+    assert len(strict) < len(whole)
+    assert [run.run_id for run in search(n_trials=8, memorization_budget=0.95)] == [run.run_id for run in whole]
+    with pytest.raises(RuntimeError, match=r"within the memorization budget of 0\.4; the nearest has 0\.5"):
+        search(n_trials=8, memorization_budget=0.4)
+
+
 def test_masks_over_the_parameter_budget_are_not_tried_and_do_not_count(tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=1)
     trainer.set_mask({"mid_block.attentions.0": True})
@@ -271,6 +282,15 @@ def test_a_trial_that_two_others_beat_on_the_way_is_stopped_and_the_others_end_a
         assert trial.state == (TrialState.PRUNED if is_beaten else TrialState.COMPLETE)
         assert is_beaten or trial.values == as_before.values
     assert not {run.run_id for run in runs} & {str(t.number) for t in trials if t.state == TrialState.PRUNED}
+
+
+def test_a_share_of_the_steps_is_one_of_epochs_too(tmp_path):
+    trainer, looks = tiny_trainer(tmp_path, max_steps=-1, num_train_epochs=4), []
+    look = trainer.look
+    trainer.look = lambda metrics: looks.append((trainer.state.global_step, trainer.state.max_steps)) or look(metrics)
+    trainer.hyperparameter_search(n_trials=1, prune_at=0.5)
+    ((step, steps),) = looks
+    assert step == steps / 2 > 1
 
 
 def test_finalists_are_repeated_with_new_seeds_once(searched):
