@@ -26,7 +26,7 @@ TINY = ["--max_train_steps", "2", "--eval_num_images", "8", "--num_prompts", "2"
 AUC = {"full": 0.9, "svdiff": 0.7, "memcontrol-svdiff": 0.6, "random-svdiff": 0.65, "transfer-mask": 0.62}
 
 
-def results(aucs=None, fids=None, noise=0.01, data=("demo", "elpv")):
+def results(aucs=None, fids=None, noise=0.01, data=("demo", "elpv"), clid=None):
     """Made-up runs of three seeds; the membership AUC and fid of a row, with a little of each seed's own."""
     aucs, fids = AUC if aucs is None else aucs, fids or {}
     runs = [
@@ -39,6 +39,7 @@ def results(aucs=None, fids=None, noise=0.01, data=("demo", "elpv")):
             "fid": fids.get(row, 4.0) + noise * ((seed + len(row)) % 3),
             "amd": 0.1,
             "audit_membership_auc_loss": auc + noise * ((seed * len(row)) % 3),
+            "audit_membership_auc_clid": (clid or {}).get(row, auc) + noise * ((seed * len(row)) % 3),
             "audit_extraction_rate": 0.25,
             "audit_extraction_rate_calibrated": None,
             "canaries_best": 50.0,
@@ -92,7 +93,7 @@ def test_a_card_gets_the_rows_of_its_data_set_once_all_have_several_seeds(tmp_pa
     table.main(["--collect", "--output_dir", str(tmp_path / "out"), "--docs_dir", str(tmp_path / "docs")])
     card = (folder / "README.md").read_text()
     assert "with 3 seeds and 200 steps" in card
-    assert "| full fine-tune | 13 | 4.000 ± 0.000 | 0.1000 ± 0.0000 | – | 0.600 ± 0.000 | – |" in card
+    assert "| full fine-tune | 13 | 4.000 ± 0.000 | 0.1000 ± 0.0000 | – | 0.600 ± 0.000 | 0.600 ± 0.000 |" in card
 
 
 def test_a_row_shows_its_mean_and_interval_and_a_missing_one_that_it_is_not_run():
@@ -103,17 +104,27 @@ def test_a_row_shows_its_mean_and_interval_and_a_missing_one_that_it_is_not_run(
 
 
 @pytest.mark.parametrize(
-    ("searched", "fid", "noise", "verdict"),
+    ("searched", "clid", "fid", "noise", "verdict"),
     [
-        (0.6, 4.0, 0.001, table.CONFIRMED),
-        (0.8, 4.0, 0.001, table.NOT_CONFIRMED),  # memorizes more
-        (0.6, 6.0, 0.001, table.NOT_CONFIRMED),  # memorizes less, at the price of worse images
-        (0.6, 4.0, 0.5, table.UNDECIDED),
+        (0.6, 0.6, 4.0, 0.001, table.CONFIRMED),
+        (0.6, 0.6, 4.3, 0.001, table.CONFIRMED),  # fid is worse by less than a tenth
+        (0.8, 0.6, 4.0, 0.001, table.NOT_CONFIRMED),  # memorizes more
+        (0.6, 0.8, 4.0, 0.001, table.NOT_CONFIRMED),  # more by the attack that the search did not see
+        (0.6, 0.6, 6.0, 0.001, table.NOT_CONFIRMED),  # memorizes less, at the price of worse images
+        (0.6, 0.6, 4.0, 0.5, table.UNDECIDED),
     ],
 )
-def test_a_searched_mask_is_held_against_a_random_one(searched, fid, noise, verdict):
-    content = results({"memcontrol-svdiff": searched, "random-svdiff": 0.7}, {"memcontrol-svdiff": fid}, noise)
+def test_a_searched_mask_is_held_against_a_random_one(searched, clid, fid, noise, verdict):
+    aucs = {"memcontrol-svdiff": searched, "random-svdiff": 0.7}
+    content = results(aucs, {"memcontrol-svdiff": fid}, noise, clid={"memcontrol-svdiff": clid})
     assert said(content, "A searched mask beats a random one of its size") == verdict
+
+
+def test_a_fid_that_varies_too_much_to_tell_decides_nothing():
+    below = (-0.04, -0.06, -0.01)
+    assert table.verdict([below, below], (3.0, -0.1, 6.1), 0.4) == table.UNDECIDED
+    assert table.verdict([below, below], (0.2, 0.1, 0.3), 0.4) == table.CONFIRMED
+    assert table.verdict([below, None], (0.2, 0.1, 0.3), 0.4) == table.NOT_RUN
 
 
 def test_differences_are_paired_by_seed():

@@ -48,7 +48,7 @@ OUTCOMES = {
     "audit_copy_share": "copies",
     "audit_extraction_rate_calibrated": "extracted, calibrated",
     "audit_nearest_share": "nearer to training",
-    "canaries": "canaries caught by any attack",
+    "canaries": "canaries caught by the best attack",
 }
 COSTS = {"membership_auc": "seconds_membership_auc", "loss_gap": "seconds_membership_auc"} | {
     name: "seconds_noise_norm" for name in REWARDS if name.startswith("noise_norm")

@@ -421,16 +421,18 @@ ATTACKS = {
         for kind in ("auc", "tpr")
         for name in ("loss", "CLiD", "PIA", "SecMI")
     },
-    "canaries_best": ("canaries caught, % ↓", "{:.0f}"),
+    "canaries_best": ("canaries caught by the best attack, % ↓", "{:.0f}"),
 }
 EXTRACTED = {"audit_extraction_rate": "extracted ↓", "audit_extraction_rate_calibrated": "extracted, calibrated ↓"}
-# What a claim's comparisons show; lower is better in all but amd. The first decides, with the second where it counts.
-MEMORIZATION, QUALITY = "audit_membership_auc_loss", "fid"
+# What decides: the attack that a search lowers, one that it does not see, and where it counts that fid is no worse by
+# more than a share of the other row's.
+MEMORIZATION, UNSEEN, QUALITY, MARGIN = "audit_membership_auc_loss", "audit_membership_auc_clid", "fid", 0.1
+# What a claim's comparisons show; lower is better in all but amd.
 SHOWN = {
     MEMORIZATION: "membership AUC",
-    "audit_membership_auc_clid": "the same by CLiD",
+    UNSEEN: "the same by CLiD",
     QUALITY: "fid",
-    "canaries_best": "canaries, %",
+    "canaries_best": "canaries by the best attack, %",
     "audit_copy_similarity": "copy similarity",
     "audit_extraction_rate_calibrated": "extracted, calibrated",
     "amd": "amd",
@@ -476,9 +478,10 @@ CLAIMS = (
 )
 CAPACITY = "Less capacity, less memorization"
 Runs = dict[str, dict[int, dict[str, Any]]]  # row -> seed -> figures
+Ends = tuple[float, float, float]  # a mean and the ends of its interval
 
 
-def mean_and_ends(values: Sequence[float]) -> tuple[float, float, float] | None:
+def mean_and_ends(values: Sequence[float]) -> Ends | None:
     """Mean and the ends of its 95 % t interval; `None` for less than two seeds."""
     if len(values) < 2:
         return None
@@ -486,14 +489,14 @@ def mean_and_ends(values: Sequence[float]) -> tuple[float, float, float] | None:
     return mean, mean - float(half), mean + float(half)
 
 
-def paired(runs: Runs, one: str, other: str, column: str) -> tuple[float, float, float] | None:
+def paired(runs: Runs, one: str, other: str, column: str) -> Ends | None:
     """The difference of two rows, paired by seed."""
     both = runs.get(one, {}).keys() & runs.get(other, {}).keys()
     of = [(runs[one][seed].get(column), runs[other][seed].get(column)) for seed in sorted(both)]
     return mean_and_ends([a - b for a, b in of if a is not None and b is not None])
 
 
-def capacity(runs: Runs, column: str) -> tuple[float, float, float] | None:
+def capacity(runs: Runs, column: str) -> Ends | None:
     """Over seeds: the rank correlation, over rows without a mitigation, of trainable % with a measure."""
     rows = [name for name in GROUPS["main"] if not ROWS[name].mitigation and name in runs]
     rhos = []
@@ -504,17 +507,17 @@ def capacity(runs: Runs, column: str) -> tuple[float, float, float] | None:
     return mean_and_ends(rhos)
 
 
-def verdict(memorization: tuple[float, ...] | None, quality: tuple[float, ...] | None = None) -> str:
-    """Of a difference in memorization, which shall be below 0, and where it counts in quality (fid), likewise.
+def verdict(memorization: Sequence[Ends | None], quality: Ends | None = None, margin: float = float("inf")) -> str:
+    """Of differences in memorization, which shall be below 0, and where it counts of one in fid, below a margin.
 
-    Confirmed: the interval of the memorization lies below 0. Not confirmed: it lies above 0, or that of the quality
-    does, so that less memorization is paid for by worse images. Undecided otherwise.
+    Confirmed: all their intervals lie below. Not confirmed: one lies above. Undecided otherwise.
     """
-    if memorization is None:
+    limits = [(of, 0.0) for of in memorization] + ([(quality, margin)] if margin < float("inf") else [])
+    if any(of is None for of, _ in limits):
         return NOT_RUN
-    if memorization[1] > 0 or (quality is not None and quality[1] > 0):
+    if any(low > limit for (_, low, _), limit in limits):
         return NOT_CONFIRMED
-    return CONFIRMED if memorization[2] < 0 else UNDECIDED
+    return CONFIRMED if all(high < limit for (_, _, high), limit in limits) else UNDECIDED
 
 
 def overall(verdicts: Sequence[str]) -> str:
@@ -558,7 +561,7 @@ def _extracted(of_seed: dict[int, dict[str, Any]], column: str) -> str:
     return f"{found} of {of} ({100 * low:.0f} to {100 * high:.0f} %)"
 
 
-def _difference(ends: tuple[float, float, float] | None) -> str:
+def _difference(ends: Ends | None) -> str:
     return "–" if ends is None else f"{ends[0]:+.3g} ({ends[1]:+.3g} to {ends[2]:+.3g})"
 
 
@@ -567,7 +570,9 @@ def _comparisons(runs: Runs, pairs: Sequence[tuple[str, str]], quality: bool) ->
     lines = []
     for one, other in pairs:
         of = {column: paired(runs, one, other, column) for column in SHOWN}
-        said = verdict(of[MEMORIZATION], of[QUALITY] if quality else None)
+        fids = [figures[QUALITY] for figures in runs.get(other, {}).values()]
+        limit = {"margin": MARGIN * float(np.mean(fids))} if quality and fids else {}
+        said = verdict([of[MEMORIZATION], of[UNSEEN]], of[QUALITY], **limit)
         lines.append([f"{ROWS[one].title} − {ROWS[other].title}", *map(_difference, of.values()), said])
     return lines
 
@@ -578,8 +583,8 @@ def claims(content: dict[str, Any]) -> dict[str, dict[str, tuple[str, list[list[
     for data in DATA:
         runs = by_row(content, data)
         rhos = {column: capacity(runs, column) for column in SHOWN}
-        rho = rhos[MEMORIZATION]
-        said = verdict(rho and (-rho[0], -rho[2], -rho[1]))  # a high correlation is what is claimed
+        both = [rhos[MEMORIZATION], rhos[UNSEEN]]
+        said = verdict([rho and (-rho[0], -rho[2], -rho[1]) for rho in both])  # a high correlation is what is claimed
         line = ["rank correlation with trainable %, over rows", *map(_difference, rhos.values()), said]
         result[CAPACITY][data] = said, [line]
         for claim in CLAIMS:
@@ -612,8 +617,8 @@ def render(content: dict[str, Any]) -> str:
         "nothing saw before; mean ± half width of the 95 % t interval over seeds. Extracted: of the prompts of all "
         "seeds together, with the exact 95 % interval as if they were independent, which the same prompts under "
         "several seeds are not. TPR: at 1 % false alarms. Canaries: of the repeated training images, what the best "
-        "of the audit's attacks catches; the frozen base shows how much of it is chance. An adapter's bytes are those "
-        "of its safetensors.",
+        "of the audit's eight attacks catches, chosen after they ran; the frozen base shows how much of it is chance. "
+        "An adapter's bytes are those of its safetensors.",
         "",
         "## The claims of the paper",
         "",
@@ -621,12 +626,14 @@ def render(content: dict[str, Any]) -> str:
             ["", *(title for title, _ in DATA.values())],
             [[text, *(of[data][0] for data in DATA)] for text, of in said.items()],
         ),
-        "Decided by the differences below, paired by seed, and never by hand: by the loss-threshold membership AUC. "
-        "Confirmed: its 95 % t interval lies below 0. Not confirmed: it lies above 0, or, where a row shall beat "
-        "another, the interval of fid does, which is less memorization at the price of worse images. Undecided "
+        "Decided by the differences below, paired by seed, and never by hand: by two membership AUCs, that of the "
+        "loss, which the searches lower on the same training images, and that of CLiD, which no search sees; and, "
+        "where a row shall beat another, by fid, which may be worse by "
+        f"{100 * MARGIN:.0f} % of the other row's. Confirmed: all of these 95 % t intervals lie below 0, "
+        "that of fid below the margin. Not confirmed: one lies above. Undecided "
         "otherwise. A claim with several comparisons is confirmed when all are, and not confirmed when one is not; "
-        "nothing is corrected for their number. The capacity claim: Spearman's correlation over rows without a "
-        "mitigation shall lie above 0.",
+        "nothing is corrected for their number. The capacity claim: Spearman's correlations over rows without a "
+        "mitigation shall lie above 0. With three seeds only large differences are decided.",
         "",
     ]
     for data, (title, _) in DATA.items():
@@ -729,7 +736,7 @@ def _render_sweep(sweep: dict[str, Any] | None) -> list[str]:
 
 SWEEP = {
     "audit_membership_auc_loss": "membership AUC",
-    "canaries": "canaries caught by any attack",
+    "canaries": "canaries caught by the best attack",
     "audit_copy_share": "copies",
     "audit_extraction_rate_calibrated": "extracted, calibrated",
     "fid": "fid",
