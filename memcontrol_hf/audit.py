@@ -62,6 +62,10 @@ MARKERS = {
 """What de-identification leaves in captions or misses; such tokens are among the most memorized ones."""
 
 
+LEAST_IMAGES = {"train": 2, "held_out": 8}
+"""How many different images an audit needs."""
+
+
 @dataclass(frozen=True)
 class AuditSettings:
     """How much is attacked.
@@ -575,8 +579,8 @@ def _check_columns(sets: dict[str, Dataset], columns: Sequence[str]) -> None:
 
 
 def _check_sets(members: _Images, others: _Images, near_duplicates: float) -> None:
-    for name, images, least in (("train", members, 2), ("held_out", others, 8)):
-        if len(images) < least:
+    for name, images in (("train", members), ("held_out", others)):
+        if len(images) < (least := LEAST_IMAGES[name]):
             raise ValueError(f"the {name} set has {len(images)} different images, but an audit needs {least} or more")
     shared = len(set(members.digests) & set(others.digests))
     if shared:

@@ -108,7 +108,12 @@ def load_encoder(encoder: str | nn.Module, device: torch.device | str = "cpu") -
     size = processor.size.get("height") or processor.size.get("shortest_edge")
     if getattr(processor, "crop_size", None) and getattr(processor, "do_center_crop", False):
         size = processor.crop_size["height"]
-    return Encoder(model, size, tuple(processor.image_mean), tuple(processor.image_std)).to(device)
+    loaded = Encoder(model.eval(), size, tuple(processor.image_mean), tuple(processor.image_std))
+    try:
+        loaded(torch.zeros(1, 3, 32, 32))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{encoder!r} is no vision model, which has features of images alone: {error}") from None
+    return loaded.to(device)
 
 
 class XRayFeatures(nn.Module):

@@ -17,7 +17,15 @@ import optuna
 from optuna.trial import TrialState
 from transformers.trainer_utils import BestRun
 
-from .search import NoRunError, SeededSampler, open_storage, queue_again_what_died, run_search, this_worker
+from .search import (
+    NoRunError,
+    SeededSampler,
+    open_storage,
+    public_address,
+    queue_again_what_died,
+    run_search,
+    this_worker,
+)
 from .tracking import end_tracking
 
 if TYPE_CHECKING:
@@ -180,8 +188,8 @@ class _Worker:
             )
         except (KeyError, OSError):
             raise ValueError(
-                f"the study in {options['storage']} is not seen from {socket.gethostname()}: use a folder that all "
-                "nodes share, a database or grpc://host:port"
+                f"the study in {public_address(options['storage'])} is not seen from {socket.gethostname()}: "
+                "use a folder that all nodes share, a database or grpc://host:port"
             ) from None
         try:
             with suppress(NoRunError):  # another worker may have one

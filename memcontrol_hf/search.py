@@ -27,7 +27,8 @@ from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 from transformers import TrainerCallback
 from transformers.trainer_utils import BestRun
 
@@ -102,29 +103,48 @@ def check_sampler(name: str) -> None:
         raise ValueError(f"unknown sampler {name!r}: use one of {', '.join(SAMPLERS)}")
 
 
+def public_address(storage: str) -> str:
+    """A storage to be shown: without the password of a database."""
+    try:
+        return make_url(storage).render_as_string(hide_password=True) if "://" in storage else storage
+    except ArgumentError:
+        return storage.partition("://")[0] + "://..."
+
+
 def open_storage(storage: str) -> BaseStorage:
-    """A journal file by its path, a gRPC proxy by `grpc://host:port`, a database by its address."""
+    """A journal file by its path, a gRPC proxy by `grpc://host:port`, a database by its address.
+
+    Raises:
+        ValueError: for a database that cannot be opened.
+    """
     if storage.startswith("grpc://"):
         address = urlsplit(storage)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return GrpcStorageProxy(host=address.hostname, port=address.port or 13000)
     if "://" not in storage:
+        Path(storage).parent.mkdir(parents=True, exist_ok=True)
         return JournalStorage(JournalFileBackend(storage))
-    try:
-        return RDBStorage(storage)
-    except (IntegrityError, ProgrammingError, OperationalError):  # another process makes the tables at this moment
-        time.sleep(2)
-        return RDBStorage(storage)
+    for attempt in range(2):
+        try:
+            return RDBStorage(storage)
+        except (SQLAlchemyError, ImportError) as error:
+            if attempt or not isinstance(error, (IntegrityError, ProgrammingError, OperationalError)):
+                reason = str(error).splitlines()[0]
+                raise ValueError(f"cannot open the storage {public_address(storage)}: {reason}") from None
+            time.sleep(2)  # another process makes the tables at this moment
 
 
-def check_study(storage: str, study_name: str, settings: Mapping[str, Any], alone: bool = False) -> None:
+def check_study(
+    storage: str, study_name: str, settings: Mapping[str, Any], alone: bool = False, later: Sequence[str] = ()
+) -> None:
     """See that a study, where there is one already, was made with these settings.
 
     Args:
         storage, study_name (`str`): as of [`run_search`].
         settings (`dict`): what the study shall be made with.
         alone (`bool`): whether the storage may hold no other study, as that of an output folder.
+        later (list of `str`): settings that are not known yet.
 
     Raises:
         ValueError: names the settings that differ, or the studies that the storage holds instead.
@@ -136,18 +156,19 @@ def check_study(storage: str, study_name: str, settings: Mapping[str, Any], alon
     if study_name not in names:
         if names and alone:
             raise ValueError(
-                f"{storage} holds another study ({', '.join(names)}), not {study_name!r}: "
+                f"{public_address(storage)} holds another study ({', '.join(names)}), not {study_name!r}: "
                 "give another --output_dir, or that --study_name"
             )
         return
     stored = optuna.load_study(study_name=study_name, storage=opened).user_attrs.get("settings")
     if not stored or not settings:
         return
-    differing = [name for name in {**stored, **settings} if stored.get(name) != settings.get(name)]
+    names = [name for name in {**stored, **settings} if name not in later]
+    differing = [name for name in names if stored.get(name) != settings.get(name)]
     if differing:
         changes = ", ".join(f"{name} was {stored.get(name)!r} and is {settings.get(name)!r}" for name in differing)
         raise ValueError(
-            f"the study {study_name!r} in {storage} was made with other settings: {changes}. "
+            f"the study {study_name!r} in {public_address(storage)} was made with other settings: {changes}. "
             "Use the same settings to go on with it, or another --output_dir or --study_name"
         )
 

@@ -4,6 +4,7 @@ The loop, checkpoints, resuming, mixed precision, distribution, schedulers and t
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
@@ -17,8 +18,9 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback, WandbLogModel
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, BestRun, TrainOutput, get_last_checkpoint
 from transformers.utils import is_bitsandbytes_available
 
@@ -229,6 +231,11 @@ class MemControlTrainer(Trainer):
         for name in args.objectives:
             if name in self.family.not_applicable:
                 raise ValueError(f"the objective {name} is not applicable: {self.family.not_applicable[name]}")
+        early_stop = parse_mitigations(args.mitigations).get("early_stop")
+        if early_stop and 0 < args.max_steps < early_stop.every:
+            raise ValueError(
+                f"early_stop looks every {early_stop.every} steps, but there are {args.max_steps}: give another every="
+            )
         if getattr(self.family.denoiser, "hf_quantizer", None) is not None and peft_config.peft_type != PeftType.LORA:
             name = getattr(peft_config, "method", peft_config.peft_type.value)
             raise ValueError(
@@ -248,6 +255,7 @@ class MemControlTrainer(Trainer):
         self.mask = self.search_space.check(self.search_space.mask(True) if mask is None else mask)
         self._encoder: str | nn.Module | Encoder = encoder
         self._adapted: dict[str, PeftModel] = {}  # name of a part, "" for the denoiser -> it with its adapter
+        self._replaced: dict[str, Any] = {}  # what the arguments held before the present hyperparameters
         self._features: dict[str, torch.Tensor] = {}
         self._encoded: dict[str, EncodedImages] = {}
         self._size = sum(p.numel() for part in self._parts.values() for p in part.parameters())
@@ -267,6 +275,11 @@ class MemControlTrainer(Trainer):
             data_collator=partial(_collate, names=("latents", *self.family.conditions, "row")),
             callbacks=callbacks,
         )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "FSDP and DeepSpeed shard the denoiser, which cannot be sampled and saved here: use several processes "
+                "without (accelerate launch --multi_gpu), or --quantization, which makes it small"
+            )
         for callback in self.callback_handler.callbacks:
             # With WANDB_LOG_MODEL it would upload the arguments too, and it cannot read a denoiser's config.
             if isinstance(callback, WandbCallback):
@@ -292,13 +305,8 @@ class MemControlTrainer(Trainer):
 
     def _check_text_encoders(self, args: MemControlTrainingArguments) -> None:
         """Raise `ValueError` for what only the denoiser can be trained with."""
-        wrong = {
-            "dp_sgd": "dp_sgd" in parse_mitigations(args.mitigations),
-            "FSDP": bool(args.fsdp),
-            "DeepSpeed": args.deepspeed is not None,
-        }
-        if found := [name for name, is_so in wrong.items() if is_so]:
-            raise ValueError(f"text encoder blocks cannot be trained with {' and '.join(found)}: leave them out")
+        if "dp_sgd" in parse_mitigations(args.mitigations):
+            raise ValueError("text encoder blocks cannot be trained with dp_sgd: leave them out")
 
     def _init_model(self) -> nn.Module:
         """The denoiser with a new adapter for the current mask; the bare, frozen denoiser for the all-off mask.
@@ -357,22 +365,27 @@ class MemControlTrainer(Trainer):
         checkpoint = get_last_checkpoint(self.args.output_dir) if latest else resume_from_checkpoint
         if "threshold" in self._mitigations:
             self._mitigations["threshold"].dropped = 0
-        if (
-            "early_stop" in self._mitigations
-            and checkpoint
-            and (state := self._mitigations["early_stop"].stopped(checkpoint))
-        ):
-            self._load_from_checkpoint(checkpoint)  # the Trainer would go on
-            self.state = state
-            return TrainOutput(state.global_step, 0.0, {})
         if "dp_sgd" in self._mitigations:
             self._private = self._private_gradients()
             if checkpoint:
                 self._private.load(checkpoint)
+        if checkpoint and (state := self._finished(checkpoint)):
+            self._load_from_checkpoint(checkpoint)  # the Trainer would go on
+            self.state = state
+            return TrainOutput(state.global_step, 0.0, {})
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self._private is not None:
             self._private.check_moved()
         return output
+
+    def _finished(self, checkpoint: str) -> TrainerState | None:
+        """The state in a checkpoint of a run that has made all its steps, or was stopped early; else `None`."""
+        file = Path(checkpoint) / TRAINER_STATE_NAME
+        if not file.exists():
+            return None
+        state, early_stop = TrainerState.load_from_json(str(file)), self._mitigations.get("early_stop")
+        done = 0 < self.args.max_steps <= state.global_step or (early_stop and early_stop.stopped(state))
+        return state if done else None
 
     def compute_loss(
         self,
@@ -869,7 +882,7 @@ class MemControlTrainer(Trainer):
                 setattr(args, name, value)
 
     def apply_hyperparameters(self, hyperparameters: Mapping[str, Any], final_model: bool = False) -> None:
-        """Set the mask and the arguments of a run.
+        """Set the mask and the arguments of a run; what an earlier call set and this one does not name is undone.
 
         Args:
             hyperparameters (`dict[str, Any]`):
@@ -882,13 +895,16 @@ class MemControlTrainer(Trainer):
                 are the same for all runs of a trainer.
         """
         known = {f.name for f in fields(self.args)}
-        for name, value in hyperparameters.items():
-            if name == "mask":
-                continue
+        new = {name: value for name, value in hyperparameters.items() if name != "mask"}
+        for name in new:
             if name not in known:
                 raise ValueError(f"unknown hyperparameter {name!r}: use 'mask' or a field of the training arguments")
             if name == "mitigations":
                 raise ValueError("mitigations are no hyperparameter: give them to MemControlTrainingArguments")
+        for name, value in self._replaced.items():  # by another run's hyperparameters
+            setattr(self.args, name, value)
+        self._replaced = {name: getattr(self.args, name) for name in new}
+        for name, value in new.items():
             setattr(self.args, name, value)
         if final_model:
             self.train_dataset = self._full_train_dataset
@@ -928,7 +944,7 @@ def _published_name(pipeline: "DiffusionPipeline") -> str:
 
 def _is_place(text: str) -> bool:
     """Whether a text is a path on this machine."""
-    return Path(text).is_absolute() or Path(text).exists()
+    return Path(text).is_absolute() or os.path.exists(text)
 
 
 def _collate(examples: list[dict[str, torch.Tensor]], names: Sequence[str]) -> dict[str, torch.Tensor]:

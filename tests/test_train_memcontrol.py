@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -267,9 +268,61 @@ def test_final_fine_tune_resumes_from_a_checkpoint(script, assets, finished, tmp
     script.main(flags(assets, tmp_path / "parts", checkpointing_steps=2, **given))
     checkpoint = tmp_path / "parts" / "checkpoint-2"
     assert checkpoint.is_dir()
-    script.main(flags(assets, tmp_path / "parts", resume_from_checkpoint=checkpoint, **given))
-    a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "parts"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    whole = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    for start in (checkpoint, "latest"):  # the same command again: it makes checkpoints, too
+        again = {"checkpointing_steps": 2, "resume_from_checkpoint": start}
+        script.main(flags(assets, tmp_path / "parts", **again, **given))
+        parts = load_file(tmp_path / "parts" / "adapter_model.safetensors")
+        assert all(torch.equal(whole[name], parts[name]) for name in whole), start
+
+
+def test_a_control_that_diverges_costs_nothing_else(script, assets, finished, tmp_path, monkeypatch):
+    measure, calls = script.fine_tune_and_measure, []
+
+    def diverging(trainer, *args):
+        calls.append(trainer.mask)
+        if len(calls) == 2:
+            raise ValueError("member_scores: 10 of 10 are not finite")
+        return measure(trainer, *args)
+
+    monkeypatch.setattr(script, "fine_tune_and_measure", diverging)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "pareto_front.png").write_bytes(b"of an earlier search")
+    script.main(flags(assets, tmp_path / "out", mask_from=finished, learning_rate=0.01))
+    report = MemorizationReport.from_json(tmp_path / "out" / "memorization_report.json")
+    assert list(report.figures) == ["frozen base", "selected mask"] and report.audit is not None
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Not in the table: all blocks, which gave no figures (member\\_scores: 10 of 10 are not finite)" in card
+    assert not (tmp_path / "out" / "pareto_front.png").exists()
+
+
+def test_other_images_are_another_study(script, assets, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(script, "fine_tune_and_measure", lambda *_: {})
+    monkeypatch.setattr(script, "save", lambda *_: None)
+    images = tmp_path / "images"
+    shutil.copytree(assets / "images", images)
+    arguments = flags(assets, tmp_path / "out", train_data_dir=images, n_trials=1)
+    script.main(arguments)
+    lines = (images / "metadata.jsonl").read_text().splitlines()
+    (images / "metadata.jsonl").write_text("\n".join(lines[:-1]))
+    with pytest.raises(SystemExit) as stopped:
+        script.main(arguments)
+    assert stopped.value.code == 2
+    assert re.search("made with other settings: images was '[0-9a-f]{16}' and is", capsys.readouterr().err)
+
+
+def test_the_command_to_repeat_has_all_that_is_not_a_default_of_this_pipeline(script):
+    args = script.ScriptArguments(
+        pretrained_model_name_or_path="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        train_data_dir="patients",
+        train_batch_size=32,
+        resolution=64,
+        validation_prompt="a finding " * 100,
+    )
+    words = script.public_flags(args)
+    assert "--train_batch_size 32" in words and "--resolution 64" in words and "a finding" in words
+    assert "--train_data_dir YOUR_TRAIN_DATA_DIR" in words and "patients" not in words
+    assert script.public_flags(script.ScriptArguments()) == ""
 
 
 @pytest.mark.parametrize(
@@ -294,6 +347,18 @@ def test_final_fine_tune_resumes_from_a_checkpoint(script, assets, finished, tmp
         ({"peft_config": "/nowhere"}, "--peft_config '/nowhere' is no PEFT config"),
         ({"mask_from": "/nowhere"}, "--mask_from '/nowhere' cannot be read"),
         ({"log_images": 2}, "--log_images shows what the model makes of a --validation_prompt: give one"),
+        (
+            {"log_images": 2, "validation_prompt": "a b"},
+            "--log_images is for --report_to wandb: give that, too, or neither",
+        ),
+        ({"max_train_steps": 0}, "--max_train_steps must be at least 1, but is 0"),
+        ({"eval_num_images": 1}, "--eval_num_images must be at least 2, but is 1"),
+        ({"resume_from_checkpoint": "/nowhere"}, "'/nowhere' is no folder: give a checkpoint's, or latest"),
+        ({"mitigation": ["early_stop:every=25"]}, "early_stop looks every 25 steps, but there are 3"),
+        (
+            {"storage": "mysql://me:secret@nowhere/db"},
+            r"cannot open the storage mysql://me:\*\*\*@nowhere/db: Failed",
+        ),
         ({"trainer_args": '{"push_to_hub": true}'}, "--trainer_args has push_to_hub: use --push_to_hub"),
         ({"trainer_args": '{"optim": '}, "--trainer_args is no JSON object"),
         ({"trainer_args": '{"optimizer": "adam"}'}, "--trainer_args has unknown arguments: optimizer"),
@@ -329,8 +394,6 @@ def test_an_output_folder_with_another_study_is_refused(script, assets, finished
 
 
 def test_an_unreadable_image_is_named(script, assets, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(assets / "images", tmp_path / "images")
     (tmp_path / "images" / "5.png").write_bytes(b"no picture")
     with pytest.raises(SystemExit):

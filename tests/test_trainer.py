@@ -10,10 +10,12 @@ from conftest import RESOLUTION, adapter_of, images_of, tiny_pipeline, tiny_trai
 from diffusers import DDPMScheduler
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from memcontrol_hf import MemControlConfig
 from memcontrol_hf.diffusion import family_of, seeded_generator
-from memcontrol_hf.trainer import METRICS
+from memcontrol_hf.features import load_encoder
+from memcontrol_hf.trainer import METRICS, MemControlTrainer
 
 SITE = "mid_block.attentions.0"
 
@@ -236,6 +238,38 @@ def test_bad_arguments_are_named(tmp_path, arguments, message):
 def test_an_unknown_hyperparameter_is_named(tmp_path):
     with pytest.raises(ValueError, match="unknown hyperparameter 'lr'"):
         tiny_trainer(tmp_path).apply_hyperparameters({"lr": 1.0})
+
+
+def test_what_one_run_sets_is_undone_for_the_next(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    before = trainer.args.snr_gamma, trainer.args.learning_rate
+    trainer.apply_hyperparameters({"snr_gamma": 5.0, "learning_rate": 0.5})
+    assert (trainer.args.snr_gamma, trainer.args.learning_rate) == (5.0, 0.5)
+    trainer.apply_hyperparameters({"learning_rate": 0.25})
+    assert (trainer.args.snr_gamma, trainer.args.learning_rate) == (before[0], 0.25)
+    trainer.apply_hyperparameters({})
+    assert (trainer.args.snr_gamma, trainer.args.learning_rate) == before
+
+
+def test_a_sharded_denoiser_is_refused(tmp_path, monkeypatch):
+    make = MemControlTrainer.create_accelerator_and_postprocess
+
+    def with_fsdp(self):  # as accelerate's settings for several processes bring it
+        make(self)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(MemControlTrainer, "create_accelerator_and_postprocess", with_fsdp)
+    with pytest.raises(ValueError, match="FSDP and DeepSpeed shard the denoiser"):
+        tiny_trainer(tmp_path)
+
+
+def test_an_encoder_that_reads_text_too_is_refused(tmp_path):
+    text = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+    vision = {**text, "image_size": 8, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision)).save_pretrained(tmp_path)
+    CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=8).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is no vision model"):
+        load_encoder(str(tmp_path))
 
 
 def test_an_unknown_pipeline_is_named():

@@ -19,6 +19,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from huggingface_hub import HfApi
 from peft import PeftConfig
 from transformers import HfArgumentParser
 from transformers import logging as transformers_logging
-from transformers.trainer_utils import BestRun
+from transformers.trainer_utils import BestRun, get_last_checkpoint
 
 from memcontrol_hf import (
     MemControlConfig,
@@ -43,14 +44,14 @@ from memcontrol_hf import (
     demo_dataset,
     select_run,
 )
-from memcontrol_hf.audit import AuditSettings
+from memcontrol_hf.audit import LEAST_IMAGES, AuditSettings
 from memcontrol_hf.data import check_near_duplicates, load_images, plant_canaries
 from memcontrol_hf.diffusion import DTYPES, QUANTIZATIONS, family_of, load_pipeline
 from memcontrol_hf.dry_run import load_architecture, measured_speed, plan
 from memcontrol_hf.features import encoder_name, load_encoder
 from memcontrol_hf.hub import GateFailed, PushError, check_login, push
 from memcontrol_hf.mitigations import MITIGATIONS, parse_mitigations
-from memcontrol_hf.model_card import MASK, REPORT, write_card
+from memcontrol_hf.model_card import LORA, MASK, PLOT, REPORT, write_card
 from memcontrol_hf.ray_workers import check_ray
 from memcontrol_hf.report import (
     ALL_ON,
@@ -61,7 +62,14 @@ from memcontrol_hf.report import (
     plot_search,
     search_summary,
 )
-from memcontrol_hf.search import check_sampler, check_study, claim_final, known_masks, repeat_runs
+from memcontrol_hf.search import (
+    check_sampler,
+    check_study,
+    claim_final,
+    known_masks,
+    public_address,
+    repeat_runs,
+)
 from memcontrol_hf.selection import rank_runs
 from memcontrol_hf.tracking import log_images, log_push, log_report, run_url, start_tracking
 from memcontrol_hf.trainer import METRICS, check_backend, check_objectives
@@ -363,6 +371,8 @@ def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[
             raise ValueError(f"unknown --{flag} {value!r}: use {', '.join(known)}")
     if args.log_images and args.validation_prompt is None:
         raise ValueError("--log_images shows what the model makes of a --validation_prompt: give one")
+    if args.log_images and "wandb" not in args.report_to:
+        raise ValueError("--log_images is for --report_to wandb: give that, too, or neither")
     if args.push_to_hub:
         check_login(args.hub_model_id or Path(args.output_dir).resolve().name, args.hub_public)
     if args.mixed_precision not in ("no", "fp16", "bf16"):
@@ -372,13 +382,22 @@ def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[
     for flag in ("max_trainable_percent", "trial_timeout"):
         if (value := getattr(args, flag)) is not None and value <= 0:
             raise ValueError(f"--{flag} must be positive, but is {value:g}")
-    for flag, least in (("n_finalists", 0), ("finalist_repeats", 1)):
-        if (value := getattr(args, flag)) < least:
+    for flag, least in (
+        ("n_finalists", 0),
+        ("finalist_repeats", 1),
+        ("max_train_steps", 1),
+        ("search_max_steps", 1),
+        ("eval_num_images", 2),
+    ):
+        if (value := getattr(args, flag)) is not None and value < least:
             raise ValueError(f"--{flag} must be at least {least}, but is {value}")
     if args.prune_at is not None and not 0 < args.prune_at < 1:
         raise ValueError(f"--prune_at must be a share of the steps between 0 and 1, but is {args.prune_at:g}")
     if args.memorization_budget is not None and len(args.objectives) < 2:
         raise ValueError("--memorization_budget needs a second objective, the memorization")
+    resume = args.resume_from_checkpoint
+    if resume not in (None, "latest") and not Path(resume).is_dir():
+        raise ValueError(f"--resume_from_checkpoint {resume!r} is no folder: give a checkpoint's, or latest")
     if args.train_data_dir is not None and not Path(args.train_data_dir).is_dir():
         raise ValueError(f"--train_data_dir {args.train_data_dir!r} is no folder")
     if args.train_data_dir is not None and args.dataset_name != "demo":
@@ -386,7 +405,7 @@ def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[
     mask = mask_from(args.mask_from) if args.mask_from else None
     if args.n_trials:
         storage = args.storage or str(Path(args.output_dir) / "study.journal")
-        check_study(storage, args.study_name, settings(args), alone=args.storage is None)
+        check_study(storage, args.study_name, settings(args), alone=args.storage is None, later=_SEEN_LATER)
     return config, rates, mask
 
 
@@ -419,6 +438,9 @@ def mask_from(path: str) -> dict[str, bool]:
     return mask
 
 
+_SEEN_LATER = ("images", "world_size")
+
+
 def settings(args: ScriptArguments) -> dict[str, Any]:
     """What a study depends on: going on with another value is refused."""
     depends_on = (
@@ -437,6 +459,14 @@ def settings(args: ScriptArguments) -> dict[str, Any]:
     if args.canaries:
         values |= {"canaries": args.canaries, "canary_repeats": args.canary_repeats}
     return values | ({"mitigation": sorted(args.mitigation)} if args.mitigation else {})
+
+
+def settings_with_images(args: ScriptArguments, trainer: MemControlTrainer) -> dict[str, Any]:
+    """What a study depends on once the images are read: they themselves, too, and how many processes share a trial."""
+    digest = hashlib.blake2b(digest_size=8)
+    for data in (trainer.train_dataset, trainer.encode(trainer.eval_dataset)):
+        digest.update(repr([*data.encoded["pixels"]]).encode() + repr([*data.images["text"]]).encode())
+    return settings(args) | {"images": digest.hexdigest(), "world_size": trainer.args.world_size}
 
 
 def ray_options(args: ScriptArguments) -> dict[str, int]:
@@ -461,7 +491,7 @@ def audit_settings(args: ScriptArguments) -> AuditSettings:
 
 def without_place(value: Any) -> Any:
     """A path of this machine as its last part and a digest of the whole; anything else as it is."""
-    if not isinstance(value, str) or not Path(value).exists():
+    if not isinstance(value, str) or not os.path.exists(value):  # of a text that is too long for a path: False
         return value
     path = Path(value).resolve()
     return f"{path.name} ({hashlib.sha256(str(path).encode()).hexdigest()[:8]})"
@@ -596,14 +626,23 @@ def prepare(argv: list[str] | None) -> tuple[ScriptArguments, MemControlTrainer,
         mask=mask,
         encoder=load_encoder(args.encoder, trainer_args.device),
     )
+    if args.n_trials:
+        storage = args.storage or str(Path(args.output_dir) / "study.journal")
+        check_study(storage, args.study_name, settings_with_images(args, trainer), alone=args.storage is None)
     example_inputs(args, trainer)  # a prompt that the pipeline cannot take is seen now
+    for name, least in LEAST_IMAGES.items():
+        if (count := len(trainer.encode(data[name]).unique)) < least:
+            logger.warning(
+                f"the {name} split has {count} different images, but the audit needs {least}: there will be none, and "
+                "the gate will fail"
+            )
     return args, trainer, data, rates, mask
 
 
 def model_name(args: ScriptArguments) -> str:
     """What is published of the base model's address: of a local folder only its name."""
     name = args.pretrained_model_name_or_path
-    return Path(name).resolve().name if Path(name).exists() else name
+    return Path(name).resolve().name if os.path.exists(name) else name
 
 
 def fine_tune_and_measure(trainer: MemControlTrainer, data: DatasetDict, resume: str | bool | None = None) -> dict:
@@ -628,7 +667,7 @@ def search(
         sampler=args.sampler,
         storage=args.storage,
         study_name=args.study_name,
-        settings=settings(args),
+        settings=settings_with_images(args, trainer),
         enqueue=known_masks(trainer.search_space, *rates, [mask] if mask else []),
         memorization_budget=args.memorization_budget,
         max_trainable_percent=args.max_trainable_percent,
@@ -664,7 +703,8 @@ def main(argv: list[str] | None = None) -> None:
         try:
             run = search(args, trainer, rates, mask)
         except (ValueError, RuntimeError) as error:
-            print(f"error: {error}. The trials are kept in {args.storage or args.output_dir}", file=sys.stderr)
+            kept = public_address(args.storage) if args.storage else args.output_dir
+            print(f"error: {error}. The trials are kept in {kept}", file=sys.stderr)
             raise SystemExit(1) from None
         if run is None:
             return
@@ -676,19 +716,30 @@ def main(argv: list[str] | None = None) -> None:
         rate = args.learning_rate or (rates[0] * rates[1]) ** 0.5
         hyperparameters = {"mask": trainer.mask, "learning_rate": rate}
 
-    figures, stopped = {}, {}
+    figures, stopped, failed = {}, {}, {}
+    save_strategy = trainer.args.save_strategy
     everything, nothing = trainer.search_space.mask(True), trainer.search_space.mask(False)
     for name, blocks in ((FROZEN_BASE, nothing), (ALL_ON, everything), (SELECTED, hyperparameters["mask"])):
         trainer.apply_hyperparameters({**hyperparameters, "mask": blocks}, final_model=True)
         logger.info(f"{name}: {'fine-tune on all of the data, then ' if any(blocks.values()) else ''}held-out figures")
         start_tracking(trainer, args.study_name, name, "final", {**hyperparameters, "mask": blocks})
         resume = args.resume_from_checkpoint if name == SELECTED else None
-        figures[name] = fine_tune_and_measure(trainer, data, True if resume == "latest" else resume)
+        if resume == "latest":
+            resume = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        trainer.args.save_strategy = save_strategy if name == SELECTED else "no"  # a checkpoint is the adapter's
+        try:
+            figures[name] = fine_tune_and_measure(trainer, data, resume)
+        except ValueError as error:
+            if name != ALL_ON:
+                raise
+            failed[name] = str(error)  # it is there to compare with, and has the learning rate of another mask
+            logger.warning(f"{name} cannot be compared with: {error}")
+            continue
         if any(blocks.values()) and trainer.state.global_step < trainer.args.max_steps:
             stopped[name] = trainer.state.global_step
 
     if trainer.is_world_process_zero():
-        save(args, trainer, data, figures, stopped, study, selected)
+        save(args, trainer, data, figures, stopped, failed, study, selected)
 
 
 def save(
@@ -697,11 +748,14 @@ def save(
     data: DatasetDict,
     figures: dict[str, dict[str, float]],
     stopped: dict[str, int],
+    failed: dict[str, str],
     study: Any,
     selected: int | None,
 ) -> None:
     """The adapter, the report, the plot and the card; and the push, when asked."""
     folder = Path(args.output_dir)
+    for stale in (PLOT, LORA):  # of an earlier command with this folder
+        (folder / stale).unlink(missing_ok=True)
     trainer.save_model(args.output_dir)
     log_images(trainer, data["held_out"], args.validation_prompt, args.log_images)
     sampling = [m for m in args.mitigation if not MITIGATIONS[m.partition(":")[0]].guards_weights]
@@ -721,6 +775,7 @@ def save(
             **({"sampling_mitigations": sampling} if sampling else {}),
             **({"canaries": args.canaries, "canary_repeats": args.canary_repeats} if args.canaries else {}),
             **({"stopped_at_step": stopped} if stopped else {}),
+            **({"failed": failed} if failed else {}),
             **({"dp_sgd": trainer.privacy} if trainer.privacy else {}),
         },
         images=count_images(trainer, data),
@@ -747,7 +802,7 @@ def save(
     report.to_json(folder / "memorization_report.json")
     if study is not None:
         distances = report.audit and report.audit["distances"]
-        plot_search(study, trainer.args.objectives, folder / "pareto_front.png", selected, distances)
+        plot_search(study, trainer.args.objectives, folder / PLOT, selected, distances)
     write_card(folder)
     log_report(report, folder)
     print("\n" + report.summary() + f"\n\nadapter, card and report: {args.output_dir}")
@@ -791,7 +846,7 @@ def example_inputs(args: ScriptArguments, trainer: MemControlTrainer) -> dict[st
         prompt = "grinning face"
     else:
         prompt = "0" if "class_labels" in trainer.family.conditions else ""
-    request = trainer.family.request([prompt], args.resolution, 0.0)
+    request = trainer.family.request([prompt], args.resolution, args.eval_guidance_scale)
     return {name: request[name] for name in ("prompt", "class_labels", "batch_size") if name in request}
 
 
@@ -818,22 +873,28 @@ def count_images(trainer: MemControlTrainer, data: DatasetDict) -> dict[str, int
 
 
 def public_flags(args: ScriptArguments) -> str:
-    """The flags that differ from the defaults, without what names a place or a person's data."""
+    """The flags that differ from the defaults; a place, or a person's data, as `YOUR_...`, or left out."""
     private = {"train_data_dir", "dataset_name", "output_dir", "storage", "mask_from", "peft_config", "trainer_args",
                "resume_from_checkpoint", "gate", "pretrained_model_name_or_path", "single_file_config", "hub_model_id",
                "push_to_hub", "hub_revision", "hub_public", "allow_failed_gate", "report_to",
                "log_images"}  # fmt: skip
-    if not Path(args.pretrained_model_name_or_path).exists():
+    needed = {"train_data_dir", "dataset_name", "pretrained_model_name_or_path", "single_file_config", "mask_from",
+              "peft_config", "trainer_args"}  # fmt: skip
+    if not os.path.exists(args.pretrained_model_name_or_path):
         private.remove("pretrained_model_name_or_path")
     if public_datasets(args):
         private.remove("dataset_name")
-    default = ScriptArguments()
+    default = ScriptArguments(pretrained_model_name_or_path=args.pretrained_model_name_or_path)
+    default.pretrained_model_name_or_path = ScriptArguments().pretrained_model_name_or_path
     if on_demo_data(args) and args.pretrained_model_name_or_path == "demo":
         private -= {"output_dir"} if not Path(args.output_dir).is_absolute() else set()
     flags = []
     for name, value in dataclasses.asdict(args).items():
         place = name != "output_dir" and without_place(value) != value
-        if name in private or value == getattr(default, name) or place:
+        if value == getattr(default, name):
+            continue
+        if name in private or place:
+            flags += [f"--{name} YOUR_{name.upper()}"] if name in needed else []
             continue
         words = [] if value is True else value if isinstance(value, list) else [value]
         flags.append(shlex.join([f"--{name}", *map(str, words)]))

@@ -2,11 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
 
 from .base import Mitigation
 
@@ -58,15 +56,11 @@ class EarlyStop(Mitigation):
         """Whether a value of the metric is worse than the limit."""
         return value < self.limit if self.metric == "amd" else value > self.limit
 
-    def stopped(self, checkpoint: str) -> TrainerState | None:
-        """The state in a checkpoint of a run that stopped there; `None` when the run is to go on."""
-        file = Path(checkpoint) / TRAINER_STATE_NAME
-        if not file.exists():
-            return None
-        state = TrainerState.load_from_json(str(file))
+    def stopped(self, state: TrainerState) -> bool:
+        """Whether a run stopped at this state, say that of a checkpoint."""
         looks = [log[f"eval_{self.metric}"] for log in state.log_history
                  if log["step"] == state.global_step and f"eval_{self.metric}" in log]  # fmt: skip
-        return state if looks and state.global_step % self.every == 0 and self.passed(looks[-1]) else None
+        return bool(looks) and state.global_step % self.every == 0 and self.passed(looks[-1])
 
 
 class EarlyStopCallback(TrainerCallback):
