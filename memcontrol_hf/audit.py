@@ -536,9 +536,11 @@ def _of_features(
         "train": torch.histogram(nearest.to_train, edges).hist.tolist(),
         "held_out": torch.histogram(nearest.to_held_out, edges).hist.tolist(),
     }
-    best, own = (F.normalize(features, dim=1) @ F.normalize(members.features, dim=1).T).max(1)
+    originals = F.normalize(members.features, dim=1).T
+    nearest_of = [(F.normalize(part, dim=1) @ originals).max(1) for part in features.split(4096)]
+    best, own = (torch.cat(parts) for parts in zip(*nearest_of))
     worst = best.argsort(descending=True)[:REVIEWED].tolist()
-    pairs = [(best[i].item(), members.rows[int(own[i])], images[i]) for i in worst]
+    pairs = [(best[i].item(), members.rows[int(own[i])], images[i].clone()) for i in worst]
     return _Attacked(figures, {}, pairs, distances)
 
 

@@ -224,7 +224,8 @@ def _images(name: str, split: str, caption_column: str | None) -> "Dataset":
     if not Path(name).is_dir():
         raise ValueError(f"--{split} {name!r} is no folder")
     try:
-        data = load_dataset("imagefolder", data_dir=name, split="train")
+        # With "**", since it would find splits in the names of files.
+        data = load_dataset("imagefolder", data_dir=name, data_files={"train": "**"}, split="train")
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"--{split} {name!r} holds no images: {str(error).splitlines()[0]}") from None
     check_readable(data, split)

@@ -81,7 +81,8 @@ def load_images(
             raise ValueError(f"--train_data_dir {train_data_dir!r} is no folder")
         # A folder `held_out` would be passed over: `datasets` knows splits by its own names alone.
         named = [name for name in (*SPLITS, *_ALIASES) if (Path(train_data_dir) / name).is_dir()]
-        files = {name: f"{name}/**" for name in named} if "held_out" in named else None
+        # Where there is no folder of a split, it would find splits in the names of files.
+        files = {"train": "**"} if not named else {n: f"{n}/**" for n in named} if "held_out" in named else None
         source = {"path": "imagefolder", "data_dir": train_data_dir, "data_files": files}
     else:
         source = {"path": dataset_name}

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .diffusion import family_of, load_pipeline
-from .model_card import ADAPTER, PLOT, REPORT, adapter_parts, write_card
+from .model_card import ADAPTER, PLOT, REPORT, adapter_digests, adapter_parts, write_card
 from .report import MemorizationReport
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def export(folder: str | Path, output_dir: str | Path, to: str, pipeline: str | 
             facts |= {} if native else {"rank": metadata["r"], "relative_error": error}
     report.card = {key: value for key, value in report.card.items() if key not in ("hub_model_id", "revision")}
     report.card |= {"location": output_dir.name, "export": facts}
+    report.weights = adapter_digests(output_dir)
     report.to_json(output_dir / REPORT)
     if (folder / PLOT).is_file():
         shutil.copy(folder / PLOT, output_dir / PLOT)

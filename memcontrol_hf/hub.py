@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from .model_card import ADAPTER, CARD, LORA, MASK, PARTS, PLOT, REPORT, adapter_parts, write_card
+from .model_card import ADAPTER, CARD, LORA, MASK, PARTS, PLOT, REPORT, adapter_digests, adapter_parts, write_card
 from .report import MemorizationReport
 
 PUBLIC_FILES = (
@@ -171,6 +171,8 @@ def _checked(folder: Path, allow_failed_gate: bool) -> MemorizationReport:
     if not adapter_parts(folder) and not (folder / LORA).is_file():
         raise ValueError(f"{str(folder)!r} holds no adapter: {ADAPTER} with adapter_config.json, or {LORA}")
     report = MemorizationReport.from_json(folder / REPORT)
+    if report.weights and report.weights != adapter_digests(folder):
+        raise ValueError(f"the weights in {str(folder)!r} are not those that {REPORT} was measured on: measure them")
     if report.gate is not None and not report.gate["passed"] and not allow_failed_gate:
         raise GateFailed(
             f"the release gate failed ({len(report.gate['failures'])} limits, see {folder / REPORT}), so nothing is "

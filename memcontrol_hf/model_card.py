@@ -1,5 +1,6 @@
 """The cards of an adapter, of a mask and of the demo's base pipeline, each rendered from the files of its folder."""
 
+import hashlib
 import json
 import os
 import re
@@ -73,6 +74,14 @@ def write_card(folder: str | Path) -> Path:
 def adapter_parts(folder: Path) -> tuple[str, ...]:
     """Those of `PARTS` where there is an adapter."""
     return tuple(p for p in PARTS if all((folder / p / name).is_file() for name in (ADAPTER, "adapter_config.json")))
+
+
+def adapter_digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file of weights in an adapter's folder: what a report was measured on."""
+    files = [f"{part}/{ADAPTER}".lstrip("/") for part in adapter_parts(folder)] + [LORA]
+    return {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files if (folder / name).is_file()
+    }
 
 
 @dataclass(frozen=True)

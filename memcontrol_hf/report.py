@@ -71,6 +71,7 @@ class MemorizationReport:
     audit: dict[str, Any] | None = None
     gate: dict[str, Any] | None = None
     command: str | None = None
+    weights: dict[str, str] = field(default_factory=dict)
     card: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in _PACKAGES})
     schema_version: int = SCHEMA_VERSION
@@ -113,7 +114,7 @@ class MemorizationReport:
             figures = measured.get(name) or {}
             for kind, bound in limit.items():
                 reason = _violation(name, kind, bound, figures)
-                if reason:
+                if reason and reason not in self.gate["failures"]:
                     self.gate["failures"].append(reason)
         self.gate["passed"] = not self.gate["failures"]
         return self.gate["passed"]

@@ -113,7 +113,8 @@ def log_report(report: "MemorizationReport", folder: str | Path) -> None:
     artifact = wandb.Artifact("memorization-report", type="report")
     artifact.add_file(str(folder / REPORT))
     run.log_artifact(artifact)
-    if os.getenv("WANDB_LOG_MODEL", "false").lower() not in ("false", "0"):
+    passed = report.gate is not None and report.gate["passed"]
+    if passed and os.getenv("WANDB_LOG_MODEL", "false").lower() not in ("false", "0"):
         artifact = wandb.Artifact("adapter", type="model")
         for name in PUBLIC_FILES:
             if (folder / name).is_file():

@@ -9,6 +9,7 @@ from conftest import RESOLUTION, images_of, tiny_pipeline
 from datasets import Dataset, DatasetDict
 from PIL import Image
 
+from memcontrol_hf import cli
 from memcontrol_hf.data import (
     check_near_duplicates,
     encode,
@@ -184,6 +185,17 @@ def test_images_of_16_bits_are_scaled_and_told_apart(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.tiff", "text": ""}\n')
     with pytest.raises(ValueError, match=r"cannot read the image 0\.tiff .*mode I says no range of values"):
         load_images(train_data_dir=str(tmp_path))
+
+
+def test_names_of_files_are_no_splits(tmp_path):
+    lines = []
+    for number, name in enumerate(("train_1", "scan_test_2", "eval-3", "dev-4", *map(str, range(8)))):
+        Image.new("RGB", (8, 8), (number * 9, 0, 0)).save(tmp_path / f"{name}.png")
+        lines.append(json.dumps({"file_name": f"{name}.png", "text": name}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    data = load_images(train_data_dir=str(tmp_path))
+    assert sum(map(len, data.values())) == 12
+    assert len(cli._images(str(tmp_path), "train", "text")) == 12
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path):

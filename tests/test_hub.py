@@ -13,9 +13,10 @@ from huggingface_hub import ModelCard, constants
 from mini_hub import TOKEN, Repo, serve
 from safetensors.torch import load_file
 
-from memcontrol_hf import cli
+from memcontrol_hf import MemorizationReport, cli
 from memcontrol_hf.diffusion import family_of
 from memcontrol_hf.hub import PUBLIC_FILES, WAITS, PushError, push
+from memcontrol_hf.model_card import adapter_digests
 
 PUSHED = sorted(
     name
@@ -194,6 +195,19 @@ def test_a_folder_without_an_adapter_is_refused_before_the_hub_is_asked(hub, fol
     break_it(folder)
     assert cli.main(["push", str(folder)]) == 2
     assert message in capsys.readouterr().err and hub.requests == []
+
+
+def test_other_weights_than_those_measured_are_refused(hub, folder, capsys):
+    report = MemorizationReport.from_json(folder / "memorization_report.json")
+    report.weights = adapter_digests(folder)
+    assert list(report.weights) == ["adapter_model.safetensors"]
+    report.to_json(folder / "memorization_report.json")
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    (folder / "adapter_model.safetensors").write_bytes(weights + b" ")
+    assert cli.main(["push", str(folder)]) == 2 and not hub.repos
+    assert "are not those that memorization_report.json was measured on" in capsys.readouterr().err
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    assert cli.main(["push", str(folder)]) == 0
 
 
 def test_a_name_that_is_none_is_refused(hub, folder, capsys):

@@ -172,7 +172,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def render(content: dict) -> str:
-    """The table, and the paired difference of the selected mask and all blocks."""
+    """The table, and paired differences to all blocks."""
     runs, settings = content["runs"], content["settings"]
     table = settings.get("table", "tuned")
     columns = COLUMNS[table]
@@ -195,19 +195,22 @@ def render(content: dict) -> str:
             mean, half = interval([figures[column] for figures in of_seed.values()])
             cells.append(f"{mean:.3g}" if column == "trainable_percent" else f"{mean:.4g} ± {half:.2g}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    selected, everything = runs["SV-DIFF, selected mask"], runs["SV-DIFF, all blocks"]
+    everything = runs["SV-DIFF, all blocks"]
+    compared = [c for c in ("fid", "amd", "membership_auc", "canaries_caught", "loss") if c in columns]
+    others = [n for n in runs if n != "SV-DIFF, all blocks"] if table == "mitigations" else ["SV-DIFF, selected mask"]
     lines += [
         "",
-        "Selected mask minus all blocks, paired by seed:",
+        "Minus SV-DIFF in all blocks, paired by seed, with the 95 % t interval:",
         "",
-        "| | difference | 95 % t interval |",
-        "|---" * 3 + "|",
+        "| | " + " | ".join(columns[column] for column in compared) + " |",
+        "|---" * (len(compared) + 1) + "|",
     ]
-    for column in ("fid", "amd", "membership_auc", "loss"):
-        if column not in columns:
-            continue
-        mean, half = interval([selected[seed][column] - everything[seed][column] for seed in selected])
-        lines.append(f"| {columns[column]} | {mean:+.4g} | {mean - half:+.4g} to {mean + half:+.4g} |")
+    for name in others:
+        cells = []
+        for column in compared:
+            mean, half = interval([runs[name][seed][column] - everything[seed][column] for seed in everything])
+            cells.append(f"{mean:+.3g} ({mean - half:+.3g} to {mean + half:+.3g})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", "```bash", settings["command"], "```", ""]
     return "\n".join(lines)
 

@@ -51,7 +51,7 @@ from memcontrol_hf.dry_run import load_architecture, measured_speed, plan
 from memcontrol_hf.features import encoder_name, load_encoder
 from memcontrol_hf.hub import GateFailed, PushError, check_login, push
 from memcontrol_hf.mitigations import MITIGATIONS, parse_mitigations
-from memcontrol_hf.model_card import LORA, MASK, PLOT, REPORT, write_card
+from memcontrol_hf.model_card import LORA, MASK, PLOT, REPORT, adapter_digests, write_card
 from memcontrol_hf.ray_workers import check_ray
 from memcontrol_hf.report import (
     ALL_ON,
@@ -783,6 +783,7 @@ def save(
         command=f"accelerate launch training_scripts/train_memcontrol.py {public_flags(args)}".strip(),
         search=None if study is None else search_summary(study, args.sampler, trainer.args.objectives),
         card=card_facts(args, trainer),
+        weights=adapter_digests(folder),
     )
     logger.info("audit: attacks on the adapter, on the frozen base and with held-out images as training images")
     trainer.set_mask(trainer.search_space.mask(False))  # the bare pipeline: what is attacked is what was saved

@@ -108,7 +108,8 @@ def c_t(generated: torch.Tensor, train: torch.Tensor, held_out: torch.Tensor) ->
 
     Returns:
         `float`: well below 0, generated images are nearer to the training images than held-out ones are (copying);
-        well above 0, farther (underfitting). Standard normal where the two are alike.
+        well above 0, farther (underfitting). Standard normal for independent images that are alike: several images of
+        a prompt are not independent, and a generator's style alone moves it.
     """
     check_features(generated=generated, train=train, held_out=held_out)
     of_generated, _ = _nearest_euclidean(generated.double(), train.double())
@@ -175,7 +176,8 @@ def nearest_share(
 
     The interval is the percentile bootstrap over the prompts (Efron & Tibshirani 1993, section 13.3): images of one
     prompt are alike and stay together. Where all of them agree there is nothing to resample, and it is that of Clopper
-    and Pearson. It takes the references as given.
+    and Pearson. It takes the references as given: which images happen to be in `train` and `held_out` moves the share
+    by more than the interval says, so it counts only beside the same share of a model that saw none of them.
 
     Args:
         generated (`torch.Tensor`): features `[M, D]`.
@@ -186,7 +188,7 @@ def nearest_share(
         per_prompt (`int`): so many generated images in a row are of one prompt.
 
     Returns:
-        [`NearestShareResult`]: a share well above .5 means that the training images were memorized.
+        [`NearestShareResult`]: a share well above that of such a model means that the training images were memorized.
 
     Raises:
         ValueError: for empty, non-finite, zero or mismatched features.
