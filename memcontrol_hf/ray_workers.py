@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
-from optuna.trial import TrialState
 from transformers.trainer_utils import BestRun
 
 from .search import (
     NoRunError,
     SeededSampler,
+    complete_trials,
     open_storage,
     public_address,
     queue_again_what_died,
@@ -151,7 +151,7 @@ def _have_done(study: optuna.Study, task: Any, count: int, resources: dict[str, 
                 raise error.cause from None
             except RayError as error:
                 reason = str(error).strip().splitlines()[0]
-                before, finished = finished, len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+                before, finished = finished, len(complete_trials(study))
                 died = died + 1 if finished == before else 1
                 if died > count + 2:  # all at once, with their machine, and some more
                     raise RuntimeError(f"{died} workers died and no trial was finished: {reason}") from None

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import optuna
 import yaml
-from optuna.trial import FrozenTrial, TrialState
 
-from .search import is_frozen_base, pareto_front
+from .search import complete_trials, is_frozen_base, pareto_front
 from .search_space import block_map
 
 SCHEMA_VERSION = 2
@@ -270,7 +269,7 @@ def search_summary(study: optuna.Study, sampler: str, objectives: list[str]) -> 
             "trainable_percent": trial.user_attrs["trainable_percent"],
             "on_front": trial.number in front,
         }
-        for trial in _complete(study)
+        for trial in complete_trials(study)
     ]
     ended = Counter(trial.state.name for trial in study.trials)
     return {
@@ -285,10 +284,6 @@ def search_summary(study: optuna.Study, sampler: str, objectives: list[str]) -> 
     }
 
 
-def _complete(study: optuna.Study) -> list[FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-
-
 def block_effects(study: optuna.Study) -> dict[str, list[float]]:
     """What a block does to each objective: the mean over the finished trials with it on, minus that of the others.
 
@@ -297,7 +292,7 @@ def block_effects(study: optuna.Study) -> dict[str, list[float]]:
     Returns:
         `dict[str, list[float]]`: block name -> one difference for each objective, in its units.
     """
-    trials = _complete(study)
+    trials = complete_trials(study)
     masks = [t.user_attrs["hyperparameters"]["mask"] for t in trials]
     values = np.array([t.values for t in trials])
     effects = {}
@@ -331,7 +326,7 @@ def plot_search(
 
 
 def _draw_front(figure: Any, axes: Any, study: optuna.Study, objectives: list[str], selected: int | None) -> None:
-    trials = _complete(study)
+    trials = complete_trials(study)
     front = sorted(pareto_front(study), key=lambda t: t.values)
     y = [t.values[min(1, len(objectives) - 1)] for t in trials]
     x = [t.values[0] if len(objectives) > 1 else t.number for t in trials]
@@ -366,7 +361,7 @@ def _draw_front(figure: Any, axes: Any, study: optuna.Study, objectives: list[st
 
 def _draw_history(axes: Any, study: optuna.Study, objectives: list[str], selected: int | None) -> None:
     """The objectives of each trial, one after the other: the first on the left axis, a second on the right."""
-    trials = _complete(study)
+    trials = complete_trials(study)
     for i, (name, color) in enumerate(zip(objectives[:2], ("tab:blue", "tab:orange"))):
         side = axes.twinx() if i else axes
         side.plot([t.number for t in trials], [t.values[i] for t in trials], "o-", ms=4, lw=0.8, color=color)
@@ -384,7 +379,7 @@ def _draw_history(axes: Any, study: optuna.Study, objectives: list[str], selecte
 def _draw_blocks(figure: Any, axes: Any, study: optuna.Study, objectives: list[str], selected: int | None) -> None:
     """The blocks in the way of the data: which are selected, and the effect of each on the objectives."""
     effects = block_effects(study)
-    masks = {t.number: t.user_attrs["hyperparameters"]["mask"] for t in _complete(study)}
+    masks = {t.number: t.user_attrs["hyperparameters"]["mask"] for t in complete_trials(study)}
     names = list(masks[min(masks)])
     signs = [1 if d.name == "MINIMIZE" else -1 for d in study.directions]
     rows = [[effects[n][i] * signs[i] if n in effects else math.nan for n in names] for i in range(len(objectives))]

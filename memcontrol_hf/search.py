@@ -356,18 +356,27 @@ def run_search(
     return runs[0] if len(directions) == 1 else runs
 
 
+def complete_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials that gave figures, not copied: they are to be read only."""
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def dominates(values: np.ndarray) -> np.ndarray:
+    """Whether point j is lower than point i in something and higher in nothing: `[N, M]` -> bool `[N, N]`."""
+    return (values[None] <= values[:, None]).all(2) & (values[None] < values[:, None]).any(2)
+
+
 def pareto_front(study: optuna.Study) -> list[FrozenTrial]:
     """The finished trials that no other beats, of those within the memorization budget; of one objective, the best.
 
     Not the study's own `best_trials`: these keep the budget of the command that ran the trial.
     """
     signs = np.array([1 if direction.name == "MINIMIZE" else -1 for direction in study.directions])
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    trials = complete_trials(study)
     if (budget := study.user_attrs.get("memorization_budget")) is not None:
         trials = [trial for trial in trials if signs[1] * trial.values[1] <= signs[1] * budget]
     values = np.array([trial.values for trial in trials]).reshape(-1, len(signs)) * signs
-    beaten = (values[None] <= values[:, None]).all(2) & (values[None] < values[:, None]).any(2)
-    return [trial for trial, by in zip(trials, beaten) if not by.any()]
+    return [trial for trial, beaten in zip(trials, dominates(values).any(1)) if not beaten]
 
 
 def best_runs(study: optuna.Study) -> list[BestRun]:
@@ -385,7 +394,7 @@ def best_runs(study: optuna.Study) -> list[BestRun]:
 
 
 def _why_none(study: optuna.Study | None, study_name: str, budget: float | None) -> str:
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if study else []
+    complete = complete_trials(study) if study else []
     if complete and budget is not None and not pareto_front(study):
         lowest = min((t.values[1] for t in complete), key=lambda value: abs(value - budget))
         return f"no trial is within the memorization budget of {budget:g}; the nearest has {lowest:.4g}"
@@ -452,7 +461,7 @@ def _ask(study: optuna.Study, n_trials: int) -> optuna.Trial | None:
 def _twin(study: optuna.Study, hyperparameters: Mapping[str, Any]) -> FrozenTrial | None:
     """The first finished trial that had the same hyperparameters, or no block on as these have none."""
     off = _selects_nothing(hyperparameters)
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+    for trial in complete_trials(study):
         same = trial.user_attrs.get("hyperparameters") == hyperparameters
         if "same_as" not in trial.user_attrs and (same or (off and is_frozen_base(trial))):
             return trial

@@ -231,7 +231,8 @@ class MemControlTrainer(Trainer):
         for name in args.objectives:
             if name in self.family.not_applicable:
                 raise ValueError(f"the objective {name} is not applicable: {self.family.not_applicable[name]}")
-        early_stop = parse_mitigations(args.mitigations).get("early_stop")
+        self._mitigations = parse_mitigations(args.mitigations)
+        early_stop = self._mitigations.get("early_stop")
         if early_stop and 0 < args.max_steps < early_stop.every:
             raise ValueError(
                 f"early_stop looks every {early_stop.every} steps, but there are {args.max_steps}: give another every="
@@ -249,7 +250,7 @@ class MemControlTrainer(Trainer):
         self.search_space = search_space or self.family.search_space()
         self._parts = {name: self.family.parts[name] for name in ("", *self.search_space.text_encoders)}
         if self.search_space.text_encoders:
-            self._check_text_encoders(args)
+            self._check_text_encoders()
         for name in self.search_space.text_encoders:
             self._parts[name].name_or_path = None  # PEFT would write down the folder that it was loaded from
         self.mask = self.search_space.check(self.search_space.mask(True) if mask is None else mask)
@@ -287,7 +288,6 @@ class MemControlTrainer(Trainer):
         if (tensorboard := self.pop_callback(TensorBoardCallback)) is not None:
             self.add_callback(_TensorBoardCallback(tensorboard.tb_writer))
         self.loss_is_scaled_for_ga = False
-        self._mitigations = parse_mitigations(args.mitigations)
         numbers = train_dataset.encoded["row"][:].tolist()
         self._conditions = Conditions(self._mitigations, self.family, train_dataset.images, numbers)
         self._private: PrivateGradients | None = None
@@ -303,9 +303,9 @@ class MemControlTrainer(Trainer):
 
     # ---- the model ----
 
-    def _check_text_encoders(self, args: MemControlTrainingArguments) -> None:
+    def _check_text_encoders(self) -> None:
         """Raise `ValueError` for what only the denoiser can be trained with."""
-        if "dp_sgd" in parse_mitigations(args.mitigations):
+        if "dp_sgd" in self._mitigations:
             raise ValueError("text encoder blocks cannot be trained with dp_sgd: leave them out")
 
     def _init_model(self) -> nn.Module:

@@ -27,7 +27,7 @@ import pandas as pd
 from scipy.stats import bootstrap, rankdata
 from trial_table import STAGES
 
-from memcontrol_hf.search import SAMPLERS, SeededSampler
+from memcontrol_hf.search import SAMPLERS, SeededSampler, dominates
 
 OBJECTIVES = ["fid", "membership_auc"]
 REWARDS = {
@@ -125,11 +125,6 @@ def hypervolume(values: np.ndarray, reference: np.ndarray) -> float:
 def hypervolumes(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """That of the first 1, 2, ..., N points: `[N]`."""
     return np.array([hypervolume(values[:count], reference) for count in range(1, len(values) + 1)])
-
-
-def dominates(values: np.ndarray) -> np.ndarray:
-    """Whether point j is better than point i in something and worse in nothing: `[N, 2]` -> bool `[N, N]`."""
-    return (values[None] <= values[:, None]).all(2) & (values[None] < values[:, None]).any(2)
 
 
 class Table:

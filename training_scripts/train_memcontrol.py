@@ -22,6 +22,7 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -404,8 +405,7 @@ def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[
         raise ValueError("give --dataset_name or --train_data_dir, not both")
     mask = mask_from(args.mask_from) if args.mask_from else None
     if args.n_trials:
-        storage = args.storage or str(Path(args.output_dir) / "study.journal")
-        check_study(storage, args.study_name, settings(args), alone=args.storage is None, later=_SEEN_LATER)
+        check_own_study(args, settings(args), later=_SEEN_LATER)
     return config, rates, mask
 
 
@@ -467,6 +467,12 @@ def settings_with_images(args: ScriptArguments, trainer: MemControlTrainer) -> d
     for data in (trainer.train_dataset, trainer.encode(trainer.eval_dataset)):
         digest.update(repr([*data.encoded["pixels"]]).encode() + repr([*data.images["text"]]).encode())
     return settings(args) | {"images": digest.hexdigest(), "world_size": trainer.args.world_size}
+
+
+def check_own_study(args: ScriptArguments, made_with: dict[str, Any], later: Sequence[str] = ()) -> None:
+    """See that the study of this command, where there is one already, was made with these settings."""
+    storage = args.storage or str(Path(args.output_dir) / "study.journal")
+    check_study(storage, args.study_name, made_with, alone=args.storage is None, later=later)
 
 
 def ray_options(args: ScriptArguments) -> dict[str, int]:
@@ -627,8 +633,7 @@ def prepare(argv: list[str] | None) -> tuple[ScriptArguments, MemControlTrainer,
         encoder=load_encoder(args.encoder, trainer_args.device),
     )
     if args.n_trials:
-        storage = args.storage or str(Path(args.output_dir) / "study.journal")
-        check_study(storage, args.study_name, settings_with_images(args, trainer), alone=args.storage is None)
+        check_own_study(args, settings_with_images(args, trainer))
     example_inputs(args, trainer)  # a prompt that the pipeline cannot take is seen now
     for name, least in LEAST_IMAGES.items():
         if (count := len(trainer.encode(data[name]).unique)) < least:
