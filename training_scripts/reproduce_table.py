@@ -49,7 +49,7 @@ import pandas as pd
 import torch
 from analyze_trials import correlations
 from analyze_trials import read as read_trials
-from compare_on_demo import DP_SGD, best_attack, interval
+from compare_mitigations import DP_SGD, best_attack, interval
 from datasets import DatasetDict
 from elpv import elpv_dataset
 from PIL import Image as PILImage

@@ -1,13 +1,10 @@
-"""Compare, on the demo, what is tuned, or the mitigations with each other.
+"""Compare the mitigations on the demo: each added to SV-DIFF in all blocks, beside none, full fine-tune and a mask.
 
 Equal steps, held-out figures, several seeds. Each finished run is kept, so the same command goes on where it stopped:
 
-    python training_scripts/compare_on_demo.py
-    python training_scripts/compare_on_demo.py --table mitigations
+    python training_scripts/compare_mitigations.py
 
-The first compares the frozen base, full fine-tune, attention weights, all-on SV-DIFF and a found mask, and writes
-`docs/demo_comparison.json` (every run) and `docs/demo_comparison.md` (mean and 95 % t interval over seeds). The second
-adds each mitigation to SV-DIFF in all blocks, and writes `docs/mitigations_comparison.json` and `.md`.
+It writes `docs/mitigations_comparison.json` (every run) and `.md` (mean and 95 % t interval over seeds).
 """
 
 import argparse
@@ -27,28 +24,14 @@ from memcontrol_hf.audit import AuditSettings, audit_memorization
 from memcontrol_hf.features import load_encoder
 from memcontrol_hf.sampling import denoiser_in_place
 
-TITLES = {
-    "tuned": "What is tuned decides what is memorized: the demo",
-    "mitigations": "The mitigations beside none, full fine-tune and the selected mask: the demo",
-}
 COLUMNS = {
-    "tuned": {
-        "trainable_percent": "trainable %",
-        "fid": "fid ↓",
-        "amd": "amd ↑",
-        "amd_held_out": "amd, held-out",
-        "membership_auc": "membership AUC ↓",
-        "loss": "loss, held-out ↓",
-        "loss_train": "loss, train",
-    },
-    "mitigations": {
-        "fid": "fid ↓",
-        "amd": "amd ↑",
-        "membership_auc": "membership AUC ↓",
-        "canaries_caught": "canaries caught, % ↓",
-        "seconds_per_step": "CPU seconds a step",
-    },
+    "fid": "fid ↓",
+    "amd": "amd ↑",
+    "membership_auc": "membership AUC ↓",
+    "canaries_caught": "canaries caught, % ↓",
+    "seconds_per_step": "CPU seconds a step",
 }
+COMPARED = ("fid", "amd", "membership_auc", "canaries_caught")
 NOTES = (
     "Membership AUC and canaries are of attacks on the weights, as whoever downloads them can run them; `fid` and "
     "`amd` are of images sampled with the mitigation on. Canaries: the repeated training images, and of all attacks "
@@ -56,7 +39,7 @@ NOTES = (
     "command makes of each caption. What each mitigation does and does not protect against: "
     "[mitigations.md](mitigations.md)."
 )
-RESULTS = {"tuned": Path("docs/demo_comparison.json"), "mitigations": Path("docs/mitigations_comparison.json")}
+COMMAND = "python training_scripts/compare_mitigations.py"
 DP_SGD = "dp_sgd:epsilon=8,delta=0.001,max_grad_norm=0.05"
 # Each with its defaults, except where these would change nothing or do not fit 128 rows.
 MITIGATIONS = (
@@ -90,20 +73,11 @@ def rows(args: argparse.Namespace) -> dict[str, dict]:
     rate = found["learning_rate"]
     full = {"method": "weights", "granularity": [".*"], "mask": True, "rate": args.weights_rate}
     all_blocks = {"method": "svdiff", "granularity": "block", "mask": True, "rate": rate}
-    selected = {**all_blocks, "mask": found["mask"]}
-    if args.table == "mitigations":
-        return {
-            "SV-DIFF, all blocks": all_blocks,
-            "full fine-tune": full,
-            "SV-DIFF, selected mask": selected,
-            **{f"all blocks, {name}": {**all_blocks, "mitigation": [name]} for name in MITIGATIONS},
-        }
     return {
-        "frozen base": {**all_blocks, "mask": False},
-        "full fine-tune": full,
-        "attention weights": {**full, "granularity": "block"},
         "SV-DIFF, all blocks": all_blocks,
-        "SV-DIFF, selected mask": selected,
+        "full fine-tune": full,
+        "SV-DIFF, selected mask": {**all_blocks, "mask": found["mask"]},
+        **{f"all blocks, {name}": {**all_blocks, "mitigation": [name]} for name in MITIGATIONS},
     }
 
 
@@ -132,14 +106,12 @@ def measure(row: dict, seed: int, args: argparse.Namespace) -> dict[str, float]:
         encoder=encoder,
     )
     figures = {}
-    if any(mask.values()):
-        started = time.process_time()  # so that other work on the machine does not count
-        trainer.train()
-        figures["seconds_per_step"] = (time.process_time() - started) / trainer.state.global_step
+    started = time.process_time()  # so that other work on the machine does not count
+    trainer.train()
+    figures["seconds_per_step"] = (time.process_time() - started) / trainer.state.global_step
     measured = trainer.evaluate(data["held_out"], metrics=["fid", "amd", "membership_auc"])
     figures |= {name.removeprefix("eval_"): value for name, value in measured.items()}
-    if args.table == "mitigations":
-        figures["canaries_caught"] = canaries_caught(trainer, data, encoder)
+    figures["canaries_caught"] = canaries_caught(trainer, data, encoder)
     if trainer.privacy:
         figures["epsilon"] = trainer.privacy["epsilon"]
     return {"trainable_percent": trainer.trainable_percent, **figures}
@@ -174,10 +146,8 @@ def interval(values: list[float]) -> tuple[float, float]:
 def render(content: dict) -> str:
     """The table, and paired differences to all blocks."""
     runs, settings = content["runs"], content["settings"]
-    table = settings.get("table", "tuned")
-    columns = COLUMNS[table]
     lines = [
-        f"# {TITLES[table]}",
+        "# The mitigations beside none, full fine-tune and the selected mask: the demo",
         "",
         f"{settings['max_train_steps']} steps of batch size 32 on the demo's train split, measured against its "
         f"held-out split; mean ± half width of the 95 % t interval over the seeds {settings['seeds']}. "
@@ -185,33 +155,32 @@ def render(content: dict) -> str:
         "run's own). The [mask](demo_mask.json) was found with seed 0 on the validation split, by eight trials of "
         "the quickstart's search as it was before its sampler was seeded by the trial.",
         "",
-        *([NOTES, ""] if table == "mitigations" else []),
-        "| | " + " | ".join(columns.values()) + " |",
-        "|---" * (len(columns) + 1) + "|",
+        NOTES,
+        "",
+        "| | " + " | ".join(COLUMNS.values()) + " |",
+        "|---" * (len(COLUMNS) + 1) + "|",
     ]
     for name, of_seed in runs.items():
         cells = []
-        for column in columns:
+        for column in COLUMNS:
             mean, half = interval([figures[column] for figures in of_seed.values()])
-            cells.append(f"{mean:.3g}" if column == "trainable_percent" else f"{mean:.4g} ± {half:.2g}")
+            cells.append(f"{mean:.4g} ± {half:.2g}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     everything = runs["SV-DIFF, all blocks"]
-    compared = [c for c in ("fid", "amd", "membership_auc", "canaries_caught", "loss") if c in columns]
-    others = [n for n in runs if n != "SV-DIFF, all blocks"] if table == "mitigations" else ["SV-DIFF, selected mask"]
     lines += [
         "",
         "Minus SV-DIFF in all blocks, paired by seed, with the 95 % t interval:",
         "",
-        "| | " + " | ".join(columns[column] for column in compared) + " |",
-        "|---" * (len(compared) + 1) + "|",
+        "| | " + " | ".join(COLUMNS[column] for column in COMPARED) + " |",
+        "|---" * (len(COMPARED) + 1) + "|",
     ]
-    for name in others:
+    for name in list(runs)[1:]:
         cells = []
-        for column in compared:
+        for column in COMPARED:
             mean, half = interval([runs[name][seed][column] - everything[seed][column] for seed in everything])
             cells.append(f"{mean:+.3g} ({mean - half:+.3g} to {mean + half:+.3g})")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "```bash", settings["command"], "```", ""]
+    lines += ["", "```bash", COMMAND, "```", ""]
     return "\n".join(lines)
 
 
@@ -224,16 +193,14 @@ def main(argv: list[str] | None = None) -> None:
         default=Path("docs/demo_mask.json"),
         help="the found mask and its learning rate: a JSON file, or the folder of an adapter",
     )
-    parser.add_argument("--table", choices=RESULTS, default="tuned", help="what is compared")
     parser.add_argument("--max_train_steps", type=int, default=200, help="steps of each row")
     parser.add_argument("--weights_rate", type=float, default=1e-3, help="learning rate of the rows that tune weights")
     parser.add_argument(
         "--eval_num_images", type=int, default=DEMO["eval_num_images"], help="images generated for fid and for amd"
     )
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2], help="one run of each row for each")
-    parser.add_argument("--results", type=Path, help="every run; docs/..._comparison.json when not given")
+    parser.add_argument("--results", type=Path, default=Path("docs/mitigations_comparison.json"), help="every run")
     args = parser.parse_args(argv)
-    args.results = args.results or RESULTS[args.table]
     transformers_logging.set_verbosity_error()
     table = rows(args)
     args.results.parent.mkdir(parents=True, exist_ok=True)
@@ -244,10 +211,7 @@ def main(argv: list[str] | None = None) -> None:
         "mask": table["SV-DIFF, selected mask"]["mask"],
         "eval_num_images": args.eval_num_images,
         "seeds": args.seed,
-        "command": "python training_scripts/compare_on_demo.py",
     }
-    if args.table != "tuned":
-        settings |= {"table": args.table, "command": f"{settings['command']} --table {args.table}"}
     content = {"settings": settings, "runs": {name: {} for name in table}}
     if args.results.exists():
         content = json.loads(args.results.read_text(encoding="utf-8"))
