@@ -752,10 +752,35 @@ def sweep_of(table: Path) -> dict[str, Any] | None:
     return {"runs": int((runs["trainable_parameters"] > 0).sum()), "correlations": of}
 
 
+COLORS = {
+    "base": "black",
+    "full": "tab:blue",
+    "svdiff": "tab:orange",
+    "difffit": "tab:green",
+    "attention": "tab:red",
+    "lora": "tab:purple",
+    "norm": "tab:brown",
+    "bias": "tab:olive",
+}
+MARKERS = {"": "o", "rwa": "s", "threshold": "^", "dp_sgd": "D"}
+
+
+def look(row: Row) -> dict[str, str | None]:
+    """How a row is drawn: what is tuned is the colour, a mitigation the shape, and a searched mask is hollow."""
+    tuned = "base" if row.mask == "off" else row.method.replace("weights", "full")
+    mitigation = row.mitigation[0].partition(":")[0] if row.mitigation else ""
+    return {
+        "color": COLORS[tuned],
+        "marker": "x" if row.mask == "random" else MARKERS[mitigation],
+        "mfc": "white" if row.mask == "found" else None,
+    }
+
+
 def plots(content: dict[str, Any], table: Path, folder: Path) -> None:
     """Memorization and quality of all rows of a data set, and against size over the masks of the trials."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     def figure_of(count: int) -> tuple[Figure, list[Any]]:
         figure = Figure(figsize=(6.4 * count, 4.6), dpi=130, layout="constrained")
@@ -764,15 +789,24 @@ def plots(content: dict[str, Any], table: Path, folder: Path) -> None:
 
     for data in DATA:
         runs = by_row(content, data)
-        if not runs:
+        shown = [name for name in GROUPS["main"] if name in runs]
+        if not shown:
             continue
         figure, (axes,) = figure_of(1)
-        for name in (name for name in ROWS if name in runs):
+        figure.set_size_inches(8.2, 4.8)
+        for name in shown:
             x, y = [[f[c] for f in runs[name].values() if f.get(c) is not None] for c in (QUALITY, MEMORIZATION)]
             ends = [mean_and_ends(values) or (np.mean(values),) * 3 for values in (x, y)]
             errors = [[[of[0] - of[1]], [of[2] - of[0]]] for of in ends]
-            axes.errorbar(ends[0][0], ends[1][0], xerr=errors[0], yerr=errors[1], fmt="o", ms=4, lw=0.7, alpha=0.6)
-            axes.annotate(name, (ends[0][0], ends[1][0]), fontsize=6, xytext=(3, 3), textcoords="offset points")
+            axes.errorbar(ends[0][0], ends[1][0], xerr=errors[0], yerr=errors[1], lw=0.5, ms=6, **look(ROWS[name]))
+        legend = {ROWS[name].title: {"marker": "o", "color": color} for name, color in COLORS.items()} | {
+            "all blocks": {"marker": "o", "color": "gray"},
+            "mask of MemControl": {"marker": "o", "color": "gray", "mfc": "white"},
+            "random mask": {"marker": "x", "color": "gray"},
+            **{f"with {name}": {"marker": marker, "color": "gray"} for name, marker in MARKERS.items() if name},
+        }
+        handles = [Line2D([], [], ls="", label=label, **style) for label, style in legend.items()]
+        figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
         axes.set(xlabel="fid ↓ (mean, 95 % t interval over seeds)", ylabel="membership AUC, loss ↓")
         axes.grid(alpha=0.3)
         figure.savefig(folder / f"results_{data}.png")
