@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from PIL import Image as PILImage
+from scipy.stats import t as student
 from test_analyze_trials import made_up
 
 from memcontrol_hf.report import MemorizationReport
@@ -120,17 +121,37 @@ def test_a_searched_mask_is_held_against_a_random_one(searched, clid, fid, noise
     assert said(content, "A searched mask beats a random one of its size") == verdict
 
 
+def limits(fid, of_fid):
+    """Two attacks that say less, and what fid says."""
+    below = table.Ends(-0.04, -0.06, -0.01, 3)
+    return [(below, 0.0), (below, 0.0), (fid and table.Ends(*fid, 3), of_fid)]
+
+
 def test_a_fid_that_varies_too_much_to_tell_decides_nothing():
-    below = (-0.04, -0.06, -0.01)
-    assert table.verdict([below, below], (3.0, -0.1, 6.1), 0.4) == table.UNDECIDED
-    assert table.verdict([below, below], (0.2, 0.1, 0.3), 0.4) == table.CONFIRMED
-    assert table.verdict([below, None], (0.2, 0.1, 0.3), 0.4) == table.NOT_RUN
+    assert table.verdict(limits((3.0, -0.1, 6.1), 0.4)) == table.UNDECIDED
+    assert table.verdict(limits((0.2, 0.1, 0.3), 0.4)) == table.CONFIRMED
+    assert table.verdict(limits(None, 0.4)) == table.NOT_RUN
+
+
+@pytest.mark.parametrize(
+    ("fid", "says"),
+    [
+        ((0.2, 0.1, 0.3), "–"),
+        ((0.2, -0.2, 0.6), f"5: {table.CONFIRMED}"),
+        ((0.6, 0.2, 1.0), f"5: {table.NOT_CONFIRMED}"),
+        ((0.4, -0.2, 1.0), "more than 1000"),
+    ],
+)
+def test_what_is_undecided_says_how_many_seeds_would_decide_it(fid, says):
+    assert table.outlook(limits(fid, 0.4)) == says
+    spread = 0.4 * 3**0.5 / student.ppf(0.975, 2)
+    assert student.ppf(0.975, 4) * spread / 5**0.5 < 0.2 <= student.ppf(0.975, 3) * spread / 4**0.5
 
 
 def test_differences_are_paired_by_seed():
     runs = {"a": {0: {"fid": 1.0}, 1: {"fid": 2.0}, 2: {"fid": 9.0}}, "b": {1: {"fid": 1.0}, 0: {"fid": 3.0}}}
-    mean, low, high = table.paired(runs, "a", "b", "fid")
-    assert mean == -0.5 and (high - low) / 2 == pytest.approx(1.5 * 12.7062, rel=1e-4)
+    of = table.paired(runs, "a", "b", "fid")
+    assert of.seeds == 2 and of.mean == -0.5 and (of.high - of.low) / 2 == pytest.approx(1.5 * 12.7062, rel=1e-4)
 
 
 def test_a_claim_needs_all_of_its_comparisons():

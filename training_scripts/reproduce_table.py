@@ -54,6 +54,7 @@ from datasets import DatasetDict
 from elpv import elpv_dataset
 from PIL import Image as PILImage
 from scipy.stats import spearmanr
+from scipy.stats import t as student
 from train_memcontrol import METHODS, ScriptArguments, audit_settings, settings, training_arguments
 from transformers import PrinterCallback
 from transformers import logging as transformers_logging
@@ -437,6 +438,7 @@ SHOWN = {
     "audit_extraction_rate_calibrated": "extracted, calibrated",
     "amd": "amd",
 }
+DECIDED = ("seeds to decide it", "")
 
 
 class Claim(NamedTuple):
@@ -478,7 +480,18 @@ CLAIMS = (
 )
 CAPACITY = "Less capacity, less memorization"
 Runs = dict[str, dict[int, dict[str, Any]]]  # row -> seed -> figures
-Ends = tuple[float, float, float]  # a mean and the ends of its interval
+
+
+class Ends(NamedTuple):
+    """A mean over seeds and the ends of its 95 % t interval."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+
+Limit = tuple[Ends | None, float]  # of a difference, and what it shall lie below
 
 
 def mean_and_ends(values: Sequence[float]) -> Ends | None:
@@ -486,7 +499,7 @@ def mean_and_ends(values: Sequence[float]) -> Ends | None:
     if len(values) < 2:
         return None
     mean, half = interval(list(values))
-    return mean, mean - float(half), mean + float(half)
+    return Ends(mean, mean - float(half), mean + float(half), len(values))
 
 
 def paired(runs: Runs, one: str, other: str, column: str) -> Ends | None:
@@ -507,17 +520,28 @@ def capacity(runs: Runs, column: str) -> Ends | None:
     return mean_and_ends(rhos)
 
 
-def verdict(memorization: Sequence[Ends | None], quality: Ends | None = None, margin: float = float("inf")) -> str:
-    """Of differences in memorization, which shall be below 0, and where it counts of one in fid, below a margin.
-
-    Confirmed: all their intervals lie below. Not confirmed: one lies above. Undecided otherwise.
-    """
-    limits = [(of, 0.0) for of in memorization] + ([(quality, margin)] if margin < float("inf") else [])
+def verdict(limits: Sequence[Limit]) -> str:
+    """Confirmed: all intervals lie below their limits. Not confirmed: one lies above. Undecided otherwise."""
     if any(of is None for of, _ in limits):
         return NOT_RUN
-    if any(low > limit for (_, low, _), limit in limits):
+    if any(of.low > limit for of, limit in limits):
         return NOT_CONFIRMED
-    return CONFIRMED if all(high < limit for (_, _, high), limit in limits) else UNDECIDED
+    return CONFIRMED if all(of.high < limit for of, limit in limits) else UNDECIDED
+
+
+def outlook(limits: Sequence[Limit]) -> str:
+    """Of an undecided comparison: how many seeds would decide it, and how, if means and spreads stay as they are."""
+    if verdict(limits) != UNDECIDED:
+        return "–"
+
+    def needed(of: Ends, limit: float) -> float:
+        spread = (of.high - of.mean) / student.ppf(0.975, of.seeds - 1) * of.seeds**0.5
+        halves = ((n, student.ppf(0.975, n - 1) * spread / n**0.5) for n in range(2, 1001))
+        return next((n for n, half in halves if half < abs(of.mean - limit)), np.inf)
+
+    against = [needed(of, limit) for of, limit in limits if of.mean > limit]
+    count, then = (min(against), NOT_CONFIRMED) if against else (max(needed(*of) for of in limits), CONFIRMED)
+    return f"{count}: {then}" if count < np.inf else "more than 1000"
 
 
 def overall(verdicts: Sequence[str]) -> str:
@@ -547,7 +571,9 @@ def _cell(of_seed: dict[int, dict[str, Any]], column: str, form: str) -> str:
     if len(set(values)) == 1 and column in ("trainable_percent", "adapter_bytes"):
         return form.format(values[0])
     ends = mean_and_ends(values)
-    return form.format(values[0]) if ends is None else f"{form.format(ends[0])} ± {form.format(ends[0] - ends[1])}"
+    return (
+        form.format(values[0]) if ends is None else f"{form.format(ends.mean)} ± {form.format(ends.high - ends.mean)}"
+    )
 
 
 def _extracted(of_seed: dict[int, dict[str, Any]], column: str) -> str:
@@ -562,7 +588,7 @@ def _extracted(of_seed: dict[int, dict[str, Any]], column: str) -> str:
 
 
 def _difference(ends: Ends | None) -> str:
-    return "–" if ends is None else f"{ends[0]:+.3g} ({ends[1]:+.3g} to {ends[2]:+.3g})"
+    return "–" if ends is None else f"{ends.mean:+.3g} ({ends.low:+.3g} to {ends.high:+.3g})"
 
 
 def _comparisons(runs: Runs, pairs: Sequence[tuple[str, str]], quality: bool) -> list[list[str]]:
@@ -570,10 +596,12 @@ def _comparisons(runs: Runs, pairs: Sequence[tuple[str, str]], quality: bool) ->
     lines = []
     for one, other in pairs:
         of = {column: paired(runs, one, other, column) for column in SHOWN}
-        fids = [figures[QUALITY] for figures in runs.get(other, {}).values()]
-        limit = {"margin": MARGIN * float(np.mean(fids))} if quality and fids else {}
-        said = verdict([of[MEMORIZATION], of[UNSEEN]], of[QUALITY], **limit)
-        lines.append([f"{ROWS[one].title} − {ROWS[other].title}", *map(_difference, of.values()), said])
+        limits: list[Limit] = [(of[MEMORIZATION], 0.0), (of[UNSEEN], 0.0)]
+        if quality:
+            fids = [figures[QUALITY] for figures in runs.get(other, {}).values()]
+            limits.append((of[QUALITY], MARGIN * float(np.mean(fids)) if fids else 0.0))
+        differences = map(_difference, of.values())
+        lines.append([f"{ROWS[one].title} − {ROWS[other].title}", *differences, outlook(limits), verdict(limits)])
     return lines
 
 
@@ -584,8 +612,11 @@ def claims(content: dict[str, Any]) -> dict[str, dict[str, tuple[str, list[list[
         runs = by_row(content, data)
         rhos = {column: capacity(runs, column) for column in SHOWN}
         both = [rhos[MEMORIZATION], rhos[UNSEEN]]
-        said = verdict([rho and (-rho[0], -rho[2], -rho[1]) for rho in both])  # a high correlation is what is claimed
-        line = ["rank correlation with trainable %, over rows", *map(_difference, rhos.values()), said]
+        limits = [
+            (rho and Ends(-rho.mean, -rho.high, -rho.low, rho.seeds), 0.0) for rho in both
+        ]  # high correlation is what is claimed
+        said = verdict(limits)
+        line = ["rank correlation with trainable %", *map(_difference, rhos.values()), outlook(limits), said]
         result[CAPACITY][data] = said, [line]
         for claim in CLAIMS:
             lines = _comparisons(runs, claim.pairs, claim.quality)
@@ -633,7 +664,8 @@ def render(content: dict[str, Any]) -> str:
         "that of fid below the margin. Not confirmed: one lies above. Undecided "
         "otherwise. A claim with several comparisons is confirmed when all are, and not confirmed when one is not; "
         "nothing is corrected for their number. The capacity claim: Spearman's correlations over rows without a "
-        "mitigation shall lie above 0. With three seeds only large differences are decided.",
+        "mitigation shall lie above 0. With three seeds only large differences are decided: for the others stands how "
+        "many would decide them, and how, if mean and spread stayed as they are; three seeds tell those roughly.",
         "",
     ]
     for data, (title, _) in DATA.items():
@@ -667,10 +699,14 @@ def render(content: dict[str, Any]) -> str:
             ],
         )
         others = [("transfer-mask", other) for other in TRANSFER if other != "transfer-mask"]
-        lines += _table(["difference", *SHOWN.values(), ""], _comparisons(runs, others, True))
+        lines += _table(["difference", *SHOWN.values(), *DECIDED], _comparisons(runs, others, True))
         lines += ["### What the claims rest on", ""]
         for text, of in said.items():
-            lines += [f"{text}: **{of[data][0]}**", "", *_table(["difference", *SHOWN.values(), ""], of[data][1])]
+            lines += [
+                f"{text}: **{of[data][0]}**",
+                "",
+                *_table(["difference", *SHOWN.values(), *DECIDED], of[data][1]),
+            ]
     lines += _render_sweep(content["sweep"])
     lines += [
         "",
@@ -796,9 +832,10 @@ def plots(content: dict[str, Any], table: Path, folder: Path) -> None:
         figure.set_size_inches(8.2, 4.8)
         for name in shown:
             x, y = [[f[c] for f in runs[name].values() if f.get(c) is not None] for c in (QUALITY, MEMORIZATION)]
-            ends = [mean_and_ends(values) or (np.mean(values),) * 3 for values in (x, y)]
-            errors = [[[of[0] - of[1]], [of[2] - of[0]]] for of in ends]
-            axes.errorbar(ends[0][0], ends[1][0], xerr=errors[0], yerr=errors[1], lw=0.5, ms=6, **look(ROWS[name]))
+            ends = [mean_and_ends(values) or Ends(*[float(np.mean(values))] * 3, len(values)) for values in (x, y)]
+            errors = [[[of.mean - of.low], [of.high - of.mean]] for of in ends]
+            at = [of.mean for of in ends]
+            axes.errorbar(*at, xerr=errors[0], yerr=errors[1], lw=0.5, ms=6, **look(ROWS[name]))
         legend = {ROWS[name].title: {"marker": "o", "color": color} for name, color in COLORS.items()} | {
             "all blocks": {"marker": "o", "color": "gray"},
             "mask of MemControl": {"marker": "o", "color": "gray", "mfc": "white"},
