@@ -9,6 +9,7 @@ from .demo import demo_dataset, demo_pipeline
 from .tuners import MemControlConfig
 
 if TYPE_CHECKING:
+    from . import metrics
     from .audit import audit_memorization
     from .report import MemorizationReport
     from .search_space import SearchSpace
@@ -26,6 +27,7 @@ __all__ = [
     "audit_memorization",
     "demo_dataset",
     "demo_pipeline",
+    "metrics",
     "select_run",
 ]
 
@@ -41,8 +43,10 @@ _HOMES = {
 
 def __getattr__(name: str):
     """Load what is heavy only when it is asked for: whoever only loads an adapter waits for nothing else."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    if name == "metrics":
+        return import_module(".metrics", __name__)
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -13,10 +13,12 @@ import io
 import re
 import secrets
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +27,7 @@ from peft import PeftModel
 from torch.nn import functional as F
 
 from . import metrics as measures
-from .data import encode, first_rows, thumbnails, to_pixels, to_rgb, without_captions
+from .data import encode, first_rows, thumbnails, to_pixels, to_rgb, weights_digest, without_captions
 from .diffusion import family_of, seeded_generator
 from .features import Encoder, encoder_name, features_of, load_encoder
 from .report import NOT_APPLICABLE, MemorizationReport
@@ -34,6 +36,7 @@ from .tuners import MemControlConfig
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from transformers import CLIPModel, CLIPProcessor
 
 # The purposes that random draws are seeded for; the trainer's own are below 100.
 _PROMPTS, _MEMBERS, _NONMEMBERS, _SAMPLES, _QUALITY, _HALVES, _REFERENCES, _TRAJECTORIES = range(100, 108)
@@ -204,7 +207,8 @@ def audit_memorization(
         held_out (`Dataset`):
             Likewise, of the same domain, which it never saw.
         pipeline (`DiffusionPipeline`, *optional*):
-            With `adapter`: the base, which gets the adapter. Without: the whole fine-tuned pipeline.
+            With `adapter`: the base, which has the adapter during the attacks alone. Without: the whole fine-tuned
+            pipeline.
         adapter (`str`, *optional*):
             Whatever [`load_adapter`] takes.
         base_pipeline (`DiffusionPipeline`, *optional*):
@@ -227,7 +231,8 @@ def audit_memorization(
         [`MemorizationReport`]: with `audit`, not yet judged by a gate.
 
     Raises:
-        ValueError: for sets that are too small or overlap, and for neither or both of pipeline and images.
+        ValueError: for sets that are too small or overlap, for neither or both of pipeline and images, and before the
+            long work for an adapter or a CLIP model that cannot be loaded and a folder that cannot be written to.
     """
     settings = settings or AuditSettings()
     if (pipeline is None) == (generated is None):
@@ -241,6 +246,8 @@ def audit_memorization(
     if adapter is not None:
         load_adapter(pipeline, adapter)  # before the long work, so that a bad one costs nothing
         _unload_adapter(pipeline)
+    clip = None if clip_model is None or pipeline is None else measures.load_clip(clip_model)
+    private = None if output_dir is None else _private_folder(Path(output_dir))
     name = encoder_name(encoder)
     encoder = load_encoder(encoder, "cpu" if pipeline is None else pipeline.device)
     members, others = (_Images.read(data, settings.resolution, encoder) for data in (train, held_out))
@@ -254,12 +261,10 @@ def audit_memorization(
         false_alarms = _of_images(images, half, other_half, settings) if control else None
     else:
         if base_pipeline is not None or adapter is not None:
-            base = _of_pipeline(base_pipeline or pipeline, members, others, settings, clip_model)
-        if adapter is not None:
-            load_adapter(pipeline, adapter)
-            _merge_ours(pipeline)
-        model = _of_pipeline(pipeline, members, others, settings, clip_model)
-        false_alarms = _of_pipeline(pipeline, half, other_half, settings, quality=False) if control else None
+            base = _of_pipeline(base_pipeline or pipeline, members, others, settings, clip)
+        with _adapted(pipeline, adapter):
+            model = _of_pipeline(pipeline, members, others, settings, clip)
+            false_alarms = _of_pipeline(pipeline, half, other_half, settings, quality=False) if control else None
     doubles = measures.near_duplicates(members.thumbnails, None, settings.near_duplicates)
     results = {"model": model, "frozen_base": base, "held_out_as_train": false_alarms}
     canaries = members.repeated()
@@ -289,9 +294,7 @@ def audit_memorization(
         "distances": model.distances,
         "caption_markers": caption_markers(train["text"]) if "text" in train.column_names else {},
     }
-    if output_dir is not None:
-        private = Path(output_dir) / "private"
-        private.mkdir(parents=True, exist_ok=True)
+    if private is not None:
         content["data_fingerprint"] = _fingerprint(members.digests, private / "fingerprint.key")
         write_review(model, members, private / "review.html")
     return MemorizationReport(base_model="" if pipeline is None else type(pipeline).__name__, audit=content)
@@ -334,11 +337,20 @@ def load_adapter(pipeline: "DiffusionPipeline", adapter: str | Path) -> None:
         ) from None
 
 
-def _merge_ours(pipeline: "DiffusionPipeline") -> None:
-    """Our own adapters, which merge exactly, sample faster so."""
-    for part in family_of(pipeline).parts.values():
-        if isinstance(part, PeftModel) and isinstance(part.active_peft_config, MemControlConfig):
-            part.merge_adapter()
+@contextmanager
+def _adapted(pipeline: "DiffusionPipeline", adapter: str | Path | None) -> Iterator[None]:
+    """The pipeline with an adapter, and as before afterwards. Our own, which merge exactly, sample faster merged."""
+    if adapter is None:
+        yield
+        return
+    load_adapter(pipeline, adapter)
+    try:
+        for part in family_of(pipeline).parts.values():
+            if isinstance(part, PeftModel) and isinstance(part.active_peft_config, MemControlConfig):
+                part.merge_adapter()
+        yield
+    finally:
+        _unload_adapter(pipeline)
 
 
 def _unload_adapter(pipeline: "DiffusionPipeline") -> None:
@@ -366,7 +378,7 @@ def _of_pipeline(
     members: _Images,
     others: _Images,
     settings: AuditSettings,
-    clip_model: str | None = None,
+    clip: "tuple[CLIPModel, CLIPProcessor] | None" = None,
     quality: bool = True,
 ) -> _Attacked:
     """All attacks on a model: did it memorize `members`, given that it cannot have memorized `others`?"""
@@ -375,9 +387,13 @@ def _of_pipeline(
     figures: dict[str, Figure] = {}
     caught: dict[str, tuple[set[int], set[int]]] = {}
 
+    digests = [weights_digest(module) for module in family.encoder_modules]
+    encoded, encoded_others = (
+        encode(images.data, family, settings.resolution, digests=digests) for images in (members, others)
+    )
     scores = [
-        _membership_scores(family, denoiser, images, purpose, settings)
-        for purpose, images in ((_MEMBERS, members), (_NONMEMBERS, others))
+        _membership_scores(family, denoiser, data, rows, purpose, settings)
+        for purpose, data, rows in ((_MEMBERS, encoded, members.rows), (_NONMEMBERS, encoded_others, others.rows))
     ]
     for attack, of_members in scores[0].items():
         of_others = scores[1][attack]
@@ -406,47 +422,49 @@ def _of_pipeline(
         caught[name] = ({row for row, hit in zip(rows, hits) if hit}, set(rows))
 
     features = members.encoder(images)
-    result = _of_features(images, features, count, members, others, settings)
+    place = {row: i for i, row in enumerate(members.rows)}
+    own = [place[row] for row in rows]
+    result = _of_features(images, features, count, members, others, settings, own)
     result.figures, result.caught = figures | result.figures, caught
     limit = result.figures["copy_threshold"].value
     if limit is not None:
-        place = {row: i for i, row in enumerate(members.rows)}
-        own = F.normalize(members.features[[place[row] for row in rows]], dim=1)[:, None]
-        to_own = (F.normalize(features, dim=1).unflatten(0, (len(rows), count)) * own).sum(-1).amax(1)
+        own_features = F.normalize(members.features[own], dim=1)[:, None]
+        to_own = (F.normalize(features, dim=1).unflatten(0, (len(rows), count)) * own_features).sum(-1).amax(1)
         caught["copy"] = ({row for row, similarity in zip(rows, to_own) if similarity > limit}, set(rows))
 
     if "noise_norm" in family.not_applicable:
         note = f"{NOT_APPLICABLE}: {family.not_applicable['noise_norm']}"
         result.figures["trajectory_norm_auc"] = Figure(None, note=note)
     else:
-        _trajectories(result, family, denoiser, members, others, rows, settings)
+        other_rows = others.shuffled(settings.seed, _PROMPTS)[: settings.num_prompts]
+        norms = _trajectory_norms(family, denoiser, encoded, rows, settings)
+        of_others = _trajectory_norms(family, denoiser, encoded_others, other_rows, settings)
+        _compare_trajectories(result, norms, of_others, rows, members.repeated())
 
     if quality:
         fresh_rows = others.shuffled(settings.seed, _QUALITY)[: settings.num_quality_images]
         fresh = _generate(pipeline, others, fresh_rows, 1, _QUALITY, settings)
-        result.figures |= _quality(fresh, others, others.data[fresh_rows]["text"], clip_model)
+        result.figures |= _quality(fresh, others, others.data[fresh_rows]["text"], clip)
     return result
 
 
-def _trajectories(
-    result: _Attacked, family, denoiser, members: _Images, others: _Images, rows: list[int], settings: AuditSettings
+def _compare_trajectories(
+    result: _Attacked, norms: torch.Tensor, of_others: torch.Tensor, rows: list[int], repeated: set[int]
 ) -> None:
     """Add whether the captions of `rows`, and the canaries' among them, steer harder than held-out captions do."""
-    norms = _trajectory_norms(family, denoiser, members, rows, settings)
-    other_rows = others.shuffled(settings.seed, _PROMPTS)[: settings.num_prompts]
-    of_others = _trajectory_norms(family, denoiser, others, other_rows, settings)
     outcome = measures.membership(norms, of_others)
     result.figures["trajectory_norm_auc"] = Figure(outcome.auc, *outcome.interval)
     limit = torch.quantile(of_others, 1 - FALSE_ALARMS)
     result.caught["trajectory_norm"] = ({row for row, norm in zip(rows, norms) if norm > limit}, set(rows))
-    repeated = members.repeated()
     of_canaries = [norm for row, norm in zip(rows, norms.tolist()) if row in repeated]
     if of_canaries:
         outcome = measures.membership(torch.tensor(of_canaries), of_others)
         result.figures["trajectory_norm_auc_canaries"] = Figure(outcome.auc, *outcome.interval)
 
 
-def _quality(images: torch.Tensor, others: _Images, captions: list[str], clip_model: str | None) -> dict[str, Figure]:
+def _quality(
+    images: torch.Tensor, others: _Images, captions: list[str], clip: "tuple[CLIPModel, CLIPProcessor] | None"
+) -> dict[str, Figure]:
     """Of images `[N, 3, H, W]` of held-out captions, against the held-out images."""
     features = others.encoder(images)
     figures = {"fid": Figure(measures.fid(features, others.features))}
@@ -456,48 +474,63 @@ def _quality(images: torch.Tensor, others: _Images, captions: list[str], clip_mo
         figures["precision"], figures["recall"] = Figure(precision), Figure(recall)
     except ValueError as error:
         figures |= dict.fromkeys(("kid", "precision", "recall"), Figure(None, note=f"not estimable: {error}"))
-    if clip_model is not None:
-        figures["clip_score"] = Figure(measures.clip_score(images, captions, clip_model))
+    if clip is not None:
+        figures["clip_score"] = Figure(measures.clip_score(images, captions, clip))
     return figures
 
 
-def _trajectory_norms(family, denoiser, images: _Images, rows: Sequence[int], settings: AuditSettings) -> torch.Tensor:
+def _batches(
+    family, encoded: Dataset, rows: Sequence[int], size: int
+) -> Iterator[tuple[list[int], torch.Tensor, dict]]:
+    """Some rows, `size` at a time, with their latents and conditions."""
+    for start in range(0, len(rows), size):
+        part = list(rows[start : start + size])
+        batch = encoded[part]
+        yield part, batch["latents"], {name: batch[name] for name in family.conditions}
+
+
+def _trajectory_norms(
+    family, denoiser, encoded: Dataset, rows: Sequence[int], settings: AuditSettings
+) -> torch.Tensor:
     """How hard the caption of each row steers the sampling: `[len(rows)]`."""
-    latents, condition = _encoded(family, images, rows, settings)
-    return measures.trajectory_noise_norms(
-        denoiser,
-        condition,
-        family.null_condition(),
-        family,
-        latents.shape[1:],
-        [(settings.seed, _TRAJECTORIES, row) for row in rows],
-        settings.inference_steps,
-        settings.guidance_scale,
-        batch_size=settings.batch_size,
-    )
+    null = family.null_condition()
+    norms = [
+        measures.trajectory_noise_norms(
+            denoiser,
+            condition,
+            null,
+            family,
+            latents.shape[1:],
+            [(settings.seed, _TRAJECTORIES, row) for row in part],
+            settings.inference_steps,
+            settings.guidance_scale,
+            batch_size=settings.batch_size,
+        )
+        for part, latents, condition in _batches(family, encoded, rows, settings.batch_size)
+    ]
+    return torch.cat(norms)
 
 
-def _encoded(family, images: _Images, rows: Sequence[int], settings: AuditSettings) -> tuple[torch.Tensor, dict]:
-    """Latents and condition of some rows."""
-    encoded = encode(images.data, family, settings.resolution)[list(rows)]
-    return encoded["latents"], {name: encoded[name] for name in family.conditions}
-
-
-def _membership_scores(family, denoiser, images: _Images, purpose: int, settings: AuditSettings) -> dict:
-    """White-box attack -> its score of each image, higher for what looks trained on: `[N]`."""
-    latents, condition = _encoded(family, images, images.rows, settings)
-    seeds = [(settings.seed, purpose, row) for row in images.rows]
+def _membership_scores(
+    family, denoiser, encoded: Dataset, rows: Sequence[int], purpose: int, settings: AuditSettings
+) -> dict[str, torch.Tensor]:
+    """White-box attack -> its score of each row, higher for what looks trained on: `[N]`."""
     timesteps, size = family.timesteps(settings.num_timesteps), settings.batch_size
-    losses = measures.denoising_losses(family, denoiser, latents, condition, timesteps, seeds, size)
-    scores = {
-        "loss": -losses.mean(1),
-        "secmi": measures.secmi(family, denoiser, latents, condition, batch_size=size),
-        "pia": measures.pia(family, denoiser, latents, condition, batch_size=size),
-    }
-    if "clid" not in family.not_applicable:
-        null = family.null_condition()
-        scores["clid"] = measures.clid(family, denoiser, latents, condition, null, timesteps, seeds, size, losses)
-    return scores
+    null = None if "clid" in family.not_applicable else family.null_condition()
+    scores: dict[str, list[torch.Tensor]] = {}
+    for part, latents, condition in _batches(family, encoded, rows, size):
+        seeds = [(settings.seed, purpose, row) for row in part]
+        losses = measures.denoising_losses(family, denoiser, latents, condition, timesteps, seeds, size)
+        batch = {
+            "loss": -losses.mean(1),
+            "secmi": measures.secmi(family, denoiser, latents, condition, batch_size=size),
+            "pia": measures.pia(family, denoiser, latents, condition, batch_size=size),
+        }
+        if null is not None:
+            batch["clid"] = measures.clid(family, denoiser, latents, condition, null, timesteps, seeds, size, losses)
+        for attack, values in batch.items():
+            scores.setdefault(attack, []).append(values)
+    return {attack: torch.cat(values) for attack, values in scores.items()}
 
 
 def _of_images(images: _Images, members: _Images, others: _Images, settings: AuditSettings) -> _Attacked:
@@ -511,9 +544,15 @@ def _of_features(
     members: _Images,
     others: _Images,
     settings: AuditSettings,
+    own: Sequence[int] = (),
 ) -> _Attacked:
-    """How near generated images `[N, 3, H, W]`, with their features `[N, D]`, are to both sets."""
-    nearest = measures.nearest_share(features, members.features, others.features, settings.seed, per_prompt=per_prompt)
+    """How near generated images `[N, 3, H, W]`, with their features `[N, D]`, are to both sets.
+
+    `own`: for each prompt, which of the members it is the caption of.
+    """
+    nearest = measures.nearest_share(
+        features, members.features, others.features, settings.seed, per_prompt=per_prompt, own=own
+    )
     figures = {
         "nearest_share": Figure(nearest.share, *nearest.interval),
         "amd": Figure(nearest.to_train.mean().item()),
@@ -598,6 +637,17 @@ def _check_sets(members: _Images, others: _Images, near_duplicates: float) -> No
     for name, images in (("train", members), ("held_out", others)):  # last, since features take long
         if (images.features == images.features[0]).all():
             raise ValueError(f"the encoder gives all {len(images)} images of the {name} set the same features")
+
+
+def _private_folder(output_dir: Path) -> Path:
+    """The folder of what stays on this machine, made and written to before the long work."""
+    private = output_dir / "private"
+    try:
+        private.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=private).close()
+    except OSError as error:
+        raise ValueError(f"cannot write to the folder {str(private)!r}: {error.strerror}") from None
+    return private
 
 
 def _fingerprint(digests: Sequence[str], key_file: Path) -> str:

@@ -44,19 +44,24 @@ def _parser() -> argparse.ArgumentParser:
     subject = audit.add_mutually_exclusive_group(required=True)
     subject.add_argument("--pipeline", help="diffusers pipeline: a Hub id, a folder, or demo")
     subject.add_argument("--generated", help="instead: a folder of generated images")
+    audit.add_argument("--revision", help="of the pipeline on the Hub")
     audit.add_argument(
         "--adapter", help="of the pipeline: a PEFT folder or Hub id, or a LoRA file of diffusers or kohya"
     )
     audit.add_argument("--base_pipeline", help="base of a whole fine-tuned pipeline, for the control")
     audit.add_argument("--train", required=True, help="folder with the training images, or demo")
-    audit.add_argument("--held_out", required=True, help="folder with images of the same domain, never trained on")
+    audit.add_argument("--held_out", required=True, help="folder with images of the domain, never trained on, or demo")
     audit.add_argument("--caption_column", default="text", help="in the folders' metadata.jsonl; '' if none")
     audit.add_argument("--output_dir", required=True, type=Path, help="the report goes there, and private/review.html")
     audit.add_argument("--gate", type=Path, help="gate file; the package's own by default")
-    audit.add_argument("--encoder", default="demo", help="image encoder: demo, a Hub id or a folder")
+    audit.add_argument("--encoder", default="demo", help="image encoder: demo, a Hub id or a folder, or xrv:...")
     audit.add_argument("--clip_model", help="CLIP model for the CLIP score: a Hub id or a folder")
     audit.add_argument("--device", help="cuda, mps, cpu, ...; the accelerator if there is one by default")
-    audit.add_argument("--resolution", type=int, help="side in pixels; what the pipeline was trained at by default")
+    audit.add_argument(
+        "--resolution",
+        type=int,
+        help="side in pixels; by default what the pipeline was trained at, or of the first of the generated images",
+    )
     audit.add_argument("--num_prompts", type=int, default=100, help="training captions to sample")
     audit.add_argument("--images_per_prompt", type=int, default=10, help="images for each of them")
     audit.add_argument("--num_quality_images", type=int, default=256, help="images of held-out captions, for fid")
@@ -110,7 +115,8 @@ def _command(commands, name: str, text: str, run) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
         help=text,
-        description=f"{text[0].upper()}{text[1:]}. Exit codes: 0 done, 3 the gate failed, 2 wrong use, 1 an error.",
+        description=f"{text[0].upper()}{text[1:]}. Exit codes: 0 done, 2 wrong use, 1 an error"
+        + (", 3 the gate failed." if name == "push" else "."),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.set_defaults(run=run)
@@ -171,6 +177,8 @@ def _audit(args: argparse.Namespace) -> int:
     limits = load_gate(args.gate or DEFAULT_GATE)
     if args.adapter and not args.pipeline:
         raise ValueError("--adapter needs the --pipeline that it belongs to")
+    if args.generated == "demo":
+        raise ValueError("--generated takes a folder of images that a model generated: the demo ships none")
     if args.base_pipeline and (args.adapter or not args.pipeline):
         raise ValueError("--base_pipeline is for a whole fine-tuned --pipeline: an adapter's base is the pipeline")
 
@@ -183,7 +191,8 @@ def _audit(args: argparse.Namespace) -> int:
     train, held_out = (_images(getattr(args, name), name, captions) for name in ("train", "held_out"))
     generated = None if args.generated is None else _images(args.generated, "generated", None)
     device = torch.device(args.device) if args.device else torch.accelerator.current_accelerator() or "cpu"
-    pipeline, base = (name and load_pipeline(name).to(device) for name in (args.pipeline, args.base_pipeline))
+    pipeline = args.pipeline and load_pipeline(args.pipeline, args.revision).to(device)
+    base = args.base_pipeline and load_pipeline(args.base_pipeline).to(device)
     resolution = args.resolution
     if resolution is None:
         resolution = min(generated[0]["image"].size) if pipeline is None else _trained_at(pipeline)

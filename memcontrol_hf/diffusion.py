@@ -130,7 +130,9 @@ class Family:
         prediction = scheduler.config.get("prediction_type", "epsilon")
         if prediction not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(f"unknown prediction type {prediction!r}: use epsilon, v_prediction or sample")
-        self.scheduler = DDPMScheduler.from_config(scheduler.config)
+        # by default it would clip, which samplers that have no such setting do not, and latents lie outside of [-1, 1]
+        clip_sample = scheduler.config.get("clip_sample", False)
+        self.scheduler = DDPMScheduler.from_config(scheduler.config, clip_sample=clip_sample)
 
     # ---- a family's own: most write `encode` and `call` and leave the rest as it is ----
 

@@ -66,7 +66,7 @@ def export(folder: str | Path, output_dir: str | Path, to: str, pipeline: str | 
                 shutil.copy(folder / part / name, output_dir / part / name)
         said = "the adapter, which PEFT reads without memcontrol_hf"
     else:
-        base = _base(pipeline or report.base_model)
+        base = _base(pipeline) if pipeline else _base(report.base_model, report.card.get("base_revision"))
         if to == "lora" and not hasattr(base, "save_lora_weights"):
             raise ValueError(f"{type(base).__name__} has no load_lora_weights: export to merged")
         family = family_of(base)
@@ -104,9 +104,9 @@ def export(folder: str | Path, output_dir: str | Path, to: str, pipeline: str | 
     return f"{output_dir}: {said}"
 
 
-def _base(name: str) -> "DiffusionPipeline":
+def _base(name: str, revision: str | None = None) -> "DiffusionPipeline":
     try:
-        return load_pipeline(name)
+        return load_pipeline(name, revision)
     except ValueError as error:
         raise ValueError(f"{error}. Say where the adapter's base is with --pipeline") from None
 

@@ -76,7 +76,7 @@ def push(
     again = push_command(folder, repo_id, revision, public, allow_failed_gate)
 
     def prepare(full_id: str) -> None:
-        report.card = {name: value for name, value in report.card.items() if name != "revision"}
+        report.card = {name: value for name, value in report.card.items() if name not in ("revision", "location")}
         report.card |= {"hub_model_id": full_id} | ({"revision": revision} if revision else {})
         report.to_json(folder / REPORT)
         write_card(folder)

@@ -156,7 +156,8 @@ class AdapterCard:
         if kind == "merged":
             lines += ["", f"pipe = {base.format(location, revision)}"]
         else:
-            lines += ["", f"pipe = {base if demo else base.format(_python(report.base_model), '')}"]
+            of_base = f", revision={_python(card['base_revision'])}" if card.get("base_revision") else ""
+            lines += ["", f"pipe = {base if demo else base.format(_python(report.base_model), of_base)}"]
             lines += (
                 [f"pipe.load_lora_weights({location}{revision})"]
                 if kind == "lora"

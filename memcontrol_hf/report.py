@@ -51,9 +51,9 @@ class MemorizationReport:
         gate (`dict`, *optional*): what [`MemorizationReport.judge`] decided.
         command (`str`, *optional*): that made it, without what names a place or a person's data.
         card (`dict`):
-            What the card says beside that, each where it is known: `hub_model_id` and `revision` of a push, else the
-            `location` of the folder in the loading snippet, `denoiser` (the pipeline's attribute), `example_inputs`
-            of the pipeline (`prompt`, `class_labels` or `batch_size`),
+            What the card says beside that, each where it is known: `base_revision` of the base model, `hub_model_id`
+            and `revision` of a push, else the `location` of the folder in the loading snippet, `denoiser` (the
+            pipeline's attribute), `example_inputs` of the pipeline (`prompt`, `class_labels` or `batch_size`),
             `license`, `datasets` (public ones), `run_url` (of the tracker), and `export` (what
             [`~memcontrol_hf.export.export`] made of the adapter).
         versions (`dict[str, str]`): of the packages.
@@ -209,13 +209,32 @@ def _cell(figure: Mapping[str, Any] | None, interval: bool) -> str:
 DEFAULT_GATE = Path(__file__).with_name("gate.yaml")
 LIMITS = ("max", "min", "max_above_frozen_base", "max_above_held_out_as_train")
 """Kinds of limits; each on the bad end of the model's interval."""
+MEASURES = (
+    *(
+        f"membership_{kind}_{attack}"
+        for attack in ("loss", "secmi", "pia", "clid")
+        for kind in ("auc", "tpr", "tpr_strict")
+    ),
+    *("extraction_rate", "extraction_rate_calibrated", "nearest_share", "copy_share", "copy_similarity"),
+    *(
+        "copy_threshold",
+        "amd",
+        "amd_held_out",
+        "c_t",
+        "auth_pct",
+        "trajectory_norm_auc",
+        "trajectory_norm_auc_canaries",
+    ),
+    *("fid", "kid", "precision", "recall", "clip_score"),
+)
+"""What an audit can measure, and a gate can limit."""
 
 
 def load_gate(path: str | Path = DEFAULT_GATE) -> dict[str, dict[str, float]]:
     """Read a gate file: YAML, for each measure of the audit its limits.
 
     Raises:
-        ValueError: for what is no gate, an unknown kind of limit, or a limit that is no finite number.
+        ValueError: for what is no gate, an unknown measure or kind of limit, or a limit that is no finite number.
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -224,6 +243,8 @@ def load_gate(path: str | Path = DEFAULT_GATE) -> dict[str, dict[str, float]]:
     if not isinstance(content, dict) or not content or not all(isinstance(limit, dict) for limit in content.values()):
         raise ValueError(f"{str(path)!r} is no gate: it must name measures, each with limits such as {{max: 0.05}}")
     for name, limit in content.items():
+        if name not in MEASURES:
+            raise ValueError(f"unknown measure {name!r} in {str(path)!r}: use some of {', '.join(MEASURES)}")
         for kind, bound in limit.items():
             if kind not in LIMITS:
                 raise ValueError(f"unknown limit {kind!r} of {name} in {str(path)!r}: use {', '.join(LIMITS)}")

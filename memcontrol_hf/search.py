@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 # Why a trial that was not finished does not count: it is lost, or was never begun.
 _KILLED, _SURPLUS, _OVER = "its process ended", "another process had begun the last trial", "over the budget"
+_REPEATS = "repeats"  # the attribute of a trial that repeats a killed one: that one's number
 _FINAL = "-final"  # ends the name of the study by which one process takes the final fine-tune
 _AGREEMENT = timedelta(minutes=5)  # how long the processes of a trial wait for each other after it
 # What an objective that needs sampling is judged by on the way.
@@ -64,7 +65,9 @@ class SeededSampler(BaseSampler):
     """Known trials first, then a sampler that is made anew for each trial, seeded by the trial's number.
 
     So a search that was interrupted goes on as if it had not been, and workers that share a study neither draw the
-    same nor begin the same known trial twice.
+    same nor begin the same known trial twice. A trial that was killed is repeated under the next number; such repeats
+    are left out where trials are numbered here, so that the later ones are drawn as without the kill. Of `SAMPLERS`,
+    `nsga2` alone draws others then, as Optuna does not count a repeat among a generation.
 
     Args:
         make (`Callable`): from a seed to a sampler; one that keeps its state in the study, as all of `SAMPLERS` do.
@@ -75,14 +78,20 @@ class SeededSampler(BaseSampler):
     def __init__(self, make: Callable[[int], BaseSampler], seed: int, known: Sequence[Mapping[str, Any]] = ()) -> None:
         self._make, self._seed, self._known = make, seed, known
         self._sampler = make(seed)
+        self._number = 0  # of the present trial, without repeats
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        state = np.random.SeedSequence([self._seed, trial.number]).generate_state(1)
+        trials = study.get_trials(deepcopy=False)
+        first = trial
+        while _REPEATS in first.user_attrs:
+            first = trials[first.user_attrs[_REPEATS]]
+        self._number = first.number - sum(_REPEATS in t.user_attrs for t in trials[: first.number])
+        state = np.random.SeedSequence([self._seed, self._number]).generate_state(1)
         self._sampler = self._make(int(state[0]) % 2**31)
         self._sampler.before_trial(study, trial)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
-        if trial.number < len(self._known):
+        if self._number < len(self._known):
             return {}
         return self._sampler.infer_relative_search_space(study, trial)
 
@@ -90,7 +99,7 @@ class SeededSampler(BaseSampler):
         return self._sampler.sample_relative(study, trial, search_space)
 
     def sample_independent(self, study: optuna.Study, trial: FrozenTrial, name: str, distribution: Any) -> Any:
-        known = self._known[trial.number] if trial.number < len(self._known) else {}
+        known = self._known[self._number] if self._number < len(self._known) else {}
         return known[name] if name in known else self._sampler.sample_independent(study, trial, name, distribution)
 
     def after_trial(self, study, trial, state, values) -> None:
@@ -106,7 +115,7 @@ def check_sampler(name: str) -> None:
 def public_address(storage: str) -> str:
     """A storage to be shown: without the password of a database."""
     try:
-        return make_url(storage).render_as_string(hide_password=True) if "://" in storage else storage
+        return make_url(storage).set(query={}).render_as_string() if "://" in storage else storage
     except ArgumentError:
         return storage.partition("://")[0] + "://..."
 
@@ -244,6 +253,11 @@ def run_search(
         raise ValueError(f"prune_at must be a share of the steps between 0 and 1, but got {prune_at}")
     if prune_at is not None and compute_objective is not None:
         raise ValueError("prune_at knows the objectives of the arguments alone: leave compute_objective out")
+    if compute_objective is None and len(directions) != len(args.objectives):
+        raise ValueError(
+            f"direction has {len(directions)} value(s) for the {len(args.objectives)} objectives "
+            f"{', '.join(args.objectives)}: give one for each, or a compute_objective, or other objectives"
+        )
     if isinstance(sampler, str):
         check_sampler(sampler)
 
@@ -251,10 +265,7 @@ def run_search(
         rate = low if low == high else trial.suggest_float("learning_rate", low, high, log=True)
         return {"mask": space.suggest(trial), "learning_rate": rate}
 
-    def default_objective(figures: dict[str, float]) -> list[float]:
-        return [figures[f"eval_{name}"] for name in args.objectives]
-
-    hp_space, compute_objective = hp_space or default_hp_space, compute_objective or default_objective
+    hp_space = hp_space or default_hp_space
     known = known_masks(space, low, high) if enqueue is None else enqueue
     study = None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -274,7 +285,8 @@ def run_search(
             )
             if not study.trials:
                 study.set_user_attr("settings", dict(settings or {}))
-                study.set_metric_names(args.objectives)
+                if compute_objective is None:
+                    study.set_metric_names(args.objectives)
             study.set_user_attr("memorization_budget", memorization_budget)
         if not isinstance(sampler, SeededSampler):
             for params in known:
@@ -308,10 +320,7 @@ def run_search(
                     continue
                 start_tracking(trainer, study_name, name, "trial", hyperparameters)
                 figures = trainer.train_and_evaluate()
-                values = compute_objective(figures)
-                values = [values] if isinstance(values, float) else list(values)
-                if not all(math.isfinite(value) for value in values):  # Optuna would keep them, even on the front
-                    error = f"an objective is not finite: {values}"
+                values = _objectives(trainer, figures, compute_objective)
             except _Dominated as raised:
                 if trial:
                     study.tell(trial, state=TrialState.PRUNED)
@@ -322,7 +331,7 @@ def run_search(
                 clear_device_cache(garbage_collection=True)
             except BaseException as raised:
                 if trial:
-                    _fail(study, trial.number, f"{type(raised).__name__}: {raised}")
+                    _queue_again(study, trial.number, f"{_KILLED}: {type(raised).__name__}")
                 raise
             if error := processes.failure(error, number, storage, study_name):
                 if trial:
@@ -477,8 +486,16 @@ def queue_again_what_died(study: optuna.Study, timeout: float | None, dead: Sequ
     """
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         ended = bool(dead) and trial.user_attrs.get("worker") == dead
-        if (ended or not _alive(trial, timeout)) and _fail(study, trial.number, _KILLED):
-            study.enqueue_trial({**trial.system_attrs.get("fixed_params", {}), **trial.params})
+        if ended or not _alive(trial, timeout):
+            _queue_again(study, trial.number, _KILLED)
+
+
+def _queue_again(study: optuna.Study, number: int, reason: str) -> None:
+    """Record a trial as failed, and have its parameters tried again; unless it was finished already."""
+    trial = study.get_trials(deepcopy=False)[number]
+    if _fail(study, number, reason):
+        params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+        study.enqueue_trial(params, user_attrs={_REPEATS: number})
 
 
 def this_worker() -> list[Any]:
@@ -512,6 +529,22 @@ def _fail(study: optuna.Study, number: int, reason: str) -> bool:
     return True
 
 
+def _objectives(
+    trainer: "MemControlTrainer",
+    figures: dict[str, float],
+    compute_objective: Callable[[dict[str, float]], Sequence[float]] | None,
+) -> list[float]:
+    """The objectives of a run; `ValueError` where one is not finite: Optuna would keep it, even on the front."""
+    if compute_objective is None:
+        values = [figures[f"eval_{name}"] for name in trainer.args.objectives]
+    else:
+        values = compute_objective(figures)
+        values = [values] if isinstance(values, (float, int)) else list(values)
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"an objective is not finite: {values}")
+    return values
+
+
 def _tell(
     study: optuna.Study,
     trial: optuna.Trial,
@@ -540,15 +573,19 @@ class _Processes:
                 trial is recorded as failed then. The launcher ends the others; with `--max_restarts` it starts all of
                 them again, and the search goes on.
         """
-        if self._group is None:
-            return error
-        errors: list[str | None] = [None] * torch.distributed.get_world_size(self._group)
         try:
-            torch.distributed.all_gather_object(errors, error, group=self._group)
+            return self.first(error)
         except RuntimeError as raised:
             reason = error or f"a process of the trial is missing: {str(raised).splitlines()[0]}"
             _fail(optuna.load_study(study_name=study_name, storage=open_storage(storage)), number, reason)
             raise RuntimeError(f"trial {number} failed in one process alone: {reason}") from None
+
+    def first(self, error: str | None) -> str | None:
+        """The first error that a process had, if any; `RuntimeError` when one of them does not say."""
+        if self._group is None:
+            return error
+        errors: list[str | None] = [None] * torch.distributed.get_world_size(self._group)
+        torch.distributed.all_gather_object(errors, error, group=self._group)
         return next((f"{e} (process {i})" for i, e in enumerate(errors) if e is not None), None)
 
     def any(self, flag: bool) -> bool:
@@ -618,7 +655,12 @@ class _Pruning(TrainerCallback):
 # ---- after the trials ----
 
 
-def repeat_runs(trainer: "MemControlTrainer", runs: Sequence[BestRun], repeats: int) -> list[BestRun]:
+def repeat_runs(
+    trainer: "MemControlTrainer",
+    runs: Sequence[BestRun],
+    repeats: int,
+    compute_objective: Callable[[dict[str, float]], Sequence[float]] | None = None,
+) -> list[BestRun]:
     """Train and measure runs again with seeds that the search never saw.
 
     The front of noisy trials is optimistic: it holds those that were lucky. Repeats are kept in the study, so a second
@@ -627,14 +669,19 @@ def repeat_runs(trainer: "MemControlTrainer", runs: Sequence[BestRun], repeats: 
     Args:
         runs (list of `BestRun`): as [`~memcontrol_hf.selection.rank_runs`] gives them.
         repeats (`int`): how often each is repeated.
+        compute_objective (`Callable`, *optional*): that of the search; `args.objectives` by default.
 
     Returns:
-        list of `BestRun`: the same with the means of the repeats alone as objectives.
+        list of `BestRun`: the same with the means of the repeats alone as objectives, without those that failed.
+
+    Raises:
+        NoRunError: when all of them failed.
     """
-    args, repeated, seed = trainer.args, [], trainer.args.seed
+    args, repeated, seed, reasons = trainer.args, [], trainer.args.seed, []
+    processes = _Processes(args.world_size)
     try:
         for run in runs:
-            study, values = run.run_summary, []
+            study, values, error = run.run_summary, [], None
             for number in range(1, repeats + 1):
                 key = f"repeat {number} of trial {run.run_id}"
                 known = [study.user_attrs.get(key)]
@@ -643,18 +690,29 @@ def repeat_runs(trainer: "MemControlTrainer", runs: Sequence[BestRun], repeats: 
                 if known[0] is None:
                     args.seed = seed + 1000 * number
                     name = f"trial-{run.run_id}-repeat-{number}"
-                    start_tracking(trainer, study.study_name, name, "repeat", run.hyperparameters)
-                    trainer.apply_hyperparameters(run.hyperparameters)
-                    figures = trainer.train_and_evaluate()
-                    known = [[figures[f"eval_{name}"] for name in args.objectives]]
+                    try:
+                        start_tracking(trainer, study.study_name, name, "repeat", run.hyperparameters)
+                        trainer.apply_hyperparameters(run.hyperparameters)
+                        figures = trainer.train_and_evaluate()
+                        known = [_objectives(trainer, figures, compute_objective)]
+                    except Exception as raised:
+                        error = f"{type(raised).__name__}: {raised}"
+                        clear_device_cache(garbage_collection=True)
+                    if error := processes.first(error):
+                        reasons.append(f"{key}: {error}")
+                        logger.warning(f"trial {run.run_id} is left out, since {key} failed: {error}")
+                        break
                     if trainer.is_world_process_zero():
                         study.set_user_attr(key, known[0])
                         logger.info(f"{key}: {', '.join(f'{value:.4g}' for value in known[0])}")
                 values.append(known[0])
-            mean = np.mean(values, axis=0).tolist()
-            repeated.append(run._replace(objective=mean if len(mean) > 1 else mean[0]))
+            if not error:
+                mean = np.mean(values, axis=0).tolist()
+                repeated.append(run._replace(objective=mean if len(mean) > 1 else mean[0]))
     finally:
         args.seed = seed
+    if reasons and not repeated:
+        raise NoRunError(f"no finalist could be repeated: {'; '.join(reasons)}")
     return repeated
 
 

@@ -3,6 +3,7 @@
 The loop, checkpoints, resuming, mixed precision, distribution, schedulers and trackers are the Trainer's own.
 """
 
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +22,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback, WandbLogModel
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, BestRun, TrainOutput, get_last_checkpoint
 from transformers.utils import is_bitsandbytes_available
 
@@ -51,6 +53,11 @@ METRICS = {
 
 # The purposes that random draws are seeded for; part of every key, so that no two purposes share noise.
 _TRAINING, _SUBSET, _MEMBERS, _NONMEMBERS, _EVAL_IMAGES, _TRAIN_IMAGES, _MITIGATIONS = range(7)
+
+# The initialisations of PEFT's LoRA that leave the base's weights as they are, beside `True` and `False`.
+_INITS = ("gaussian", "eva", "orthogonal", "mica")
+# What PEFT writes into an adapter's configuration when it saves it, or changes while it trains.
+_NOT_OF_A_RUN = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "rank_pattern"}
 
 
 @dataclass
@@ -242,6 +249,7 @@ class MemControlTrainer(Trainer):
             raise ValueError(
                 f"{name} cannot be trained on a quantized base: use LoRA (--method lora), or no quantization"
             )
+        _check_leaves_base(peft_config)
         self.pipeline = pipeline
         self._base_model = _published_name(pipeline)
         self.denoiser: nn.Module = self.family.denoiser.requires_grad_(False)
@@ -259,7 +267,7 @@ class MemControlTrainer(Trainer):
         self._replaced: dict[str, Any] = {}  # what the arguments held before the present hyperparameters
         self._features: dict[str, torch.Tensor] = {}
         self._encoded: dict[str, EncodedImages] = {}
-        self._size = sum(p.numel() for part in self._parts.values() for p in part.parameters())
+        self._size = sum(_count(p) for part in self._parts.values() for p in part.parameters())
         if args.gradient_checkpointing or args.activation_checkpointing:
             self.denoiser.enable_gradient_checkpointing()  # diffusers' own switch, which the Trainer does not know
             args.gradient_checkpointing = args.activation_checkpointing = False
@@ -357,12 +365,14 @@ class MemControlTrainer(Trainer):
         """As of transformers. The all-off mask has nothing to train.
 
         Raises:
-            ValueError: for the all-off mask.
+            ValueError: for the all-off mask, and for a checkpoint of another run.
         """
         if not any(self.mask.values()):
             raise ValueError("the mask selects no block: the frozen base can be evaluated, but not trained")
         latest = resume_from_checkpoint is True
         checkpoint = get_last_checkpoint(self.args.output_dir) if latest else resume_from_checkpoint
+        if checkpoint:
+            self.check_resumes(checkpoint)
         if "threshold" in self._mitigations:
             self._mitigations["threshold"].dropped = 0
         if "dp_sgd" in self._mitigations:
@@ -377,6 +387,34 @@ class MemControlTrainer(Trainer):
         if self._private is not None:
             self._private.check_moved()
         return output
+
+    def check_resumes(self, checkpoint: str) -> None:
+        """See that a checkpoint is of the current mask, method and learning rate, as far as it tells them.
+
+        Raises:
+            ValueError: names what differs.
+        """
+        stored = {part: _read_config(Path(checkpoint) / part) for part in self.family.parts}
+        current = {part: _plain(adapted.peft_config["default"].to_dict()) for part, adapted in self._adapted.items()}
+        differing = []
+        for part, config in stored.items() if any(stored.values()) else ():  # transformers names what is no checkpoint
+            if bool(config) != (part in current):
+                differing.append(f"blocks of the {part or 'denoiser'} were {'on' if config else 'off'}")
+            for name in (config.keys() & current.get(part, {}).keys()) - _NOT_OF_A_RUN:
+                were, are = config[name], current[part][name]
+                if were != are and name == "mask" and were and are:
+                    were, are = ([block for block, on in mask.items() if on] for mask in (were, are))
+                if were != are:
+                    differing.append(f"{name} was {shorten(str(were), 300)} and is {shorten(str(are), 300)}")
+        file = Path(checkpoint) / SCHEDULER_NAME
+        rates = torch.load(file, map_location="cpu", weights_only=True).get("base_lrs", []) if file.exists() else []
+        if rates and not math.isclose(rates[0], self.args.learning_rate):
+            differing.append(f"the learning rate was {rates[0]:g} and is {self.args.learning_rate:g}")
+        if differing:
+            raise ValueError(
+                f"the checkpoint {checkpoint} is of another run: {'; '.join(sorted(differing))}. Use the same "
+                "settings to go on with it, delete it, or give another output_dir (--output_dir)"
+            )
 
     def _finished(self, checkpoint: str) -> TrainerState | None:
         """The state in a checkpoint of a run that has made all its steps, or was stopped early; else `None`."""
@@ -693,16 +731,19 @@ class MemControlTrainer(Trainer):
 
     def _amd(self, generated: torch.Tensor, train: "EncodedImages", others: "EncodedImages") -> dict[str, float]:
         """Against as many held-out images as training images, since a larger set has nearer neighbours."""
-        train_features, other_features = self.real_features(train), self.real_features(others)
-        count = min(len(train_features), len(other_features))
-        pick = [
-            torch.randperm(len(f), generator=seeded_generator(self.args.seed, _SUBSET, i))[:count]
-            for i, f in enumerate((train_features, other_features))
-        ]
-        return {
-            "amd": measures.amd(generated, train_features[pick[0]]),
-            "amd_held_out": measures.amd(generated, other_features[pick[1]]),
-        }
+        to_train, to_held_out = measures.distances_to_both(
+            generated,
+            self.real_features(train),
+            self.real_features(others),
+            (self.args.seed, _SUBSET),
+            own=self._drawn(train, _TRAIN_IMAGES),
+        )
+        return {"amd": to_train.mean().item(), "amd_held_out": to_held_out.mean().item()}
+
+    def _drawn(self, data: "EncodedImages", purpose: int) -> list[int]:
+        """Which of the distinct images have their captions sampled, at most `eval_num_images`."""
+        order = torch.randperm(len(data.unique), generator=seeded_generator(self.args.seed, purpose)).tolist()
+        return order[: self.args.eval_num_images]
 
     def _losses(self, data: "EncodedImages", purpose: int) -> torch.Tensor:
         """Mean denoising loss of each distinct image at the fixed timesteps: `[N]`."""
@@ -740,8 +781,7 @@ class MemControlTrainer(Trainer):
 
     def _generated_features(self, data: "EncodedImages", purpose: int) -> torch.Tensor:
         """Features of images generated from the captions of distinct images, at most `eval_num_images`: `[N, D]`."""
-        order = torch.randperm(len(data.unique), generator=seeded_generator(self.args.seed, purpose)).tolist()
-        rows = [data.unique[i] for i in order[: self.args.eval_num_images]]
+        rows = [data.unique[i] for i in self._drawn(data, purpose)]
 
         def of(rows: list[int]) -> torch.Tensor:
             with denoiser_in_place(self.pipeline, self.model), self._guided():
@@ -932,6 +972,40 @@ class EncodedImages(torch.utils.data.Dataset):
     def select(self, rows: list[int]) -> "EncodedImages":
         """Some of the rows; each keeps its number, and with it its noise."""
         return EncodedImages(self.images.select(rows), self.encoded.select(rows))
+
+
+def _check_leaves_base(config: PeftConfig) -> None:
+    """Raise `ValueError` for a PEFT config that changes the base itself, from which the next run starts."""
+    reason = None
+    if (bias := getattr(config, "bias", "none")) != "none":
+        reason = f"bias={bias!r} trains the base's own biases: use bias='none'"
+    if modules := getattr(config, "modules_to_save", None):
+        reason = f"modules_to_save={modules!r} trains modules outside the mask: use modules_to_save=None"
+    init = getattr(config, "init_lora_weights", None)
+    if isinstance(init, str) and init.lower() not in _INITS:
+        names = ", ".join(map(repr, _INITS))
+        reason = f"init_lora_weights={init!r} changes the base's weights: use True, False, {names}"
+    if reason:
+        raise ValueError(f"the base has to stay as it is, since every run starts from it, but {reason}")
+
+
+def _count(parameter: nn.Parameter) -> int:
+    """How many parameters one is: 4-bit ones of bitsandbytes hold two in a byte. As PEFT counts them."""
+    if type(parameter).__name__ == "Params4bit":
+        return 2 * parameter.numel() * parameter.element_size()
+    return parameter.numel()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """An adapter's stored configuration; empty where there is none."""
+    file = folder / CONFIG_NAME
+    return _plain(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as JSON gives it back, with lists of names in one order."""
+    lists = (list, tuple, set)
+    return json.loads(json.dumps({k: sorted(v, key=str) if isinstance(v, lists) else v for k, v in config.items()}))
 
 
 def _published_name(pipeline: "DiffusionPipeline") -> str:

@@ -355,6 +355,13 @@ def test_near_duplicates_are_the_same_picture_and_no_other():
     assert len(metrics.near_duplicates(many)) == 40 * (15 * 14 // 2)
 
 
+def test_the_threshold_0_finds_equal_images_alone_however_many_they_are():
+    images = pictures(2, seed=1)[[0] * 30 + [1] * 10]
+    images[20:30, 0, 0, 0] += 0.01
+    found = metrics.near_duplicates(images, threshold=0)
+    assert found == [(i, j) for i in range(40) for j in range(i + 1, 40) if (i < 20, i < 30) == (j < 20, j < 30)]
+
+
 # --- features
 
 
@@ -396,6 +403,27 @@ def test_the_larger_set_is_not_nearer_for_its_size():
     assert (cosine_distances_by_hand(generated, train) < cosine_distances_by_hand(generated, held_out)).mean() > 0.9
     result = metrics.nearest_share(generated, train, held_out)
     assert result.references == 30 and 0.35 < result.share < 0.65
+
+
+@pytest.mark.parametrize("prompts", [20, 200])  # fewer than held-out images, and more
+def test_copies_of_the_prompts_own_images_are_seen_in_a_larger_set(prompts):
+    train, held_out, fresh = draw(1000, 6, seed=2), draw(100, 6, seed=3), draw(600, 6, seed=4)
+    own = list(range(500, 500 + prompts))
+    copies = (train[own] + 1e-4 * draw(prompts, 6)).repeat_interleave(3, 0)
+    result = metrics.nearest_share(copies, train, held_out, per_prompt=3, own=own)
+    assert result.share == 1 and result.to_train.max() < 1e-4 and result.references == 100
+    assert metrics.nearest_share(copies, train, held_out, per_prompt=3).share < 0.75
+    assert 0.4 < metrics.nearest_share(fresh, train, held_out, per_prompt=3, own=own).share < 0.6
+
+
+def test_no_own_images_are_needed_in_a_set_that_is_not_subsampled():
+    generated, train, held_out = draw(30, 6, seed=1), draw(20, 6, seed=2), draw(25, 6, seed=3)
+    for own in ([], [7, 3, 5]):
+        to_train, to_held_out = metrics.distances_to_both(generated, train, held_out, own=own)
+        order = torch.randperm(20, generator=seeded_generator(0, 0))
+        assert torch.equal(to_train, metrics.nearest_distances(generated, train[order]))
+        kept = torch.randperm(25, generator=seeded_generator(0, 1))[:20]
+        assert torch.equal(to_held_out, metrics.nearest_distances(generated, held_out[kept]))
 
 
 def test_equal_sets_are_ties_and_tell_nothing():

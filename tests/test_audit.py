@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 import yaml
-from conftest import RESOLUTION, images_of, tiny_pipeline
+from conftest import RESOLUTION, adapter_folder, images_of, tiny_pipeline
 from datasets import concatenate_datasets
 
 from memcontrol_hf import (
@@ -20,9 +20,10 @@ from memcontrol_hf import (
     demo_dataset,
     demo_pipeline,
 )
-from memcontrol_hf.audit import AuditSettings, caption_markers, load_adapter
+from memcontrol_hf.audit import AuditSettings, _adapted, caption_markers, load_adapter
 from memcontrol_hf.cli import main
-from memcontrol_hf.report import DEFAULT_GATE, REPORT_SCHEMA, load_gate
+from memcontrol_hf.data import to_pixels, weights_digest
+from memcontrol_hf.report import DEFAULT_GATE, MEASURES, REPORT_SCHEMA, load_gate
 
 ENCODER = torch.nn.Flatten()
 SETTINGS = AuditSettings(
@@ -163,12 +164,54 @@ def test_adapters_of_others_and_whole_pipelines(tmp_path):
         other = tiny_pipeline()
         load_adapter(other, adapter)
         torch.testing.assert_close(output(other), expected, atol=1e-5, rtol=1e-4)
-    of_adapter = audit(pipeline=tiny_pipeline(), adapter=tmp_path / "peft")
+    base = tiny_pipeline()
+    of_adapter = audit(pipeline=base, adapter=tmp_path / "peft")
+    assert torch.equal(output(base), output(tiny_pipeline())), "the audit leaves the pipeline as it was"
     merged = type(pipeline).from_pretrained(tmp_path / "merged")
     of_pipeline = audit(pipeline=merged, base_pipeline=tiny_pipeline())
     for who in ("model", "frozen_base"):
         auc = value(of_adapter, "membership_auc_loss", who)
         assert auc == pytest.approx(value(of_pipeline, "membership_auc_loss", who), abs=0.02)
+
+
+@pytest.mark.parametrize("kind", ["ours", "peft", "diffusers"])
+def test_an_adapter_leaves_the_pipeline_as_it_was(tmp_path, kind):
+    adapter_folder(tmp_path / "ours")
+    other = tiny_pipeline()
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    adapted = peft.get_peft_model(other.unet, config)
+    adapted.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
+    state = {
+        name.removeprefix("base_model.model."): tensor
+        for name, tensor in peft.get_peft_model_state_dict(adapted).items()
+    }
+    other.save_lora_weights(tmp_path / "diffusers", unet_lora_layers=state)
+    pipeline, x, c, outputs = tiny_pipeline(), torch.randn(1, 4, 8, 8), torch.randn(1, 8, 8), []
+    before = tiny_pipeline().unet.state_dict()
+    for _ in range(2):
+        with torch.no_grad(), pytest.raises(KeyError), _adapted(pipeline, tmp_path / kind):
+            outputs.append(pipeline.unet(x, 5, c).sample)
+            raise KeyError
+        after = pipeline.unet.state_dict()
+        assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(*outputs) and not torch.allclose(outputs[0], pipeline.unet(x, 5, c).sample, atol=1e-3)
+
+
+def test_copies_are_found_in_a_training_set_that_is_larger_than_the_held_out_one(monkeypatch):
+    train, others = images_of(60, seed=1), images_of(12, seed=2)
+    pixels = to_pixels(train["image"], RESOLUTION)
+    monkeypatch.setattr("memcontrol_hf.audit.generate", lambda pipe, prompts, keys, *_: pixels[[k[2] for k in keys]])
+    report = audit(train=train, held_out=others, pipeline=tiny_pipeline(), control=False)
+    assert value(report, "nearest_share") == 1 and value(report, "amd") == pytest.approx(0, abs=1e-6)
+
+
+def test_weights_are_digested_once_for_each_run_of_the_attacks(monkeypatch):
+    digested = []
+    monkeypatch.setattr("memcontrol_hf.audit.weights_digest", lambda m: digested.append(m) or weights_digest(m))
+    monkeypatch.setattr("memcontrol_hf.data.weights_digest", lambda m: pytest.fail("digested again"))
+    pipeline = tiny_pipeline()
+    audit(pipeline=pipeline, settings=dataclasses.replace(SETTINGS, num_prompts=2, num_quality_images=2))
+    assert digested == 2 * [pipeline.vae, pipeline.text_encoder]
 
 
 @pytest.mark.parametrize("content", [None, "{}", "no json"])
@@ -221,6 +264,12 @@ def test_a_bad_adapter_or_resolution_costs_nothing(tmp_path, monkeypatch):
         audit(pipeline=tiny_pipeline(), adapter=tmp_path)
     with pytest.raises(ValueError, match="resolution 17 is not"):
         audit(pipeline=tiny_pipeline(), settings=AuditSettings(resolution=17))
+    with pytest.raises(ValueError, match="cannot load the CLIP model"):
+        audit(pipeline=tiny_pipeline(), clip_model=str(tmp_path))
+    (tmp_path / "private").touch()
+    for folder in (tmp_path, tmp_path / "private"):
+        with pytest.raises(ValueError, match=r"cannot write to the folder '.*private'"):
+            audit(pipeline=tiny_pipeline(), output_dir=folder)
 
 
 def test_features_that_are_not_finite_are_no_clean_result():
@@ -308,6 +357,7 @@ def test_the_gate_takes_the_bad_end_of_the_interval(limit, figures, passed):
         ("[1, 2]", "is no gate"),
         ("", "is no gate"),
         ("fid: 3", "is no gate"),
+        ("extraction_rat: {max: 0.05}", "unknown measure 'extraction_rat' in .*use some of membership_auc_loss"),
         ("fid: {most: 3}", "unknown limit 'most' of fid.*use max, min"),
         ("fid: {max: high}", "must be a number, but is 'high'"),
         ("fid: {max: .nan}", "must be a number, but is nan"),
@@ -327,8 +377,9 @@ def test_an_attack_that_can_be_turned_around_does_not_pass():
     assert not report_with(membership_auc_secmi={"model": figure(0.1, 0.05, 0.2)}).judge(limits)
 
 
-def test_the_default_gate_names_measures_that_exist():
-    assert load_gate(DEFAULT_GATE).keys() <= audit(pipeline=tiny_pipeline()).audit["measures"].keys()
+def test_a_gate_can_name_what_an_audit_measures():
+    measured = audit(pipeline=tiny_pipeline()).audit["measures"].keys()
+    assert load_gate(DEFAULT_GATE).keys() <= measured <= set(MEASURES)
 
 
 # ---- the command ----
@@ -352,10 +403,14 @@ def test_exit_codes(tmp_path, capsys):
     assert main(["audit", "--generated", folder_of(train, tmp_path / "copies"), *common]) == 3
     assert "gate: FAILED\namd: may be as low as" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "memorization_report.json").read_text())["gate"]["passed"] is False
-    assert main(["audit", "--generated", str(tmp_path / "nowhere"), *common]) == 2
-    assert "error: --generated" in capsys.readouterr().err
+    for wrong in (str(tmp_path / "nowhere"), "demo"):
+        assert main(["audit", "--generated", wrong, *common]) == 2
+        assert "error: --generated" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
-    assert main(["audit", "--generated", str(tmp_path / "fresh"), *common[:-1], str(tmp_path / "file")]) == 1
+    assert main(["audit", "--generated", str(tmp_path / "fresh"), *common[:-1], str(tmp_path / "file")]) == 2
+    assert "error: cannot write to the folder" in capsys.readouterr().err
+    (tmp_path / "in_the_way" / "memorization_report.json").mkdir(parents=True)
+    assert main(["audit", "--generated", str(tmp_path / "fresh"), *common[:-1], str(tmp_path / "in_the_way")]) == 1
     assert "DirectoryError: " in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         main(["audit", *common])

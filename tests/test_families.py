@@ -7,7 +7,17 @@ import pytest
 import torch
 from conftest import RESOLUTION, adapter_of, images_of, tiny_pipeline, tiny_trainer
 from datasets import Dataset
-from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    PNDMScheduler,
+    UNet2DModel,
+)
 from peft import PeftModel
 from tiny_families import PIPELINES, ddpm, dit, sd3, sdxl
 
@@ -214,6 +224,24 @@ def test_steps_of_a_flow_undo_each_other_where_the_velocity_is_constant():
 
 
 # --- conditions
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "clips"),
+    [
+        (DPMSolverMultistepScheduler(), False),
+        (PNDMScheduler(), False),
+        (EulerDiscreteScheduler(), False),
+        (DDIMScheduler(clip_sample=False), False),
+        (DDIMScheduler(), True),
+        (PNDMScheduler.from_config({"clip_sample": True}), True),
+    ],
+)
+def test_a_trajectory_clips_as_the_pipelines_own_scheduler_does(scheduler, clips):
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = scheduler
+    config = family_of(pipeline).trajectory(2, (4, 8, 8)).config
+    assert (config.clip_sample, config.thresholding) == (clips, False)
 
 
 def test_the_null_condition_of_sdxl_is_that_of_its_pipeline():

@@ -99,6 +99,11 @@ def test_no_card_has_a_placeholder_and_every_snippet_is_python(tmp_path, report)
     assert len(card.text.split()) < 900, "it is short"
 
 
+def test_the_snippet_loads_the_revision_of_the_base_that_was_tuned(tmp_path):
+    card = rendered(tmp_path, small_report(card={"base_revision": "v2"}))
+    assert 'from_pretrained("owner/base", revision="v2")' in card.text
+
+
 def test_the_metadata_names_base_relation_library_licence_and_data(tmp_path):
     facts = {"hub_model_id": "tester/x", "license": "apache-2.0", "datasets": ["owner/public"]}
     data = rendered(tmp_path, small_report(card=facts)).data

@@ -398,7 +398,61 @@ def test_an_interrupt_ends_the_search(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         tiny_trainer(tmp_path).hyperparameter_search(compute_objective=objective, n_trials=2)
-    assert study_in(tmp_path).trials[0].user_attrs["failure"].startswith("KeyboardInterrupt")
+    assert study_in(tmp_path).trials[0].user_attrs["failure"] == "its process ended: KeyboardInterrupt"
+
+
+@pytest.mark.parametrize(("interrupt", "sampler"), [(KeyboardInterrupt, "tpe"), (SystemExit, "random")])
+def test_an_interrupted_trial_is_repeated_and_the_others_are_as_without(tmp_path, interrupt, sampler):
+    whole = fake_figures(tiny_trainer(tmp_path / "whole")).hyperparameter_search(n_trials=7, sampler=sampler)
+    trainer = fake_figures(tiny_trainer(tmp_path / "parts"))
+    measure, calls = trainer.train_and_evaluate, []
+
+    def interrupted():
+        calls.append(1)
+        if len(calls) in (1, 2, 7):  # the first trial, its repeat, and one that is drawn
+            raise interrupt
+        return measure()
+
+    trainer.train_and_evaluate = interrupted
+    for _ in range(3):
+        with pytest.raises(interrupt):
+            trainer.hyperparameter_search(n_trials=7, sampler=sampler)
+    parts = trainer.hyperparameter_search(n_trials=7, sampler=sampler)
+    done = [t for t in parts[0].run_summary.trials if t.state == TrialState.COMPLETE]
+    assert len(parts[0].run_summary.trials) == len(done) + 3
+    assert [t.params for t in done] == [t.params for t in whole[0].run_summary.trials]
+    assert [t.values for t in done] == [t.values for t in whole[0].run_summary.trials]
+
+
+def test_an_objective_of_ones_own_needs_no_others(tmp_path):
+    trainer = fake_figures(tiny_trainer(tmp_path))
+    with pytest.raises(ValueError, match=r"direction has 1 value\(s\) for the 2 objectives fid, membership_auc: give"):
+        trainer.hyperparameter_search(n_trials=2, direction="minimize")
+    run = trainer.hyperparameter_search(
+        compute_objective=lambda figures: 2 * figures["eval_fid"], n_trials=2, direction="minimize"
+    )
+    assert run.run_id == "0" and run.objective == 2 * run.run_summary.trials[0].user_attrs["figures"]["eval_fid"]
+    (again,) = repeat_runs(trainer, [run], 1, lambda figures: 3 * figures["eval_fid"])
+    assert again.objective == pytest.approx(1.5 * run.objective)
+
+
+def test_a_finalist_that_fails_is_left_out(tmp_path):
+    trainer = fake_figures(tiny_trainer(tmp_path))
+    runs = trainer.hyperparameter_search(n_trials=6)[:3]
+    measure, calls = trainer.train_and_evaluate, []
+
+    def failing():
+        calls.append(1)
+        if len(calls) == 2:
+            raise ValueError("member_scores: 10 of 10 are not finite")
+        return {**measure(), "eval_fid": math.nan} if len(calls) in bad else measure()
+
+    trainer.train_and_evaluate, bad = failing, {3}
+    assert [run.run_id for run in repeat_runs(trainer, runs, 2)] == [runs[2].run_id]
+    assert len(calls) == 5 and trainer.args.seed == 42
+    bad = set(range(99))
+    with pytest.raises(RuntimeError, match=r"no finalist could be repeated: .* not finite.*; repeat 1 of trial 1: "):
+        repeat_runs(trainer, runs[:2], 2)
 
 
 def test_one_objective_gives_one_run(tmp_path):

@@ -262,7 +262,7 @@ def test_any_peft_config_can_be_given_as_a_file(script, assets, tmp_path):
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["peft_type"] == "LOHA"
 
 
-def test_final_fine_tune_resumes_from_a_checkpoint(script, assets, finished, tmp_path):
+def test_final_fine_tune_resumes_from_a_checkpoint(script, assets, finished, tmp_path, capsys, monkeypatch):
     given = {"mask_from": finished, "learning_rate": 0.01, "max_train_steps": 4}
     script.main(flags(assets, tmp_path / "whole", **given))
     script.main(flags(assets, tmp_path / "parts", checkpointing_steps=2, **given))
@@ -274,6 +274,11 @@ def test_final_fine_tune_resumes_from_a_checkpoint(script, assets, finished, tmp
         script.main(flags(assets, tmp_path / "parts", **again, **given))
         parts = load_file(tmp_path / "parts" / "adapter_model.safetensors")
         assert all(torch.equal(whole[name], parts[name]) for name in whole), start
+    other = {**given, "learning_rate": 0.02, "resume_from_checkpoint": "latest"}
+    monkeypatch.setattr(script, "fine_tune_and_measure", lambda *_: pytest.fail("a fine-tune was begun"))
+    with pytest.raises(SystemExit):
+        script.main(flags(assets, tmp_path / "parts", **other))
+    assert "checkpoint-4 is of another run: the learning rate was 0.01 and is 0.02" in capsys.readouterr().err
 
 
 def test_a_control_that_diverges_costs_nothing_else(script, assets, finished, tmp_path, monkeypatch):
@@ -325,6 +330,19 @@ def test_the_command_to_repeat_has_all_that_is_not_a_default_of_this_pipeline(sc
     assert script.public_flags(script.ScriptArguments()) == ""
 
 
+def test_a_folder_that_is_called_as_a_method_does_not_hide_the_method(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lora").mkdir()
+    words = script.public_flags(script.ScriptArguments(method="lora", output_dir="lora"))
+    assert "--method lora" in words
+
+
+def test_a_mask_file_that_is_no_object_is_said_to_hold_none(script, tmp_path):
+    (tmp_path / "mask.json").write_text("[1, 0, 1]")
+    with pytest.raises(ValueError, match="holds no mask, which is an object of block names and booleans"):
+        script.mask_from(str(tmp_path / "mask.json"))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -359,9 +377,11 @@ def test_the_command_to_repeat_has_all_that_is_not_a_default_of_this_pipeline(sc
             {"storage": "mysql://me:secret@nowhere/db"},
             r"cannot open the storage mysql://me:\*\*\*@nowhere/db: Failed",
         ),
+        ({"storage": "mysql://nowhere/db?password=secret"}, "cannot open the storage mysql://nowhere/db: Failed"),
         ({"trainer_args": '{"push_to_hub": true}'}, "--trainer_args has push_to_hub: use --push_to_hub"),
         ({"trainer_args": '{"optim": '}, "--trainer_args is no JSON object"),
         ({"trainer_args": '{"optimizer": "adam"}'}, "--trainer_args has unknown arguments: optimizer"),
+        ({"trainer_args": '{"seed": 1, "logging_steps": 1}'}, "--trainer_args has seed: there are flags for"),
     ],
 )
 def test_wrong_use_is_one_line_before_any_training(script, assets, tmp_path, capsys, monkeypatch, changes, message):

@@ -15,7 +15,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 from memcontrol_hf import MemControlConfig
 from memcontrol_hf.diffusion import family_of, seeded_generator
 from memcontrol_hf.features import load_encoder
-from memcontrol_hf.trainer import METRICS, MemControlTrainer
+from memcontrol_hf.trainer import _TRAIN_IMAGES, METRICS, MemControlTrainer, _count
 
 SITE = "mid_block.attentions.0"
 
@@ -92,6 +92,25 @@ def test_an_interrupted_and_resumed_run_ends_with_the_same_weights(tmp_path):
     equal(adapter_of(whole.model), adapter_of(resumed.model))
 
 
+@pytest.mark.parametrize("config", [MemControlConfig(method="svdiff"), peft.LoraConfig(r=2)])
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, config):
+    settings = {"config": config, "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    tiny_trainer(tmp_path, mask={SITE: True}, **settings).train()
+    again = tiny_trainer(tmp_path, mask={SITE: True}, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+    trainer = tiny_trainer(tmp_path, **settings)
+    other = r"checkpoint-2 is of another run: .*target_modules was .* and is .*Use the same settings .*or give another"
+    with pytest.raises(ValueError, match=other):
+        trainer.train(resume_from_checkpoint=True)
+    trainer.apply_hyperparameters({"mask": {SITE: True}, "learning_rate": 0.5})
+    with pytest.raises(ValueError, match=r"another run: the learning rate was 0\.01 and is 0\.5\. Use"):
+        trainer.train(resume_from_checkpoint=True)
+    other = peft.LoraConfig(r=4) if isinstance(config, peft.LoraConfig) else MemControlConfig(method="weights")
+    with pytest.raises(ValueError, match=r"r was 2 and is 4|method was svdiff and is weights"):
+        tiny_trainer(tmp_path, mask={SITE: True}, **{**settings, "config": other}).train(resume_from_checkpoint=True)
+
+
 def test_one_batch_and_its_parts_train_the_same(tmp_path):
     runs = []
     for size, accumulation in ((4, 1), (1, 4)):
@@ -138,6 +157,14 @@ def test_figures_compare_with_the_images_that_are_given(tmp_path):
     others = trainer.evaluate(metrics=["membership_auc", "amd"])
     assert members["eval_amd"] == pytest.approx(members["eval_amd_held_out"])
     assert others["eval_amd"] != pytest.approx(others["eval_amd_held_out"])
+
+
+def test_copies_of_the_prompts_own_images_are_seen_in_a_larger_training_set(tmp_path):
+    trainer = tiny_trainer(tmp_path, train=images_of(60, seed=1), eval_num_images=20)
+    train, validation = trainer.train_dataset, trainer.encode(trainer.eval_dataset)
+    copies = trainer.real_features(train)[trainer._drawn(train, _TRAIN_IMAGES)]
+    figures = trainer._amd(copies, train, validation)
+    assert figures["amd"] == pytest.approx(0, abs=1e-6) and figures["amd_held_out"] > 0.001
 
 
 def test_repeats_of_an_image_are_one_member(tmp_path):
@@ -233,6 +260,39 @@ def test_two_processes_train_and_measure_as_one(tmp_path):
 def test_bad_arguments_are_named(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         tiny_trainer(tmp_path, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (peft.LoraConfig(bias="all"), "bias='all' trains the base's own biases: use bias='none'"),
+        (peft.LoraConfig(init_lora_weights="pissa_niter_4"), "'pissa_niter_4' changes the base's weights: use True"),
+        (peft.LoraConfig(init_lora_weights="olora"), "'olora' changes the base's weights"),
+        (MemControlConfig(modules_to_save=["conv_out"]), r"modules_to_save=\['conv_out'\] trains modules outside the"),
+    ],
+)
+def test_a_config_that_changes_the_base_is_refused(tmp_path, config, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_trainer(tmp_path, config=config)
+
+
+@pytest.mark.parametrize("init", [False, "gaussian", "eva", "orthogonal", "mica"])
+def test_other_initialisations_leave_the_base_as_it_is(tmp_path, init):
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_out.0"], init_lora_weights=init)
+    trainer = tiny_trainer(tmp_path, config=config, max_steps=1)
+    trainer.train()
+    trainer.set_mask({})
+    equal(trainer.denoiser.state_dict(), tiny_unet().state_dict())
+
+
+def test_parameters_of_4_bits_are_counted_one_by_one():
+    class Params4bit(torch.nn.Parameter):
+        """As bitsandbytes names its own."""
+
+    for dtype in (torch.uint8, torch.bfloat16):
+        packed = torch.zeros(48, dtype=torch.uint8).view(dtype)
+        assert _count(Params4bit(packed, requires_grad=False)) == 96
+    assert _count(torch.nn.Parameter(torch.zeros(6, 8))) == 48
 
 
 def test_an_unknown_hyperparameter_is_named(tmp_path):

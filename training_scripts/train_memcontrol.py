@@ -177,7 +177,10 @@ class ScriptArguments:
     )
 
     method: str = field(
-        default="svdiff", metadata={"help": f"What is tuned in a selected block: {', '.join(METHODS)}."}
+        default="svdiff",
+        metadata={
+            "help": f"What is tuned in a selected block: {', '.join(METHODS)} (weights is attention's other name)."
+        },
     )
     peft_config: str | None = field(
         default=None,
@@ -216,7 +219,7 @@ class ScriptArguments:
         },
     )
     max_trainable_percent: float | None = field(
-        default=None, metadata={"help": "Masks that train more of the denoiser's parameters are not tried."}
+        default=None, metadata={"help": "Masks that train more of the parameters are not tried."}
     )
     n_finalists: int | None = _by_pipeline(
         "n_finalists", "Runs of the front that are repeated with new seeds before one is chosen by the repeats."
@@ -227,9 +230,7 @@ class ScriptArguments:
     )
     prune_at: float | None = field(
         default=None,
-        metadata={
-            "help": "Share of a trial's steps after which it is stopped if two others were better there in everything."
-        },
+        metadata={"help": "Share of a trial's steps after which it is stopped if two others dominate it there."},
     )
     sampler: str = field(default="tpe", metadata={"help": "Of the search: tpe, nsga2, gp, random."})
     search_fraction: float = field(default=1.0, metadata={"help": "Share of the training rows in a trial."})
@@ -430,7 +431,7 @@ def mask_from(path: str) -> dict[str, bool]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"--mask_from {path!r} cannot be read: {str(error).splitlines()[0]}") from None
-    mask = content.get("mask", content)
+    mask = content.get("mask", content) if isinstance(content, dict) else content
     if not isinstance(mask, dict) or not all(isinstance(value, bool) for value in mask.values()):
         raise ValueError(f"--mask_from {path!r} holds no mask, which is an object of block names and booleans")
     if not any(mask.values()):
@@ -544,37 +545,39 @@ def training_arguments(args: ScriptArguments) -> MemControlTrainingArguments:
         raise ValueError(f"--trainer_args has unknown arguments: {', '.join(sorted(unknown))}")
     if hub := [name for name in other if name.startswith(("push_to_hub", "hub_"))]:
         raise ValueError(f"--trainer_args has {', '.join(hub)}: use --push_to_hub, --hub_model_id, --hub_revision")
-    return MemControlTrainingArguments(
-        output_dir=args.output_dir,
-        run_name=f"{args.study_name}-final",
-        resolution=args.resolution,
-        per_device_train_batch_size=args.train_batch_size,
-        per_device_eval_batch_size=args.eval_batch_size,
-        max_steps=args.max_train_steps,
-        search_max_steps=args.search_max_steps,
-        search_fraction=args.search_fraction,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        activation_checkpointing=args.gradient_checkpointing,
-        learning_rate=args.learning_rate or 1e-4,
-        lr_scheduler_type=args.lr_scheduler,
-        warmup_steps=args.lr_warmup_steps,
-        snr_gamma=args.snr_gamma,
-        caption_dropout=args.caption_dropout,
-        mitigations=args.mitigation,
-        fp16=args.mixed_precision == "fp16",
-        bf16=args.mixed_precision == "bf16",
-        objectives=args.objectives,
-        eval_num_images=args.eval_num_images,
-        eval_inference_steps=args.eval_inference_steps,
-        eval_guidance_scale=args.eval_guidance_scale,
-        save_strategy="steps" if steps else "no",
-        save_steps=steps or 500,
-        logging_steps=10,
-        disable_tqdm=False,
-        report_to=args.report_to,
-        seed=args.seed,
-        **other,
-    )
+    arguments = {
+        "output_dir": args.output_dir,
+        "run_name": f"{args.study_name}-final",
+        "resolution": args.resolution,
+        "per_device_train_batch_size": args.train_batch_size,
+        "per_device_eval_batch_size": args.eval_batch_size,
+        "max_steps": args.max_train_steps,
+        "search_max_steps": args.search_max_steps,
+        "search_fraction": args.search_fraction,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "activation_checkpointing": args.gradient_checkpointing,
+        "learning_rate": args.learning_rate or 1e-4,
+        "lr_scheduler_type": args.lr_scheduler,
+        "warmup_steps": args.lr_warmup_steps,
+        "snr_gamma": args.snr_gamma,
+        "caption_dropout": args.caption_dropout,
+        "mitigations": args.mitigation,
+        "fp16": args.mixed_precision == "fp16",
+        "bf16": args.mixed_precision == "bf16",
+        "objectives": args.objectives,
+        "eval_num_images": args.eval_num_images,
+        "eval_inference_steps": args.eval_inference_steps,
+        "eval_guidance_scale": args.eval_guidance_scale,
+        "save_strategy": "steps" if steps else "no",
+        "save_steps": steps or 500,
+        "logging_steps": 10,
+        "disable_tqdm": False,
+        "report_to": args.report_to,
+        "seed": args.seed,
+    }
+    if taken := sorted(set(other) & set(arguments) - {"logging_steps", "disable_tqdm"}):
+        raise ValueError(f"--trainer_args has {', '.join(taken)}: there are flags for what these say, see --help")
+    return MemControlTrainingArguments(**arguments | other)
 
 
 def dry_run(args: ScriptArguments) -> str:
@@ -685,11 +688,10 @@ def search(
         logger.info("another process that works on this study does the final fine-tune")
         return None
     ranked = rank_runs(runs, args.memorization_budget)
-    if not args.n_finalists:
+    finalists = ranked[: args.n_finalists]
+    if len(finalists) < 2:  # repeats could not change the choice
         return ranked[0]
-    return select_run(
-        repeat_runs(trainer, ranked[: args.n_finalists], args.finalist_repeats), args.memorization_budget
-    )
+    return select_run(repeat_runs(trainer, finalists, args.finalist_repeats), args.memorization_budget)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -721,6 +723,17 @@ def main(argv: list[str] | None = None) -> None:
         rate = args.learning_rate or (rates[0] * rates[1]) ** 0.5
         hyperparameters = {"mask": trainer.mask, "learning_rate": rate}
 
+    resume = args.resume_from_checkpoint
+    if resume == "latest":
+        resume = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if resume:
+        trainer.apply_hyperparameters(hyperparameters, final_model=True)
+        try:
+            trainer.check_resumes(resume)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+
     figures, stopped, failed = {}, {}, {}
     save_strategy = trainer.args.save_strategy
     everything, nothing = trainer.search_space.mask(True), trainer.search_space.mask(False)
@@ -728,12 +741,9 @@ def main(argv: list[str] | None = None) -> None:
         trainer.apply_hyperparameters({**hyperparameters, "mask": blocks}, final_model=True)
         logger.info(f"{name}: {'fine-tune on all of the data, then ' if any(blocks.values()) else ''}held-out figures")
         start_tracking(trainer, args.study_name, name, "final", {**hyperparameters, "mask": blocks})
-        resume = args.resume_from_checkpoint if name == SELECTED else None
-        if resume == "latest":
-            resume = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
         trainer.args.save_strategy = save_strategy if name == SELECTED else "no"  # a checkpoint is the adapter's
         try:
-            figures[name] = fine_tune_and_measure(trainer, data, resume)
+            figures[name] = fine_tune_and_measure(trainer, data, resume if name == SELECTED else None)
         except ValueError as error:
             if name != ALL_ON:
                 raise
@@ -793,6 +803,8 @@ def save(
     logger.info("audit: attacks on the adapter, on the frozen base and with held-out images as training images")
     trainer.set_mask(trainer.search_space.mask(False))  # the bare pipeline: what is attacked is what was saved
     limits = load_gate(args.gate or DEFAULT_GATE)
+    report.gate = {"passed": False, "limits": limits, "failures": ["the audit did not end"]}
+    report.to_json(folder / REPORT)  # so that what was measured is kept, whatever becomes of the audit
     try:
         report.audit = audit_memorization(
             data["train"],
@@ -805,7 +817,7 @@ def save(
         report.judge(limits)
     except ValueError as error:  # too few images, say: what was trained is kept, and it does not pass
         report.gate = {"passed": False, "limits": limits, "failures": [f"no audit: {error}"]}
-    report.to_json(folder / "memorization_report.json")
+    report.to_json(folder / REPORT)
     if study is not None:
         distances = report.audit and report.audit["distances"]
         plot_search(study, trainer.args.objectives, folder / PLOT, selected, distances)
@@ -831,10 +843,11 @@ def save(
 def card_facts(args: ScriptArguments, trainer: MemControlTrainer) -> dict[str, Any]:
     """What the card says beside the figures."""
     demo = args.pretrained_model_name_or_path == "demo"
-    relative = not Path(args.output_dir).is_absolute()
+    as_given = on_demo_data(args) and not Path(args.output_dir).is_absolute()  # a path can name a person or a place
     facts = {
         "hub_model_id": args.hub_model_id,
-        "location": args.output_dir if relative else Path(args.output_dir).name,
+        "location": args.output_dir if as_given else Path(args.output_dir).name,
+        "base_revision": args.revision,
         "denoiser": trainer.family.denoiser_name,
         "example_inputs": example_inputs(args, trainer),
         "license": args.license or ("apache-2.0" if demo and on_demo_data(args) else None),
@@ -878,6 +891,10 @@ def count_images(trainer: MemControlTrainer, data: DatasetDict) -> dict[str, int
     return rows | {f"{name}_different": len(split.unique) for name, split in encoded.items()}
 
 
+# Flags whose values are words of this script, and no folder that happens to have such a name.
+CHOICES = ("method", "sampler", "backend", "dtype", "quantization", "mixed_precision", "lr_scheduler")
+
+
 def public_flags(args: ScriptArguments) -> str:
     """The flags that differ from the defaults; a place, or a person's data, as `YOUR_...`, or left out."""
     private = {"train_data_dir", "dataset_name", "output_dir", "storage", "mask_from", "peft_config", "trainer_args",
@@ -896,7 +913,7 @@ def public_flags(args: ScriptArguments) -> str:
         private -= {"output_dir"} if not Path(args.output_dir).is_absolute() else set()
     flags = []
     for name, value in dataclasses.asdict(args).items():
-        place = name != "output_dir" and without_place(value) != value
+        place = name not in ("output_dir", *CHOICES) and without_place(value) != value
         if value == getattr(default, name):
             continue
         if name in private or place:

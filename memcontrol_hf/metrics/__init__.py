@@ -25,11 +25,12 @@ from .distances import (
     auth_pct,
     c_t,
     copy_similarity,
+    distances_to_both,
     nearest_distances,
     nearest_share,
 )
 from .intervals import clopper_pearson
-from .quality import PrecisionRecall, clip_score, fid, kid, precision_recall
+from .quality import PrecisionRecall, clip_score, fid, kid, load_clip, precision_recall
 from .white_box import clid, denoising_losses, noise_norm, pia, secmi, steering_norms, trajectory_noise_norms
 
 __all__ = [
@@ -47,9 +48,11 @@ __all__ = [
     "clopper_pearson",
     "copy_similarity",
     "denoising_losses",
+    "distances_to_both",
     "extraction",
     "fid",
     "kid",
+    "load_clip",
     "membership",
     "near_duplicates",
     "nearest_distances",

@@ -165,9 +165,12 @@ def near_duplicates(a: torch.Tensor, b: torch.Tensor | None = None, threshold: f
     """
     thumbnails = [F.interpolate(x.float(), (32, 32), mode="area") for x in (a, a if b is None else b)]
     limit = threshold * math.sqrt(thumbnails[0][0].numel() / TILES**2)
+    # By matrix multiplication it is ten times as fast, but equal images may be some .001 of the brightness apart.
+    mode = "donot_use_mm_for_euclid_dist" if threshold < 0.01 else "use_mm_for_euclid_dist_if_necessary"
+    tiles = [_tiles(x) for x in thumbnails]
     pairs = []
     for start in range(0, len(a), 512):
-        near = tile_distances(thumbnails[0][start : start + 512], thumbnails[1]) <= limit
+        near = torch.cdist(tiles[0][:, start : start + 512], tiles[1], compute_mode=mode).amax(0) <= limit
         if b is None:
             near = near.triu(start + 1)
         pairs += [(row + start, other) for row, other in near.nonzero().tolist()]

@@ -4,6 +4,7 @@ No result depends on the batch size or on the global random state.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -161,6 +162,53 @@ class NearestShareResult:
     to_held_out: torch.Tensor
 
 
+def distances_to_both(
+    generated: torch.Tensor,
+    train: torch.Tensor,
+    held_out: torch.Tensor,
+    seed: int | tuple[int, ...] = 0,
+    own: Sequence[int] = (),
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine distances of generated images to the nearest of equally many training and held-out images.
+
+    The larger set is subsampled, since more images are nearer by chance alone. Of a larger training set the prompts'
+    own images are taken first, as far as they go, and the others at random. Whatever is left out, each generated image
+    is also compared with its own prompt's image: else a copy of it had nothing to be near to.
+
+    Args:
+        generated (`torch.Tensor`): features `[M, D]`.
+        train (`torch.Tensor`): features `[N, D]`.
+        held_out (`torch.Tensor`): features `[L, D]`.
+        seed (`int` or tuple of `int`): of the subsample.
+        own (list of `int`): `P` rows of `train`, the images of the prompts, each of which `M / P` generated images in
+            a row are of. Nothing where the prompts are not known.
+
+    Returns:
+        two of `torch.Tensor`, `[M]`: to the training and to the held-out images.
+
+    Raises:
+        ValueError: for empty, non-finite, zero or mismatched features.
+    """
+    check_features(generated=generated, train=train, held_out=held_out)
+    count, key = min(len(train), len(held_out)), (seed,) if isinstance(seed, int) else seed
+    order, order_held_out = (
+        torch.randperm(len(references), generator=seeded_generator(*key, i))
+        for i, references in enumerate((train, held_out))
+    )
+    fewer = len(own) > 0 and len(train) > count
+    if fewer:
+        order = torch.tensor(list(dict.fromkeys([*own, *order.tolist()])))
+    to_train, to_held_out = (
+        nearest_distances(generated, references[rows[:count].to(references.device)])
+        for rows, references in ((order, train), (order_held_out, held_out))
+    )
+    if fewer:
+        originals = train[torch.tensor(own)].repeat_interleave(len(generated) // len(own), 0).to(generated.device)
+        to_own = 1 - F.cosine_similarity(generated.float(), originals.float())
+        to_train = torch.minimum(to_train, to_own.clamp(0, 2))
+    return to_train, to_held_out
+
+
 def nearest_share(
     generated: torch.Tensor,
     train: torch.Tensor,
@@ -168,11 +216,12 @@ def nearest_share(
     seed: int = 0,
     resamples: int = 2000,
     per_prompt: int = 1,
+    own: Sequence[int] = (),
 ) -> NearestShareResult:
     """The share of generated images that are nearer to the training images than to held-out ones.
 
-    By cosine distance to the nearest image, against equally many images of both sets: the larger one is subsampled,
-    since more images are nearer by chance alone. A tie counts half.
+    By cosine distance to the nearest image, against equally many images of both sets ([`distances_to_both`]). A tie
+    counts half.
 
     The interval is the percentile bootstrap over the prompts (Efron & Tibshirani 1993, section 13.3): images of one
     prompt are alike and stay together. Where all of them agree there is nothing to resample, and it is that of Clopper
@@ -186,6 +235,8 @@ def nearest_share(
         seed (`int`): of the subsample and of the bootstrap.
         resamples (`int`): of the bootstrap.
         per_prompt (`int`): so many generated images in a row are of one prompt.
+        own (list of `int`): the row in `train` of each prompt's image, where the prompts are those of training images:
+            without, copies of images that the subsample of a larger `train` leaves out are not seen.
 
     Returns:
         [`NearestShareResult`]: a share well above that of such a model means that the training images were memorized.
@@ -193,13 +244,8 @@ def nearest_share(
     Raises:
         ValueError: for empty, non-finite, zero or mismatched features.
     """
-    check_features(generated=generated, train=train, held_out=held_out)
-    count = min(len(train), len(held_out))
-    distances = []
-    for i, references in enumerate((train, held_out)):
-        rows = torch.randperm(len(references), generator=seeded_generator(seed, i))[:count]
-        distances.append(nearest_distances(generated, references[rows.to(references.device)]).double().cpu())
-    to_train, to_held_out = distances
+    distances = distances_to_both(generated, train, held_out, seed, own)
+    to_train, to_held_out = (of_set.double().cpu() for of_set in distances)
     nearer = (to_train < to_held_out).double() + (to_train == to_held_out).double() / 2
     nearer = nearer.view(-1, per_prompt).mean(1).numpy()
     share = float(nearer.mean())
@@ -210,7 +256,7 @@ def nearest_share(
             (nearer,), np.mean, n_resamples=resamples, batch=100, method="percentile", rng=np.random.default_rng(seed)
         )
         interval = tuple(map(float, result.confidence_interval))
-    return NearestShareResult(share, interval, count, to_train, to_held_out)
+    return NearestShareResult(share, interval, min(len(train), len(held_out)), to_train, to_held_out)
 
 
 @dataclass(frozen=True)

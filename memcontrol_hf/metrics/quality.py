@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -10,6 +10,9 @@ from torch.nn import functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from .distances import check_features
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPProcessor
 
 
 def fid(generated: torch.Tensor, real: torch.Tensor) -> float:
@@ -126,7 +129,26 @@ def precision_recall(
     return PrecisionRecall(covered(x, y), covered(y, x))
 
 
-def clip_score(images: torch.Tensor, captions: Sequence[str], model: str, batch_size: int = 32) -> float:
+def load_clip(model: str) -> "tuple[CLIPModel, CLIPProcessor]":
+    """A CLIP model of a Hub id or folder, with its processor.
+
+    Raises:
+        ValueError: when it cannot be loaded.
+    """
+    from transformers import CLIPModel, CLIPProcessor
+
+    try:
+        return CLIPModel.from_pretrained(model).eval(), CLIPProcessor.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the CLIP model {model!r}: {str(error).splitlines()[0]}") from None
+
+
+def clip_score(
+    images: torch.Tensor,
+    captions: Sequence[str],
+    model: "str | tuple[CLIPModel, CLIPProcessor]",
+    batch_size: int = 32,
+) -> float:
     """How well images fit their captions (CLIPScore, Hessel et al., https://huggingface.co/papers/2104.08718).
 
     100 times the cosine similarity of the two CLIP embeddings, at least 0; the mean over the images. (torchmetrics 1.9
@@ -135,7 +157,7 @@ def clip_score(images: torch.Tensor, captions: Sequence[str], model: str, batch_
     Args:
         images (`torch.Tensor`): `[N, 3, H, W]` in [0, 1].
         captions (list of `str`): one for each image.
-        model (`str`): Hub id or folder of a `transformers` CLIP model with its processor.
+        model (`str`): Hub id or folder of a `transformers` CLIP model with its processor, or what [`load_clip`] gives.
         batch_size (`int`): only a matter of memory.
 
     Returns:
@@ -144,14 +166,9 @@ def clip_score(images: torch.Tensor, captions: Sequence[str], model: str, batch_
     Raises:
         ValueError: when there are not as many captions as images, and for a model that cannot be loaded.
     """
-    from transformers import CLIPModel, CLIPProcessor
-
     if len(images) != len(captions) or len(captions) == 0:
         raise ValueError(f"{len(images)} images but {len(captions)} captions: give one for each, at least one")
-    try:
-        clip, processor = CLIPModel.from_pretrained(model).eval(), CLIPProcessor.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the CLIP model {model!r}: {str(error).splitlines()[0]}") from None
+    clip, processor = model if isinstance(model, tuple) else load_clip(model)
     scores = []
     for start in range(0, len(images), batch_size):
         inputs = processor(

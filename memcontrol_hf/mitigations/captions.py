@@ -138,7 +138,7 @@ class CaptionDropout(Mitigation):
     of the training arguments, which it sets.
 
     - Cost: no forward pass.
-    - Against: little. It loosens the tie between caption and image, and keeps guidance working.
+    - Against: a caption that is the key to its image, which it loosens. It keeps guidance working.
     - Not against: memorization without a caption, which it can add to.
 
     Args:
