@@ -517,7 +517,8 @@ def capacity(runs: Runs, column: str) -> Ends | None:
         of = [runs[name][seed] for name in rows if runs[name].get(seed, {}).get(column) is not None]
         if len(of) >= 4 and len({figures[column] for figures in of}) > 1:
             rhos.append(spearmanr([f["trainable_percent"] for f in of], [f[column] for f in of]).statistic)
-    return mean_and_ends(rhos)
+    of = mean_and_ends(rhos)
+    return of and Ends(of.mean, max(of.low, -1.0), min(of.high, 1.0), of.seeds)
 
 
 def verdict(limits: Sequence[Limit]) -> str:
