@@ -80,6 +80,15 @@ def test_the_published_cards_show_the_committed_runs(data):
     assert report.card.get("over_seeds") == table.over_seeds(content, data)
 
 
+def test_the_readme_shows_the_committed_runs_and_verdicts():
+    content = json.loads((ROOT / "docs" / "results.json").read_text(encoding="utf-8"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for row in table.over_seeds(content, "demo")["table"]:
+        assert f"| {' | '.join(row)} |" in text
+    for claim, of in table.claims(content).items():
+        assert f"| {claim} | {' | '.join(verdict for verdict, _ in of.values())} |" in text
+
+
 def test_a_card_gets_the_rows_of_its_data_set_once_all_have_several_seeds(tmp_path):
     rows = dict.fromkeys(table.CARD_ROWS, 0.6)
     assert table.over_seeds(results(dict.fromkeys(table.CARD_ROWS[1:], 0.6)), "demo") is None
