@@ -57,7 +57,8 @@ _TRAINING, _SUBSET, _MEMBERS, _NONMEMBERS, _EVAL_IMAGES, _TRAIN_IMAGES, _MITIGAT
 # The initialisations of PEFT's LoRA that leave the base's weights as they are, beside `True` and `False`.
 _INITS = ("gaussian", "eva", "orthogonal", "mica")
 # What PEFT writes into an adapter's configuration when it saves it, or changes while it trains.
-_NOT_OF_A_RUN = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "rank_pattern"}
+_NOT_OF_A_RUN = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "rank_pattern",
+                 "search"}  # fmt: skip
 
 
 @dataclass
