@@ -210,22 +210,24 @@ DEFAULT_GATE = Path(__file__).with_name("gate.yaml")
 LIMITS = ("max", "min", "max_above_frozen_base", "max_above_held_out_as_train")
 """Kinds of limits; each on the bad end of the model's interval."""
 MEASURES = (
-    *(
-        f"membership_{kind}_{attack}"
-        for attack in ("loss", "secmi", "pia", "clid")
-        for kind in ("auc", "tpr", "tpr_strict")
-    ),
-    *("extraction_rate", "extraction_rate_calibrated", "nearest_share", "copy_share", "copy_similarity"),
-    *(
-        "copy_threshold",
-        "amd",
-        "amd_held_out",
-        "c_t",
-        "auth_pct",
-        "trajectory_norm_auc",
-        "trajectory_norm_auc_canaries",
-    ),
-    *("fid", "kid", "precision", "recall", "clip_score"),
+    *(f"membership_{kind}_{by}" for by in ("loss", "secmi", "pia", "clid") for kind in ("auc", "tpr", "tpr_strict")),
+    "extraction_rate",
+    "extraction_rate_calibrated",
+    "nearest_share",
+    "copy_share",
+    "copy_similarity",
+    "copy_threshold",
+    "amd",
+    "amd_held_out",
+    "c_t",
+    "auth_pct",
+    "trajectory_norm_auc",
+    "trajectory_norm_auc_canaries",
+    "fid",
+    "kid",
+    "precision",
+    "recall",
+    "clip_score",
 )
 """What an audit can measure, and a gate can limit."""
 

@@ -105,10 +105,9 @@ def measure(row: dict, seed: int, args: argparse.Namespace) -> dict[str, float]:
         mask=mask,
         encoder=encoder,
     )
-    figures = {}
     started = time.process_time()  # so that other work on the machine does not count
     trainer.train()
-    figures["seconds_per_step"] = (time.process_time() - started) / trainer.state.global_step
+    figures = {"seconds_per_step": (time.process_time() - started) / trainer.state.global_step}
     measured = trainer.evaluate(data["held_out"], metrics=["fid", "amd", "membership_auc"])
     figures |= {name.removeprefix("eval_"): value for name, value in measured.items()}
     figures["canaries_caught"] = canaries_caught(trainer, data, encoder)

@@ -134,7 +134,7 @@ class ExtractionResult:
     calibrated_interval: tuple[float, float] | None = None
 
 
-def tile_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def tile_distances(a: torch.Tensor, b: torch.Tensor, exact: bool = False) -> torch.Tensor:
     """Pairwise distance of images: the largest Euclidean distance over 4 x 4 tiles at the same place.
 
     Of Carlini et al. (https://huggingface.co/papers/2301.13188), without their division by the number of values.
@@ -142,11 +142,14 @@ def tile_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     Args:
         a (`torch.Tensor`): images `[M, C, H, W]`; H and W multiples of 4.
         b (`torch.Tensor`): images `[N, C, H, W]`.
+        exact (`bool`): without matrix multiplication, which is ten times as fast, but by which equal images may be
+            some .001 of the brightness apart.
 
     Returns:
         `torch.Tensor`: `[M, N]`.
     """
-    return torch.cdist(_tiles(a), _tiles(b)).amax(0)
+    mode = "donot_use_mm_for_euclid_dist" if exact else "use_mm_for_euclid_dist_if_necessary"
+    return torch.cdist(_tiles(a), _tiles(b), compute_mode=mode).amax(0)
 
 
 def near_duplicates(a: torch.Tensor, b: torch.Tensor | None = None, threshold: float = 0.05) -> list[tuple[int, int]]:
@@ -165,12 +168,9 @@ def near_duplicates(a: torch.Tensor, b: torch.Tensor | None = None, threshold: f
     """
     thumbnails = [F.interpolate(x.float(), (32, 32), mode="area") for x in (a, a if b is None else b)]
     limit = threshold * math.sqrt(thumbnails[0][0].numel() / TILES**2)
-    # By matrix multiplication it is ten times as fast, but equal images may be some .001 of the brightness apart.
-    mode = "donot_use_mm_for_euclid_dist" if threshold < 0.01 else "use_mm_for_euclid_dist_if_necessary"
-    tiles = [_tiles(x) for x in thumbnails]
     pairs = []
     for start in range(0, len(a), 512):
-        near = torch.cdist(tiles[0][:, start : start + 512], tiles[1], compute_mode=mode).amax(0) <= limit
+        near = tile_distances(thumbnails[0][start : start + 512], thumbnails[1], exact=threshold < 0.01) <= limit
         if b is None:
             near = near.triu(start + 1)
         pairs += [(row + start, other) for row, other in near.nonzero().tolist()]
