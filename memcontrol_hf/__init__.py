@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from . import metrics
     from .audit import audit_memorization
     from .report import MemorizationReport
+    from .search import select_run
     from .search_space import SearchSpace
-    from .selection import select_run
-    from .trainer import MemControlTrainer, MemControlTrainingArguments
+    from .trainer import MemControlTrainer
+    from .training_arguments import MemControlTrainingArguments
 
 __version__ = "0.1.0.dev0"
 
@@ -33,11 +34,11 @@ __all__ = [
 
 _HOMES = {
     "MemControlTrainer": "trainer",
-    "MemControlTrainingArguments": "trainer",
+    "MemControlTrainingArguments": "training_arguments",
     "MemorizationReport": "report",
     "SearchSpace": "search_space",
     "audit_memorization": "audit",
-    "select_run": "selection",
+    "select_run": "search",
 }
 
 

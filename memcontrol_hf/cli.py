@@ -131,14 +131,14 @@ def _hub_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _card(args: argparse.Namespace) -> int:
-    from .model_card import write_card
+    from .report.card import write_card
 
     print(f"card: {write_card(args.folder)}")
     return PASSED
 
 
 def _push(args: argparse.Namespace) -> int:
-    from .hub import GateFailed, push
+    from .publish.hub import GateFailed, push
 
     try:
         address = push(
@@ -156,7 +156,7 @@ def _push(args: argparse.Namespace) -> int:
 
 
 def _push_mask(args: argparse.Namespace) -> int:
-    from .hub import push_mask
+    from .publish.hub import push_mask
 
     address = push_mask(args.folder, args.hub_model_id, revision=args.hub_revision, public=args.hub_public)
     print(f"pushed: {address}")
@@ -164,7 +164,7 @@ def _push_mask(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from .export import export
+    from .publish.export import export
 
     exported = export(args.folder, args.output_dir, args.to, pipeline=args.pipeline, rank=args.rank)
     print(exported)
@@ -172,7 +172,8 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _audit(args: argparse.Namespace) -> int:
-    from .report import DEFAULT_GATE, load_gate, plot_distances
+    from .report import DEFAULT_GATE, load_gate
+    from .report.plots import plot_distances
 
     limits = load_gate(args.gate or DEFAULT_GATE)
     if args.adapter and not args.pipeline:
@@ -185,7 +186,7 @@ def _audit(args: argparse.Namespace) -> int:
     import torch
 
     from .audit import AuditSettings, audit_memorization
-    from .diffusion import load_pipeline
+    from .families import load_pipeline
 
     captions = (args.caption_column or None) if args.pipeline else None
     train, held_out = (_images(getattr(args, name), name, captions) for name in ("train", "held_out"))
@@ -250,7 +251,7 @@ def _images(name: str, split: str, caption_column: str | None) -> "Dataset":
 
 
 def _trained_at(pipeline) -> int:
-    from .diffusion import family_of
+    from .families import family_of
 
     return family_of(pipeline).trained_at
 

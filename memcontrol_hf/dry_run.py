@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .demo import DEMO_PIPELINE
-from .diffusion import Family, family_of
+from .families import Family, family_of
 from .tuners import MemControlConfig
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .diffusion import family_of, seeded_generator
+from .families import family_of
+from .randomness import seeded_generator
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -183,16 +183,6 @@ class SearchSpace:
         return first if first in self.text_encoders else ""
 
 
-def block_map(mask: Mapping[str, bool]) -> list[tuple[str, str]]:
-    """A mask to look at: for each part of the model its blocks in order, ■ for on and □ for off."""
-    rows: dict[str, str] = {}
-    for name, on in mask.items():
-        part = re.match(r"(.+?)\.attentions\.\d+|(.*transformer_blocks|text_encoder.*\.(?:layers|block))\.\d+$", name)
-        key = (part[1] or part[2]) if part else name
-        rows[key] = rows.get(key, "") + ("■" if on else "□")
-    return list(rows.items())
-
-
 def _stage(name: str) -> int:
     """A UNet registers its middle block last: down, middle, up is the way of the data. Text encoders follow."""
     stage = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}.get(name.split(".")[0], 0)

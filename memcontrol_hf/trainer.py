@@ -5,10 +5,9 @@ The loop, checkpoints, resuming, mixed precision, distribution, schedulers and t
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
@@ -20,36 +19,30 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState
 from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback, WandbLogModel
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, BestRun, TrainOutput, get_last_checkpoint
-from transformers.utils import is_bitsandbytes_available
 
 from . import metrics as measures
-from .data import encode, unique_rows, weights_digest
+from .data import EncodedImages, encode, weights_digest
 from .demo import DEMO_PIPELINE
-from .diffusion import Condition, family_of, null_like, seeded_generator
-from .features import Encoder, features_of, load_encoder
+from .encoders import Encoder, features_of, load_encoder
+from .evaluation import METRICS, check_objectives
+from .families import Condition, family_of, null_like
 from .mitigations import Conditions, EarlyStopCallback, PrivateGradients, parse_mitigations, per_sample_gradients
-from .ray_workers import run_search_on_ray
+from .randomness import seeded_generator
 from .sampling import denoiser_in_place, generate
 from .search import run_search
+from .search.ray import run_search_on_ray
 from .search_space import SearchSpace
+from .training_arguments import MemControlTrainingArguments, is_place
 from .tuners import MemControlConfig
 
 if TYPE_CHECKING:
     import optuna
     from diffusers import DiffusionPipeline
 
-METRICS = {
-    "fid": "minimize",
-    "amd": "maximize",
-    "membership_auc": "minimize",
-    "noise_norm": "minimize",
-    "loss": "minimize",
-}
-"""What [`MemControlTrainer.evaluate`] can measure, and which way is better."""
 
 # The purposes that random draws are seeded for; part of every key, so that no two purposes share noise.
 _TRAINING, _SUBSET, _MEMBERS, _NONMEMBERS, _EVAL_IMAGES, _TRAIN_IMAGES, _MITIGATIONS = range(7)
@@ -61,96 +54,10 @@ _NOT_OF_A_RUN = {"auto_mapping", "base_model_name_or_path", "inference_mode", "p
                  "search"}  # fmt: skip
 
 
-@dataclass
-class MemControlTrainingArguments(TrainingArguments):
-    """The arguments of transformers' Trainer, and those of a diffusion model's fine-tune and its measures.
-
-    Args:
-        resolution (`int`):
-            Side of the images in pixels.
-        snr_gamma (`float`, *optional*):
-            Min-SNR weighting of the loss (https://huggingface.co/papers/2303.09556); 5 is usual, none by default.
-        caption_dropout (`float`):
-            Share of the captions that training replaces by the empty one, so that guidance keeps working.
-        mitigations (`list[str]`):
-            Further means against memorization, each `NAME[:arguments]`; see `memcontrol_hf.mitigations`. They hold for
-            every training, those of a search's trials too.
-        search_fraction (`float`):
-            Share of the training rows that each trial of a search is trained on.
-        search_max_steps (`int`, *optional*):
-            Steps of a trial; `max_steps` when not given.
-        objectives (`list[str]`):
-            The search's objectives: names out of `memcontrol_hf.trainer.METRICS`, quality first.
-        eval_num_images (`int`):
-            How many images are generated for `fid` and as many for `amd`, at most one for each caption.
-        eval_inference_steps (`int`):
-            Sampling steps of these images.
-        eval_guidance_scale (`float`):
-            Their guidance scale.
-        eval_num_timesteps (`int`):
-            How many fixed timesteps the membership attack and the noise norm use.
-    """
-
-    resolution: int = field(default=512, metadata={"help": "Side of the images in pixels."})
-    snr_gamma: float | None = field(default=None, metadata={"help": "Min-SNR weighting of the loss; 5 is usual."})
-    caption_dropout: float = field(default=0.0, metadata={"help": "Share of captions replaced by the empty one."})
-    mitigations: list[str] = field(default_factory=list, metadata={"help": "Each NAME[:arguments]."})
-    search_fraction: float = field(default=1.0, metadata={"help": "Share of the training rows used in a trial."})
-    search_max_steps: int | None = field(default=None, metadata={"help": "Steps of a trial of the search."})
-    objectives: list[str] = field(
-        default_factory=lambda: ["fid", "membership_auc"],
-        metadata={"help": "Objectives of the search, quality first."},
-    )
-    eval_num_images: int = field(default=128, metadata={"help": "Images generated for fid and for amd."})
-    eval_inference_steps: int = field(default=20, metadata={"help": "Sampling steps of these images."})
-    eval_guidance_scale: float = field(default=7.5, metadata={"help": "Guidance scale of these images."})
-    eval_num_timesteps: int = field(default=5, metadata={"help": "Timesteps of the membership attack."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The denoiser's inputs are made here."})
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "All adapter parts are used."})
-
-    def __post_init__(self) -> None:
-        check_objectives(self.objectives)
-        mitigations = parse_mitigations(self.mitigations)
-        if dropout := mitigations.get("caption_dropout"):
-            self.caption_dropout = dropout.p
-        if guidance := mitigations.get("anti_memorization_guidance"):
-            guidance.check(self.eval_guidance_scale)
-        for name in ("caption_dropout", "search_fraction"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1 or (name == "search_fraction" and value == 0):
-                raise ValueError(f"{name} must be a share between 0 and 1, but got {value}")
-        for name in ("eval_num_images", "eval_inference_steps", "eval_num_timesteps", "resolution"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, but got {getattr(self, name)}")
-        super().__post_init__()
-        if "bnb" in self.optim and not is_bitsandbytes_available():
-            raise ValueError(f"the optimizer {self.optim.value} needs bitsandbytes: pip install bitsandbytes")
-        if dp_sgd := mitigations.get("dp_sgd"):
-            dp_sgd.check(self, mitigations)
-            self.max_grad_norm = 0.0  # it clips the gradients itself, before the noise
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
-
-    def to_dict(self) -> dict[str, Any]:
-        """As of transformers, for trackers: of a path on this machine only its last part."""
-        return {
-            name: Path(value).name if isinstance(value, str) and _is_place(value) else value
-            for name, value in super().to_dict().items()
-        }
-
-
 def check_backend(backend: str) -> None:
     """Raise `ValueError` for a backend of a search that is neither `optuna` nor `ray`."""
     if backend not in ("optuna", "ray"):
         raise ValueError(f"backend {backend!r} is not supported: use 'optuna' or 'ray'")
-
-
-def check_objectives(objectives: list[str]) -> None:
-    """Raise `ValueError` for an objective that is no metric, one named twice, and none at all."""
-    unknown = [name for name in objectives if name not in METRICS]
-    if unknown or not objectives:
-        raise ValueError(f"unknown objective(s) {', '.join(unknown) or '(none)'}: use some of {', '.join(METRICS)}")
-    if len(set(objectives)) < len(objectives):
-        raise ValueError(f"an objective is named twice: {', '.join(objectives)}")
 
 
 class _LossProgressCallback(ProgressCallback):
@@ -216,7 +123,7 @@ class MemControlTrainer(Trainer):
         mask (`dict[str, bool]`, *optional*):
             Of the first fine-tune; every block by default.
         encoder (`str` or `nn.Module`):
-            For `fid` and `amd`; see [`~memcontrol_hf.features.load_encoder`].
+            For `fid` and `amd`; see [`~memcontrol_hf.encoders.load_encoder`].
         callbacks (list of `TrainerCallback`, *optional*):
             As of transformers.
     """
@@ -580,7 +487,7 @@ class MemControlTrainer(Trainer):
         private: bool | None = None,
         allow_failed_gate: bool = False,
     ) -> str | None:
-        """Save the adapter and upload it with the report in `output_dir` and the card: [`~memcontrol_hf.hub.push`].
+        """Save the adapter and upload it with its report and card: [`~memcontrol_hf.publish.hub.push`].
 
         Without a report there, the card says that nothing was measured.
 
@@ -595,8 +502,8 @@ class MemControlTrainer(Trainer):
         Raises:
             ValueError: for a token, and for a report of another mask than the trainer's.
         """
-        from .hub import push  # what is published knows the trainer's results, not the other way round
-        from .model_card import REPORT
+        from .adapter_folder import REPORT
+        from .publish.hub import push
         from .report import MemorizationReport
 
         if token is not None or self.args.hub_token is not None:
@@ -865,7 +772,7 @@ class MemControlTrainer(Trainer):
             backend (`str`):
                 `"optuna"`: the trials are run here. `"ray"`: by `num_workers` processes that Ray places on its
                 cluster, with the `resources_per_trial` of transformers; see
-                [`~memcontrol_hf.ray_workers.run_search_on_ray`]. The study and the result are the same.
+                [`~memcontrol_hf.search.ray.run_search_on_ray`]. The study and the result are the same.
             hp_name (`Callable`, *optional*):
                 From a trial to the name of its run in trackers.
             **kwargs:
@@ -952,29 +859,6 @@ class MemControlTrainer(Trainer):
         self.set_mask(hyperparameters.get("mask", self.mask))
 
 
-class EncodedImages(torch.utils.data.Dataset):
-    """A dataset beside its cached latents and text embeddings; what training reads are the latter."""
-
-    def __init__(self, images: Dataset, encoded: Dataset):
-        self.images = images
-        self.encoded = encoded
-        self.unique = unique_rows(encoded)
-
-    def __len__(self) -> int:
-        return len(self.encoded)
-
-    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
-        return self.encoded[row]
-
-    def __getitems__(self, rows: list[int]) -> list[dict[str, torch.Tensor]]:
-        batch = self.encoded[rows]  # one read for a whole batch
-        return [{name: column[i] for name, column in batch.items()} for i in range(len(rows))]
-
-    def select(self, rows: list[int]) -> "EncodedImages":
-        """Some of the rows; each keeps its number, and with it its noise."""
-        return EncodedImages(self.images.select(rows), self.encoded.select(rows))
-
-
 def _check_leaves_base(config: PeftConfig) -> None:
     """Raise `ValueError` for a PEFT config that changes the base itself, from which the next run starts."""
     reason = None
@@ -1014,12 +898,7 @@ def _published_name(pipeline: "DiffusionPipeline") -> str:
     name = str(getattr(pipeline, "name_or_path", None) or "")
     if Path(name) == DEMO_PIPELINE:
         return "demo"
-    return Path(name).name if _is_place(name) else name
-
-
-def _is_place(text: str) -> bool:
-    """Whether a text is a path on this machine."""
-    return Path(text).is_absolute() or os.path.exists(text)
+    return Path(name).name if is_place(name) else name
 
 
 def _collate(examples: list[dict[str, torch.Tensor]], names: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -213,7 +213,7 @@ def adapter_folder(folder, config=None, mask=None, report=None):
     from peft import get_peft_model
 
     from memcontrol_hf import MemControlConfig, SearchSpace
-    from memcontrol_hf.model_card import write_card
+    from memcontrol_hf.report.card import write_card
 
     unet = tiny_unet()
     space = SearchSpace.from_model(unet)

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 from memcontrol_hf import metrics
-from memcontrol_hf.diffusion import family_of, seeded_generator
+from memcontrol_hf.families import family_of
+from memcontrol_hf.randomness import seeded_generator
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 

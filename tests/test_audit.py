@@ -22,7 +22,8 @@ from memcontrol_hf import (
 )
 from memcontrol_hf.audit import AuditSettings, _adapted, caption_markers, load_adapter
 from memcontrol_hf.cli import main
-from memcontrol_hf.data import to_pixels, weights_digest
+from memcontrol_hf.data import weights_digest
+from memcontrol_hf.images import to_pixels
 from memcontrol_hf.report import DEFAULT_GATE, MEASURES, REPORT_SCHEMA, load_gate
 
 ENCODER = torch.nn.Flatten()
@@ -200,15 +201,17 @@ def test_an_adapter_leaves_the_pipeline_as_it_was(tmp_path, kind):
 def test_copies_are_found_in_a_training_set_that_is_larger_than_the_held_out_one(monkeypatch):
     train, others = images_of(60, seed=1), images_of(12, seed=2)
     pixels = to_pixels(train["image"], RESOLUTION)
-    monkeypatch.setattr("memcontrol_hf.audit.generate", lambda pipe, prompts, keys, *_: pixels[[k[2] for k in keys]])
+    monkeypatch.setattr(
+        "memcontrol_hf.audit.audit.generate", lambda pipe, prompts, keys, *_: pixels[[k[2] for k in keys]]
+    )
     report = audit(train=train, held_out=others, pipeline=tiny_pipeline(), control=False)
     assert value(report, "nearest_share") == 1 and value(report, "amd") == pytest.approx(0, abs=1e-6)
 
 
 def test_weights_are_digested_once_for_each_run_of_the_attacks(monkeypatch):
     digested = []
-    monkeypatch.setattr("memcontrol_hf.audit.weights_digest", lambda m: digested.append(m) or weights_digest(m))
-    monkeypatch.setattr("memcontrol_hf.data.weights_digest", lambda m: pytest.fail("digested again"))
+    monkeypatch.setattr("memcontrol_hf.audit.audit.weights_digest", lambda m: digested.append(m) or weights_digest(m))
+    monkeypatch.setattr("memcontrol_hf.data.encoded.weights_digest", lambda m: pytest.fail("digested again"))
     pipeline = tiny_pipeline()
     audit(pipeline=pipeline, settings=dataclasses.replace(SETTINGS, num_prompts=2, num_quality_images=2))
     assert digested == 2 * [pipeline.vae, pipeline.text_encoder]
@@ -259,7 +262,7 @@ def test_a_bad_adapter_or_resolution_costs_nothing(tmp_path, monkeypatch):
     def sample(*args, **kwargs):
         raise AssertionError("the long work began")
 
-    monkeypatch.setattr("memcontrol_hf.audit.generate", sample)
+    monkeypatch.setattr("memcontrol_hf.audit.audit.generate", sample)
     with pytest.raises(ValueError, match="cannot load the adapter"):
         audit(pipeline=tiny_pipeline(), adapter=tmp_path)
     with pytest.raises(ValueError, match="resolution 17 is not"):

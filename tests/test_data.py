@@ -10,16 +10,9 @@ from datasets import Dataset, DatasetDict
 from PIL import Image
 
 from memcontrol_hf import cli
-from memcontrol_hf.data import (
-    check_near_duplicates,
-    encode,
-    load_images,
-    plant_canaries,
-    split,
-    to_pixels,
-    unique_rows,
-)
-from memcontrol_hf.diffusion import family_of
+from memcontrol_hf.data import check_near_duplicates, encode, load_images, plant_canaries, split, unique_rows
+from memcontrol_hf.families import family_of
+from memcontrol_hf.images import to_pixels
 from memcontrol_hf.sampling import generate
 
 

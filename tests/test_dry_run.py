@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from memcontrol_hf import MemControlConfig, SearchSpace, demo_pipeline
 from memcontrol_hf.demo import DEMO_PIPELINE
-from memcontrol_hf.diffusion import family_of, load_pipeline
 from memcontrol_hf.dry_run import load_architecture, plan
+from memcontrol_hf.families import family_of, load_pipeline
 from memcontrol_hf.sampling import denoiser_in_place, generate
 
 ARCHITECTURES = Path(__file__).parent / "architectures"

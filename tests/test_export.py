@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from peft import LoHaConfig, LoraConfig, PeftConfig, PeftModel
 
 from memcontrol_hf import MemControlConfig, MemorizationReport, cli
-from memcontrol_hf.export import export
+from memcontrol_hf.publish.export import export
 
 MASK = {"mid_block.attentions.0": True, "up_blocks.1.attentions.0": True}
 LORA = LoraConfig(r=3, lora_alpha=5, rank_pattern={"to_q": 2}, target_modules=["to_q", "to_v"])

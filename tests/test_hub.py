@@ -14,9 +14,9 @@ from mini_hub import TOKEN, Repo, serve
 from safetensors.torch import load_file
 
 from memcontrol_hf import MemorizationReport, cli
-from memcontrol_hf.diffusion import family_of
-from memcontrol_hf.hub import PUBLIC_FILES, WAITS, PushError, push
-from memcontrol_hf.model_card import adapter_digests
+from memcontrol_hf.adapter_folder import PUBLIC_FILES, adapter_digests
+from memcontrol_hf.families import family_of
+from memcontrol_hf.publish.hub import WAITS, PushError, push
 
 PUSHED = sorted(
     name

@@ -9,7 +9,7 @@ from scipy.linalg import sqrtm
 from scipy.stats import norm
 
 from memcontrol_hf import metrics
-from memcontrol_hf.diffusion import family_of
+from memcontrol_hf.families import family_of
 
 
 def features(count: int, seed: int, shift: float = 0.0) -> torch.Tensor:
@@ -147,7 +147,7 @@ def test_noise_norm_of_an_image_depends_on_its_own_seed_alone(noised):
 def test_noise_norm_follows_its_formula(noised):
     unet, family = tiny_unet().eval(), family_of(tiny_pipeline())
     seed = (1, 2)
-    from memcontrol_hf.diffusion import seeded_generator
+    from memcontrol_hf.randomness import seeded_generator
 
     x, c = noised["latents"][:1], noised["embeds"][:1]
     noise = torch.randn((1, 4, 8, 8), generator=seeded_generator(*seed))

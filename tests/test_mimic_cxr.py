@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from memcontrol_hf.data import load_images
-from memcontrol_hf.features import Encoder, XRayFeatures, load_encoder
+from memcontrol_hf.encoders import Encoder, XRayFeatures, load_encoder
 
 ROOT = Path(__file__).parent.parent
 SPEC = importlib.util.spec_from_file_location("mimic_cxr", ROOT / "training_scripts" / "mimic_cxr.py")

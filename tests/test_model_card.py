@@ -15,9 +15,9 @@ from markdown_it import MarkdownIt
 
 from memcontrol_hf import MemorizationReport, cli
 from memcontrol_hf.demo import DEMO_PIPELINE
-from memcontrol_hf.model_card import write_card
+from memcontrol_hf.masks import block_map
 from memcontrol_hf.report import REPORT_SCHEMA
-from memcontrol_hf.search_space import block_map
+from memcontrol_hf.report.card import write_card
 
 MODEL_CARDS = Path(__file__).parent.parent / "model_cards"
 HOSTILE = (

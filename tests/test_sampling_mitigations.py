@@ -6,9 +6,10 @@ from conftest import RESOLUTION, images_of, tiny_pipeline, tiny_trainer
 from torch.nn import functional as F
 
 from memcontrol_hf import MemControlTrainingArguments
-from memcontrol_hf.diffusion import family_of, seeded_generator
+from memcontrol_hf.families import family_of
 from memcontrol_hf.metrics import steering_norms
 from memcontrol_hf.mitigations import MITIGATIONS, AntiMemorizationGuidance, PromptEmbedding, parse_mitigations
+from memcontrol_hf.randomness import seeded_generator
 from memcontrol_hf.sampling import generate
 
 PROMPTS = ["abc", "xyz", "q"]

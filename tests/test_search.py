@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from transformers.trainer_utils import BestRun
 
 from memcontrol_hf import MemControlConfig, select_run
-from memcontrol_hf.report import block_effects
+from memcontrol_hf.report.search_summary import block_effects
 from memcontrol_hf.search import SAMPLERS, check_study, claim_final, open_storage, repeat_runs
 
 logging.getLogger("memcontrol_hf").setLevel(logging.INFO)
@@ -545,8 +545,8 @@ from accelerate import PartialState
 from conftest import tiny_trainer
 import datasets.config
 datasets.config.HF_DATASETS_CACHE = {cache!r}
-import memcontrol_hf.search
-memcontrol_hf.search._AGREEMENT = datetime.timedelta(seconds=20)
+import memcontrol_hf.search.loop
+memcontrol_hf.search.loop._AGREEMENT = datetime.timedelta(seconds=20)
 trainer = tiny_trainer({folder!r}, max_steps=2, use_cpu=True)
 measure, calls = trainer.train_and_evaluate, []
 

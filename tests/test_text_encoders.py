@@ -10,8 +10,8 @@ from tiny_families import PIPELINES, dit
 
 from memcontrol_hf import MemControlConfig, metrics
 from memcontrol_hf.audit import _unload_adapter, load_adapter
-from memcontrol_hf.diffusion import family_of
 from memcontrol_hf.dry_run import load_architecture, plan
+from memcontrol_hf.families import family_of
 from memcontrol_hf.sampling import denoiser_in_place, generate
 
 WITH_TEXT = ("sd", "sdxl", "sd3", "flux", "pixart")

@@ -23,11 +23,12 @@ from safetensors.torch import load_file
 from transformers import ResNetConfig, ResNetModel, ViTImageProcessorPil
 
 from memcontrol_hf import MemorizationReport, audit_memorization, cli
+from memcontrol_hf.adapter_folder import PUBLIC_FILES
 from memcontrol_hf.audit import AuditSettings
 from memcontrol_hf.data import load_images, plant_canaries
-from memcontrol_hf.hub import PUBLIC_FILES, push_mask
+from memcontrol_hf.masks import block_map
+from memcontrol_hf.publish.hub import push_mask
 from memcontrol_hf.sampling import denoiser_in_place, generate
-from memcontrol_hf.search_space import block_map
 
 SCRIPT = Path(__file__).parent.parent / "training_scripts" / "train_memcontrol.py"
 PUBLIC = sorted(name for name in PUBLIC_FILES if "/" not in name and name != "pytorch_lora_weights.safetensors")
@@ -535,7 +536,7 @@ def test_no_text_of_the_data_is_sent(published):
 
 
 def test_no_image_is_sent_nor_its_latents_or_embeddings(published):
-    from memcontrol_hf.diffusion import family_of
+    from memcontrol_hf.families import family_of
 
     family = family_of(tiny_pipeline())
     weights = load_file(published.folder / "adapter_model.safetensors")

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from memcontrol_hf import MemControlConfig
-from memcontrol_hf.diffusion import family_of, seeded_generator
-from memcontrol_hf.features import load_encoder
+from memcontrol_hf.encoders import load_encoder
+from memcontrol_hf.families import family_of
+from memcontrol_hf.randomness import seeded_generator
 from memcontrol_hf.trainer import _TRAIN_IMAGES, METRICS, MemControlTrainer, _count
 
 SITE = "mid_block.attentions.0"

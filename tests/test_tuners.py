@@ -22,7 +22,14 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from memcontrol_hf.tuners import METHODS, MemControlConfig, MemControlLayer, MemControlModel, register, tunable_modules
+from memcontrol_hf.tuners import (
+    METHODS,
+    MemControlConfig,
+    MemControlLayer,
+    MemControlModel,
+    register,
+    tunable_modules,
+)
 from memcontrol_hf.tuners import layer as tuner_layer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -21,7 +21,7 @@ from transformers import logging as transformers_logging
 
 from memcontrol_hf import MemControlConfig, MemControlTrainer, SearchSpace, demo_dataset, demo_pipeline
 from memcontrol_hf.audit import AuditSettings, audit_memorization
-from memcontrol_hf.features import load_encoder
+from memcontrol_hf.encoders import load_encoder
 from memcontrol_hf.sampling import denoiser_in_place
 
 COLUMNS = {

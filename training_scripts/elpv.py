@@ -19,9 +19,9 @@ import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
-from memcontrol_hf.data import SPLITS, thumbnails
-from memcontrol_hf.diffusion import seeded_generator
-from memcontrol_hf.metrics import near_duplicates
+from memcontrol_hf.data import SPLITS
+from memcontrol_hf.images import near_duplicates, thumbnails
+from memcontrol_hf.randomness import seeded_generator
 
 RESOLUTION = 64
 ONCE, CANARIES, REPEATS = 80, 12, 4

@@ -59,19 +59,14 @@ from train_memcontrol import METHODS, ScriptArguments, audit_settings, settings,
 from transformers import PrinterCallback
 from transformers import logging as transformers_logging
 
-from memcontrol_hf import (
-    MemControlTrainer,
-    SearchSpace,
-    audit_memorization,
-    demo_dataset,
-    demo_pipeline,
-    select_run,
-)
-from memcontrol_hf.data import first_rows, to_pixels
-from memcontrol_hf.features import load_encoder
+from memcontrol_hf import MemControlTrainer, SearchSpace, audit_memorization, demo_dataset, demo_pipeline, select_run
+from memcontrol_hf.adapter_folder import REPORT
+from memcontrol_hf.data import first_rows
+from memcontrol_hf.encoders import load_encoder
+from memcontrol_hf.images import to_pixels
 from memcontrol_hf.metrics.intervals import clopper_pearson
-from memcontrol_hf.model_card import REPORT, write_card
 from memcontrol_hf.report import MemorizationReport
+from memcontrol_hf.report.card import write_card
 from memcontrol_hf.sampling import denoiser_in_place, generate
 
 DATA: dict[str, tuple[str, Callable[[], DatasetDict]]] = {

@@ -45,33 +45,21 @@ from memcontrol_hf import (
     demo_dataset,
     select_run,
 )
+from memcontrol_hf.adapter_folder import LORA, MASK, PLOT, REPORT, adapter_digests
 from memcontrol_hf.audit import LEAST_IMAGES, AuditSettings
 from memcontrol_hf.data import check_near_duplicates, load_images, plant_canaries
-from memcontrol_hf.diffusion import DTYPES, QUANTIZATIONS, family_of, load_pipeline
 from memcontrol_hf.dry_run import load_architecture, measured_speed, plan
-from memcontrol_hf.features import encoder_name, load_encoder
-from memcontrol_hf.hub import GateFailed, PushError, check_login, push
+from memcontrol_hf.encoders import encoder_name, load_encoder
+from memcontrol_hf.families import DTYPES, QUANTIZATIONS, family_of, load_pipeline
 from memcontrol_hf.mitigations import MITIGATIONS, parse_mitigations
-from memcontrol_hf.model_card import LORA, MASK, PLOT, REPORT, adapter_digests, write_card
-from memcontrol_hf.ray_workers import check_ray
-from memcontrol_hf.report import (
-    ALL_ON,
-    DEFAULT_GATE,
-    FROZEN_BASE,
-    SELECTED,
-    load_gate,
-    plot_search,
-    search_summary,
-)
-from memcontrol_hf.search import (
-    check_sampler,
-    check_study,
-    claim_final,
-    known_masks,
-    public_address,
-    repeat_runs,
-)
-from memcontrol_hf.selection import rank_runs
+from memcontrol_hf.publish.hub import GateFailed, PushError, check_login, push
+from memcontrol_hf.report import ALL_ON, DEFAULT_GATE, FROZEN_BASE, SELECTED, load_gate
+from memcontrol_hf.report.card import write_card
+from memcontrol_hf.report.plots import plot_search
+from memcontrol_hf.report.search_summary import search_summary
+from memcontrol_hf.search import check_sampler, check_study, claim_final, known_masks, public_address, repeat_runs
+from memcontrol_hf.search.front import rank_runs
+from memcontrol_hf.search.ray import check_ray
 from memcontrol_hf.tracking import log_images, log_push, log_report, run_url, start_tracking
 from memcontrol_hf.trainer import METRICS, check_backend, check_objectives
 

@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 from transformers import logging as transformers_logging
 
 from memcontrol_hf import MemControlTrainer, SearchSpace, audit_memorization, demo_dataset, demo_pipeline, metrics
-from memcontrol_hf.features import load_encoder
+from memcontrol_hf.encoders import load_encoder
 from memcontrol_hf.sampling import denoiser_in_place
 
 GROUPS = {

@@ -10,14 +10,8 @@ evaluate.load(metrics.path("amd"))  # the module
 
 from pathlib import Path
 
-from .attacks import (
-    ExtractionResult,
-    MembershipResult,
-    extraction,
-    membership,
-    near_duplicates,
-    tile_distances,
-)
+from ..images import near_duplicates, tile_distances
+from .denoiser_attacks import clid, denoising_losses, noise_norm, pia, secmi, steering_norms, trajectory_noise_norms
 from .distances import (
     CopySimilarityResult,
     NearestShareResult,
@@ -29,9 +23,10 @@ from .distances import (
     nearest_distances,
     nearest_share,
 )
+from .extraction_attack import ExtractionResult, extraction
 from .intervals import clopper_pearson
+from .membership_inference import MembershipResult, membership
 from .quality import PrecisionRecall, clip_score, fid, kid, load_clip, precision_recall
-from .white_box import clid, denoising_losses, noise_norm, pia, secmi, steering_norms, trajectory_noise_norms
 
 __all__ = [
     "MODULES",
@@ -88,4 +83,4 @@ def path(name: str) -> str:
     """
     if name not in MODULES:
         raise ValueError(f"unknown metric {name!r}: use one of {', '.join(MODULES)}")
-    return str(Path(__file__).parent / name)
+    return str(Path(__file__).parent / "evaluate_modules" / name)

@@ -12,7 +12,7 @@ import torch
 from scipy.stats import bootstrap
 from torch.nn import functional as F
 
-from ..diffusion import seeded_generator
+from ..randomness import seeded_generator
 from .intervals import clopper_pearson
 
 

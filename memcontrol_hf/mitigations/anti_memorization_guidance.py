@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..diffusion import StableDiffusionFamily
+from ..families import StableDiffusionFamily
 from .base import Mitigation
 
 

@@ -9,7 +9,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..diffusion import Condition, Family, StableDiffusionFamily, seeded_generator
+from ..families import Condition, Family, StableDiffusionFamily
+from ..randomness import seeded_generator
 from .base import Mitigation
 
 

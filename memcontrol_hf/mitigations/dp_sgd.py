@@ -15,7 +15,7 @@ from torch import nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.utils._pytree import tree_map
 
-from ..diffusion import seeded_generator
+from ..randomness import seeded_generator
 from ..tuners import MemControlLayer
 from .base import Mitigation
 

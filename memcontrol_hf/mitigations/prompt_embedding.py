@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..diffusion import StableDiffusionFamily, null_like
+from ..families import StableDiffusionFamily, null_like
 from ..metrics import steering_norms
 from .base import Mitigation
 

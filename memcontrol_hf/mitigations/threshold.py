@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..diffusion import Condition, Family, null_like
+from ..families import Condition, Family, null_like
 from ..metrics import steering_norms
 from .base import Mitigation
 

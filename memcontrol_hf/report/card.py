@@ -1,6 +1,5 @@
 """The cards of an adapter, of a mask and of the demo's base pipeline, each rendered from the files of its folder."""
 
-import hashlib
 import json
 import os
 import re
@@ -8,19 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCardData
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from .report import SELECTED, MemorizationReport, selected_blocks
-from .search_space import block_map
-
-REPORT, CARD, PLOT, MASK = "memorization_report.json", "README.md", "pareto_front.png", "mask.json"
-ADAPTER, LORA = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
-PARTS = ("", "text_encoder", "text_encoder_2", "text_encoder_3")
-"""Where an adapter's folder holds adapters: the denoiser's in itself, a text encoder's in a folder of its name."""
+from ..adapter_folder import ADAPTER, CARD, LORA, MASK, PLOT, REPORT, adapter_parts
+from ..masks import block_map, selected_blocks
+from .escaping import render_template
+from .report import SELECTED, MemorizationReport
 
 # What the table of attacks says of a measure; one that is not here goes by its own name.
 _ATTACKS = {
@@ -69,19 +63,6 @@ def write_card(folder: str | Path) -> Path:
     new.write_text(text, encoding="utf-8")
     os.replace(new, folder / CARD)
     return folder / CARD
-
-
-def adapter_parts(folder: Path) -> tuple[str, ...]:
-    """Those of `PARTS` where there is an adapter."""
-    return tuple(p for p in PARTS if all((folder / p / name).is_file() for name in (ADAPTER, "adapter_config.json")))
-
-
-def adapter_digests(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file of weights in an adapter's folder: what a report was measured on."""
-    files = [f"{part}/{ADAPTER}".lstrip("/") for part in adapter_parts(folder)] + [LORA]
-    return {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files if (folder / name).is_file()
-    }
 
 
 @dataclass(frozen=True)
@@ -207,7 +188,7 @@ class AdapterCard:
     def render(self) -> str:
         """The text of the card."""
         report, stopped = self.report, self.report.training.get("stopped_at_step", {})
-        return _render(
+        return render_template(
             "model_card_template.md",
             card=self,
             report=report,
@@ -251,7 +232,7 @@ class MaskCard:
             license=content.get("license"),
             tags=["memcontrol", "memcontrol-mask", *([method] if method else []), "diffusers", "memorization"],
         )
-        return _render(
+        return render_template(
             "mask_card_template.md",
             metadata=Markup(data.to_yaml().strip()),
             name=_name(location),
@@ -279,7 +260,7 @@ def render_base_card(folder: Path) -> str:
         tags=["memcontrol", "diffusers", "stable-diffusion", "demo"],
     )
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-    return _render(
+    return render_template(
         "base_card_template.md",
         metadata=Markup(data.to_yaml().strip()),
         log=log,
@@ -367,58 +348,3 @@ def _with_interval(figure: Mapping[str, Any] | None, percent: bool, interval: bo
 
 
 # ---- escaping: whatever a template prints is text, unless one of these filters makes it code ----
-
-
-def _line(value: Any) -> str:
-    """Any value as one line without control characters."""
-    return re.sub(" +", " ", "".join(c if c.isprintable() else " " for c in str(value)))
-
-
-def _text(value: Any) -> str:
-    """As Markdown text: no markup, no HTML, no links come out of it."""
-    if isinstance(value, Markup):
-        return value
-    text = _line(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    text = re.sub(r"([\\`*_\[\]|~$#@])", r"\\\1", text)
-    return re.sub(r"(?i)\b(www)\.", r"\1\\.", text.replace("://", r":\//"))
-
-
-def _code(value: Any) -> Markup:
-    """As inline code, also within a table."""
-    text = _line(value).strip()
-    if "|" in text:  # it ends a table's cell within backticks too, and outside of tables nothing escapes it there
-        return Markup(f"<code>{_text(text)}</code>")
-    ticks = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
-    pad = " " if text.startswith("`") or text.endswith("`") else ""
-    return Markup(f"{ticks}{pad}{text}{pad}{ticks}") if text else Markup("")
-
-
-def _fence(value: Any, language: str) -> Markup:
-    """As a block of code."""
-    text = str(value).strip("\n")
-    ticks = "`" * max(3, max(map(len, re.findall("`+", text)), default=0) + 1)
-    return Markup(f"{ticks}{language}\n{text}\n{ticks}")
-
-
-def _url(value: Any) -> Markup:
-    """An address for a Markdown link; nowhere for what is none."""
-    text = _line(value).strip()
-    return Markup(quote(text, safe=":/?#@!$&'*+,;=%~") if re.match("https?://", text) else "#")
-
-
-def _bytes(value: int) -> str:
-    power = min((len(str(value)) - 1) // 3, 3)
-    return f"{value / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB')[power]}"
-
-
-def _render(template: str, **variables: Any) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        finalize=_text,
-        keep_trailing_newline=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"code": _code, "fence": _fence, "bytes": _bytes, "url": _url}
-    return environment.get_template(template).render(**variables)

@@ -10,9 +10,10 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
-from .diffusion import family_of, load_pipeline
-from .model_card import ADAPTER, PLOT, REPORT, adapter_digests, adapter_parts, write_card
-from .report import MemorizationReport
+from ..adapter_folder import ADAPTER, PLOT, REPORT, adapter_digests, adapter_parts
+from ..families import family_of, load_pipeline
+from ..report import MemorizationReport
+from ..report.card import write_card
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

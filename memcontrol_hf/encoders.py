@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .data import to_pixels
+from .images import to_pixels
 
 if TYPE_CHECKING:
     from datasets import Dataset

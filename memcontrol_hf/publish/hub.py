@@ -19,14 +19,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from .model_card import ADAPTER, CARD, LORA, MASK, PARTS, PLOT, REPORT, adapter_digests, adapter_parts, write_card
-from .report import MemorizationReport
+from ..adapter_folder import ADAPTER, CARD, LORA, MASK, PUBLIC_FILES, REPORT, adapter_digests, adapter_parts
+from ..report import MemorizationReport
+from ..report.card import write_card
 
-PUBLIC_FILES = (
-    *(f"{part}/{name}".lstrip("/") for part in PARTS for name in (ADAPTER, "adapter_config.json")),
-    *(LORA, REPORT, PLOT, CARD),
-)
-"""What a push uploads, where the folder has it, the card last; nothing else of the folder."""
 WAITS = (1.0, 2.0, 4.0, 8.0)
 """Seconds before each further try when the Hub is busy, fails or hangs up."""
 

@@ -1,4 +1,4 @@
-"""Attacks on generated images, and how well a membership attack does by its scores."""
+"""The extraction attack on generated images."""
 
 import itertools
 import math
@@ -6,104 +6,9 @@ from dataclasses import dataclass
 
 import networkx
 import torch
-from scipy.optimize import brentq
-from scipy.stats import mannwhitneyu, norm
-from torch.nn import functional as F
-from torchmetrics.functional.classification import binary_roc
 
+from ..images import TILES, cut_into_tiles
 from .intervals import clopper_pearson
-
-
-@dataclass(frozen=True)
-class MembershipResult:
-    """How well an attack tells members from non-members.
-
-    Args:
-        auc (`float`):
-            Area under the ROC curve: .5 is chance, 1 finds every member.
-        interval (`tuple[float, float]`):
-            Of `auc`, at 95 %.
-        members, nonmembers (`int`):
-            How many scores of each.
-    """
-
-    auc: float
-    interval: tuple[float, float]
-    members: int
-    nonmembers: int
-    fpr: torch.Tensor
-    tpr: torch.Tensor
-
-    def tpr_at_fpr(self, fpr: float) -> float:
-        """The share of members found at a false-positive rate of at most `fpr`.
-
-        NaN where it cannot be estimated: with fewer than `1 / fpr` non-members.
-        """
-        if not 0 < fpr < 1:
-            raise ValueError(f"fpr must lie between 0 and 1, but got {fpr}")
-        if self.nonmembers * fpr < 1:
-            return math.nan
-        return self.tpr[self.fpr <= fpr].max().item()
-
-    def tpr_interval(self, fpr: float) -> tuple[float, float]:
-        """Of [`tpr_at_fpr`]: Clopper-Pearson at 95 % over the members, at the threshold that these non-members set.
-
-        `(nan, nan)` where the rate cannot be estimated.
-        """
-        rate = self.tpr_at_fpr(fpr)
-        if math.isnan(rate):
-            return math.nan, math.nan
-        return clopper_pearson(round(rate * self.members), self.members)
-
-
-def membership(member_scores: torch.Tensor, nonmember_scores: torch.Tensor) -> MembershipResult:
-    """Judge a membership inference attack by its scores.
-
-    Args:
-        member_scores (`torch.Tensor`): `[M]`, of images that were trained on; higher = more member-like.
-        nonmember_scores (`torch.Tensor`): `[N]`, of held-out images of the same domain.
-
-    Returns:
-        [`MembershipResult`]: AUC with its 95 % score interval (Newcombe 2006, method 5, which keeps a width at
-        AUC 0 and 1), and the ROC curve.
-
-    Raises:
-        ValueError: when a set has no score, or one that is not finite.
-    """
-    member_scores, nonmember_scores = (torch.as_tensor(s).double().cpu() for s in (member_scores, nonmember_scores))
-    for name, scores in (("member_scores", member_scores), ("nonmember_scores", nonmember_scores)):
-        if scores.ndim != 1 or len(scores) == 0:
-            raise ValueError(f"{name}: must be [N] with N > 0, but got {list(scores.shape)}")
-        if not torch.isfinite(scores).all():
-            raise ValueError(f"{name}: {int((~torch.isfinite(scores)).sum())} of {len(scores)} are not finite")
-    auc = mannwhitneyu(member_scores, nonmember_scores).statistic.item() / (len(member_scores) * len(nonmember_scores))
-    # Ranks in [0, 1]: torchmetrics takes scores as logits unless all lie there. Ties stay ties.
-    ranks = torch.unique(torch.cat([member_scores, nonmember_scores]), return_inverse=True)[1].double()
-    ranks = ranks / ranks.max().clamp(min=1)
-    labels = torch.cat([torch.ones(len(member_scores)), torch.zeros(len(nonmember_scores))]).int()
-    fpr, tpr, _ = binary_roc(ranks, labels)
-    interval = _auc_interval(auc, len(member_scores), len(nonmember_scores))
-    return MembershipResult(auc, interval, len(member_scores), len(nonmember_scores), fpr, tpr)
-
-
-def _auc_interval(auc: float, members: int, nonmembers: int, level: float = 0.95) -> tuple[float, float]:
-    """Where the observed AUC lies within z standard errors of the true one (Newcombe, Stat. Med. 2006, 25:559)."""
-    z = norm.ppf((1 + level) / 2)
-    mean_size = (members + nonmembers) / 2 - 1
-
-    def excess(theta: float) -> float:
-        variance = theta * (1 - theta) / (members * nonmembers)
-        variance *= 1 + mean_size * ((1 - theta) / (2 - theta) + theta / (1 + theta))
-        return abs(auc - theta) - z * math.sqrt(variance)
-
-    # 0 and 1 themselves are roots without a meaning: stay off them.
-    low = 0.0 if auc <= 0 else brentq(excess, 0.0, min(auc, 1 - 1e-9))
-    high = 1.0 if auc >= 1 else brentq(excess, max(auc, 1e-9), 1.0)
-    return low, high
-
-
-TILES = 4
-"""Tiles along each side of an image in the extraction attack."""
 
 
 @dataclass(frozen=True)
@@ -132,56 +37,6 @@ class ExtractionResult:
     calibrated_distance: torch.Tensor | None = None
     calibrated_rate: float | None = None
     calibrated_interval: tuple[float, float] | None = None
-
-
-def tile_distances(a: torch.Tensor, b: torch.Tensor, exact: bool = False) -> torch.Tensor:
-    """Pairwise distance of images: the largest Euclidean distance over 4 x 4 tiles at the same place.
-
-    Of Carlini et al. (https://huggingface.co/papers/2301.13188), without their division by the number of values.
-
-    Args:
-        a (`torch.Tensor`): images `[M, C, H, W]`; H and W multiples of 4.
-        b (`torch.Tensor`): images `[N, C, H, W]`.
-        exact (`bool`): without matrix multiplication, which is ten times as fast, but by which equal images may be
-            some .001 of the brightness apart.
-
-    Returns:
-        `torch.Tensor`: `[M, N]`.
-    """
-    mode = "donot_use_mm_for_euclid_dist" if exact else "use_mm_for_euclid_dist_if_necessary"
-    return torch.cdist(_tiles(a), _tiles(b), compute_mode=mode).amax(0)
-
-
-def near_duplicates(a: torch.Tensor, b: torch.Tensor | None = None, threshold: float = 0.05) -> list[tuple[int, int]]:
-    """Pairs of images that are the same picture saved twice: compressed, scaled or slightly brightened.
-
-    Two thumbnails of 32 x 32 pixels are near-duplicates when the root mean square difference of their most different
-    tile of 4 x 4 (see [`tile_distances`]) is at most the threshold. A crop or a turned copy is not found.
-
-    Args:
-        a (`torch.Tensor`): images in [0, 1], `[M, C, H, W]`.
-        b (`torch.Tensor`, *optional*): `[N, C, H, W]`; without it the images of `a` are compared with each other.
-        threshold (`float`): in [0, 1] of the brightness; 0 finds equal thumbnails alone.
-
-    Returns:
-        list of `tuple[int, int]`: rows of `a` and `b`; without `b`, each pair once.
-    """
-    thumbnails = [F.interpolate(x.float(), (32, 32), mode="area") for x in (a, a if b is None else b)]
-    limit = threshold * math.sqrt(thumbnails[0][0].numel() / TILES**2)
-    pairs = []
-    for start in range(0, len(a), 512):
-        near = tile_distances(thumbnails[0][start : start + 512], thumbnails[1], exact=threshold < 0.01) <= limit
-        if b is None:
-            near = near.triu(start + 1)
-        pairs += [(row + start, other) for row, other in near.nonzero().tolist()]
-    return pairs
-
-
-def _tiles(images: torch.Tensor) -> torch.Tensor:
-    """Images `[N, C, H, W]` -> tiles `[16, N, C * H / 4 * W / 4]`."""
-    n, c, h, w = images.shape
-    tiles = images.float().reshape(n, c, TILES, h // TILES, TILES, w // TILES)
-    return tiles.permute(2, 4, 0, 1, 3, 5).reshape(TILES * TILES, n, -1)
 
 
 def extraction(
@@ -254,7 +109,7 @@ def extraction(
         low, high = (bound.item() for bound in torch.aminmax(images))
         if not (low >= 0 and high <= 1):  # so that NaN is refused too
             raise ValueError(f"{name}: images must lie in [0, 1], but reach {low:.4g} to {high:.4g}")
-    reference = None if held_out is None else _tiles(held_out.to(generated.device))
+    reference = None if held_out is None else cut_into_tiles(held_out.to(generated.device))
     memorized, extracted, nearest, ratios = [], [], [], []
     for images, original in zip(generated, train):
         joined, to_original = _compare(images, original.to(images), threshold)
@@ -264,7 +119,7 @@ def extraction(
         extracted.append(any(near[node] for node in members))
         nearest.append(to_original.min().item())
         if reference is not None:
-            to_others = torch.cdist(_tiles(images), reference).amax(0)
+            to_others = torch.cdist(cut_into_tiles(images), reference).amax(0)
             usual = to_others.topk(min(neighbors, to_others.shape[1]), largest=False).values.mean(1)
             # 0 / 0 where held-out images are copies too: the training image is out all the same
             ratios.append((to_original / (scale * usual)).nan_to_num(nan=0.0, posinf=math.inf).min().item())

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from transformers.trainer_utils import BestRun
 
-from .search import (
+from ..tracking import end_tracking
+from .loop import (
     NoRunError,
     SeededSampler,
     complete_trials,
@@ -26,14 +27,13 @@ from .search import (
     run_search,
     this_worker,
 )
-from .tracking import end_tracking
 
 if TYPE_CHECKING:
-    from .trainer import MemControlTrainer
+    from ..trainer import MemControlTrainer
 
 # What torchrun tells the processes that it started: Ray's workers, which inherit it, are none of them.
 _OF_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_package = logging.getLogger(__package__)
+_package = logging.getLogger("memcontrol_hf")
 
 
 def check_ray(num_workers: int) -> None:

@@ -32,11 +32,11 @@ from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, Prog
 from transformers import TrainerCallback
 from transformers.trainer_utils import BestRun
 
-from .tracking import start_tracking
+from ..tracking import start_tracking
 
 if TYPE_CHECKING:
-    from .search_space import SearchSpace
-    from .trainer import MemControlTrainer
+    from ..search_space import SearchSpace
+    from ..trainer import MemControlTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -667,7 +667,7 @@ def repeat_runs(
     call makes only those that are missing.
 
     Args:
-        runs (list of `BestRun`): as [`~memcontrol_hf.selection.rank_runs`] gives them.
+        runs (list of `BestRun`): as [`~memcontrol_hf.search.rank_runs`] gives them.
         repeats (`int`): how often each is repeated.
         compute_objective (`Callable`, *optional*): that of the search; `args.objectives` by default.
 

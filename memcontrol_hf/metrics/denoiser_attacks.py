@@ -7,7 +7,8 @@ import torch
 from diffusers import SchedulerMixin
 from torch import nn
 
-from ..diffusion import Condition, Family, StableDiffusionFamily, null_like, seeded_generator
+from ..families import Condition, Family, StableDiffusionFamily, null_like
+from ..randomness import seeded_generator
 
 
 def _noise(seed: int | tuple[int, ...], shape: Sequence[int], count: int) -> torch.Tensor:
@@ -42,7 +43,7 @@ def denoising_losses(
     (https://huggingface.co/papers/2301.09956).
 
     Args:
-        family: the pipeline's family (`memcontrol_hf.diffusion.family_of`).
+        family: the pipeline's family (`memcontrol_hf.families.family_of`).
         denoiser (`nn.Module`): as the family calls it.
         latents (`torch.Tensor`): `[N, C, h, w]`.
         embeds (`Condition`): `N` rows; a tensor alone is the first of the family's conditions, `[N, L, D]`.
@@ -172,7 +173,7 @@ def secmi(
     step on and back again; `-||back - before||²`. Members come back closer. It draws no noise.
 
     Args:
-        family: the pipeline's family (`memcontrol_hf.diffusion.family_of`).
+        family: the pipeline's family (`memcontrol_hf.families.family_of`).
         denoiser (`nn.Module`): as the family calls it, in evaluation mode.
         latents (`torch.Tensor`): `[N, C, h, w]`.
         embeds (`Condition`): `N` rows; a tensor alone is the first of the family's conditions, `[N, L, D]`.
@@ -220,7 +221,7 @@ def pia(
     is found again better on members. It draws no noise.
 
     Args:
-        family: the pipeline's family (`memcontrol_hf.diffusion.family_of`).
+        family: the pipeline's family (`memcontrol_hf.families.family_of`).
         denoiser (`nn.Module`): as the family calls it, in evaluation mode.
         latents (`torch.Tensor`): `[N, C, h, w]`.
         embeds (`Condition`): `N` rows; a tensor alone is the first of the family's conditions, `[N, L, D]`.
@@ -264,7 +265,7 @@ def clid(
     own, which is why it is left out.
 
     Args:
-        family: the pipeline's family (`memcontrol_hf.diffusion.family_of`).
+        family: the pipeline's family (`memcontrol_hf.families.family_of`).
         denoiser (`nn.Module`): as the family calls it, in evaluation mode.
         latents (`torch.Tensor`): `[N, C, h, w]`.
         embeds (`Condition`): `N` rows; a tensor alone is the first of the family's conditions, `[N, L, D]`.

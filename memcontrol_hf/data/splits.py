@@ -1,43 +1,26 @@
-"""From images and captions to three disjoint splits, and to latents and text embeddings that are computed once.
+"""From images and captions to three disjoint splits.
 
 `train` is trained on; `validation` is what the search's rewards may use; `held_out` is seen by nothing before the
 final measurement.
 """
 
-import hashlib
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import (
-    Array2D,
-    Array3D,
-    ClassLabel,
-    Dataset,
-    DatasetDict,
-    Features,
-    Image,
-    List,
-    Value,
-    concatenate_datasets,
-    load_dataset,
-)
-from datasets import config as datasets_config
+from datasets import ClassLabel, Dataset, DatasetDict, Image, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
-from datasets.fingerprint import Hasher
 from PIL import Image as PILImage
-from PIL import ImageOps
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from torch import nn
 
-from .diffusion import Family, seeded_generator
-from .metrics import near_duplicates
+from ..images import near_duplicates, pixel_digest, thumbnails
+from ..randomness import seeded_generator
 
 SPLITS = ("train", "validation", "held_out")
+
 _ALIASES = {"val": "validation", "valid": "validation", "dev": "validation", "test": "held_out"}
 
 
@@ -242,12 +225,6 @@ def check_near_duplicates(data: DatasetDict, threshold: float = 0.05) -> None:
             )
 
 
-def thumbnails(images: Dataset, rows: Sequence[int]) -> torch.Tensor:
-    """`[len(rows), 3, 32, 32]` in [0, 1] of some rows of the column `image`, read in parts; for near-duplicates."""
-    parts = [list(rows[i : i + 256]) for i in range(0, len(rows), 256)]
-    return torch.cat([to_pixels(images[part]["image"], 32) for part in parts])
-
-
 def plant_canaries(train: Dataset, count: int, repeats: int, seed: int = 0) -> Dataset:
     """Repeat some training images, so that an audit shows whether its attacks find what was learnt by heart.
 
@@ -261,7 +238,7 @@ def plant_canaries(train: Dataset, count: int, repeats: int, seed: int = 0) -> D
     """
     if count == 0:
         return train
-    digests = [_digest(image) for image in train["image"]]
+    digests = [pixel_digest(image) for image in train["image"]]
     counts = Counter(digests)
     rows = [row for row, digest in enumerate(digests) if counts[digest] == 1]
     if not 0 < count <= len(rows):
@@ -279,7 +256,7 @@ def _groups(data: DatasetDict) -> dict[str, list[int]]:
 
     These are exact copies of an image, the rows of one group, and what is joined through several of these.
     """
-    pixels = [_digest(row["image"]).hex() for dataset in data.values() for row in dataset]
+    pixels = [pixel_digest(row["image"]).hex() for dataset in data.values() for row in dataset]
     named = ["group" in dataset.column_names for dataset in data.values()]
     names = [str(group) for dataset in data.values() for group in dataset["group"]] if all(named) else pixels
     images = np.unique(pixels, return_inverse=True)[1]
@@ -290,113 +267,3 @@ def _groups(data: DatasetDict) -> dict[str, list[int]]:
     for name, dataset in data.items():
         result[name], numbers = numbers[: len(dataset)], numbers[len(dataset) :]
     return result
-
-
-def _digest(image: PILImage.Image) -> bytes:
-    """Of the pixels, so that exact copies are found; it stays in memory and in the local cache."""
-    return hashlib.blake2b(to_rgb(image).tobytes(), digest_size=8).digest()
-
-
-def to_rgb(image: PILImage.Image) -> PILImage.Image:
-    """An image with three channels of 8 bits. Of 16 bits the upper 8 are taken, where Pillow would clip."""
-    if image.mode.startswith("I;16"):
-        image = PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def to_pixels(images: Sequence[PILImage.Image], resolution: int) -> torch.Tensor:
-    """PIL images -> `[N, 3, resolution, resolution]` in [0, 1]: RGB, shorter side resized, centre cropped."""
-    arrays = [
-        np.asarray(ImageOps.fit(to_rgb(image), (resolution, resolution), PILImage.Resampling.LANCZOS))
-        for image in images
-    ]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
-
-
-@torch.no_grad()
-def encode(
-    dataset: Dataset, family: Family, resolution: int, batch_size: int = 32, digests: Sequence[str] | None = None
-) -> Dataset:
-    """Latents and text embeddings of a dataset, computed once and kept on disk by `datasets`.
-
-    They are found again under a fingerprint of the rows, the weights of the autoencoder and the text encoders, what
-    else the family says that they depend on, and the resolution.
-
-    Args:
-        dataset (`Dataset`): columns `image`, `text`.
-        family: the pipeline's (`memcontrol_hf.diffusion.family_of`).
-        resolution (`int`): in pixels.
-        digests (list of `str`, *optional*): [`weights_digest`] of the family's encoders, where they are known.
-
-    Returns:
-        `Dataset`: columns `latents` `[C, h, w]`, the family's conditions (`prompt_embeds` `[L, D]`, ...), `pixels`
-        (equal for exact copies of an image) and `row`; in torch format.
-    """
-    digests = [weights_digest(module) for module in family.encoder_modules] if digests is None else digests
-    fingerprint = Hasher.hash([dataset._fingerprint, *digests, *family.encoding(), resolution])
-    folder = Path(datasets_config.HF_DATASETS_CACHE) / "memcontrol_hf"
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = family.encode_images(torch.zeros(1, 3, resolution, resolution))
-    condition = family.encode_prompts(dataset[:1]["text"])
-    features = Features(
-        {
-            "latents": Array3D(tuple(probe.shape[1:]), "float32"),
-            **{name: _feature(tensor[0]) for name, tensor in condition.items()},
-            "pixels": Value("int64"),
-        }
-    )
-
-    def encode_batch(batch: dict[str, list]) -> dict[str, np.ndarray]:
-        return {
-            "latents": family.encode_images(to_pixels(batch["image"], resolution)).cpu().numpy(),
-            **{name: tensor.cpu().numpy() for name, tensor in family.encode_prompts(batch["text"]).items()},
-            "pixels": [int.from_bytes(_digest(image), "little", signed=True) for image in batch["image"]],
-        }
-
-    encoded = dataset.map(
-        encode_batch,
-        batched=True,
-        batch_size=batch_size,
-        remove_columns=dataset.column_names,
-        features=features,
-        new_fingerprint=fingerprint,
-        cache_file_name=str(folder / f"{fingerprint}.arrow"),
-        load_from_cache_file=True,
-        desc="Encoding images and captions",
-    )
-    rows = Dataset.from_dict({"row": list(range(len(encoded)))})
-    return concatenate_datasets([encoded.with_format(None), rows], axis=1).with_format("torch")
-
-
-def _feature(row: torch.Tensor) -> Value | List | Array2D:
-    """The column for one row of a condition's tensor: a number, a vector or a matrix."""
-    dtype = str(row.dtype).removeprefix("torch.")
-    match row.dim():
-        case 0:
-            return Value(dtype)
-        case 1:
-            return List(Value(dtype), length=len(row))
-        case _:
-            return Array2D(tuple(row.shape), dtype)
-
-
-def weights_digest(module: nn.Module) -> str:
-    """A digest of a module's parameters and buffers, by value."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in module.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def unique_rows(encoded: Dataset) -> list[int]:
-    """The first row of each distinct image of an encoded dataset: exact repeats count once."""
-    return first_rows(int(pixels) for pixels in encoded["pixels"])
-
-
-def first_rows(keys: Iterable[Hashable]) -> list[int]:
-    """The row in which each distinct key occurs first, in order."""
-    first: dict[Hashable, int] = {}
-    for row, key in enumerate(keys):
-        first.setdefault(key, row)
-    return list(first.values())

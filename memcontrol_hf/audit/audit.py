@@ -26,13 +26,15 @@ from datasets import Dataset
 from peft import PeftModel
 from torch.nn import functional as F
 
-from . import metrics as measures
-from .data import encode, first_rows, thumbnails, to_pixels, to_rgb, weights_digest, without_captions
-from .diffusion import family_of, seeded_generator
-from .features import Encoder, encoder_name, features_of, load_encoder
-from .report import NOT_APPLICABLE, MemorizationReport
-from .sampling import generate
-from .tuners import MemControlConfig
+from .. import metrics as measures
+from ..data import encode, first_rows, weights_digest, without_captions
+from ..encoders import Encoder, encoder_name, features_of, load_encoder
+from ..families import family_of
+from ..images import thumbnails, to_pixels, to_rgb
+from ..randomness import seeded_generator
+from ..report import NOT_APPLICABLE, MemorizationReport
+from ..sampling import generate
+from ..tuners import MemControlConfig
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -216,7 +218,7 @@ def audit_memorization(
         generated (`Dataset`, *optional*):
             Instead of a pipeline: images, column `image`. Only their distances can be measured.
         encoder (`str` or `nn.Module`):
-            See [`~memcontrol_hf.features.load_encoder`]; of the distances, of copies and of the quality.
+            See [`~memcontrol_hf.encoders.load_encoder`]; of the distances, of copies and of the quality.
         clip_model (`str`, *optional*):
             Hub id or folder of a CLIP model, for the CLIP score; it is not measured without.
         settings ([`AuditSettings`], *optional*):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers.trainer_utils import BestRun
 
-from .search import is_frozen_base
+from .loop import is_frozen_base
 
 
 def select_run(runs: BestRun | Sequence[BestRun], memorization_budget: float | None = None) -> BestRun:

@@ -1,0 +1,29 @@
+"""From images and captions to three disjoint splits, and to latents and conditions that are computed once."""
+
+from .encoded import EncodedImages, encode, first_rows, unique_rows, weights_digest
+from .splits import (
+    SPLITS,
+    check_images,
+    check_near_duplicates,
+    check_readable,
+    load_images,
+    plant_canaries,
+    split,
+    without_captions,
+)
+
+__all__ = [
+    "SPLITS",
+    "EncodedImages",
+    "check_images",
+    "check_near_duplicates",
+    "check_readable",
+    "encode",
+    "first_rows",
+    "load_images",
+    "plant_canaries",
+    "split",
+    "unique_rows",
+    "weights_digest",
+    "without_captions",
+]

@@ -1,0 +1,24 @@
+"""What differs between model families: encoding images and captions, calling the denoiser, and the noise process.
+
+A family is one short class in a file of its own; [`family_of`] picks it by the pipeline's class. How to add one:
+docs/families.md.
+"""
+
+from .base import Condition, Family, null_like
+from .loading import DTYPES, QUANTIZATIONS, load_pipeline
+from .noise import FlowMatchingFamily
+from .registry import FAMILIES, family_of
+from .stable_diffusion import StableDiffusionFamily
+
+__all__ = [
+    "DTYPES",
+    "FAMILIES",
+    "QUANTIZATIONS",
+    "Condition",
+    "Family",
+    "FlowMatchingFamily",
+    "StableDiffusionFamily",
+    "family_of",
+    "load_pipeline",
+    "null_like",
+]

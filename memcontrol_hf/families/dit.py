@@ -1,0 +1,65 @@
+"""DiT."""
+
+import torch
+from diffusers.models.embeddings import LabelEmbedding
+
+from .base import Family, check_only_resolution
+
+
+class DiTFamily(Family):
+    """DiT: a transformer over VAE latents, conditioned on a class; a caption is its number or its name.
+
+    Names are those of the pipeline's `id2label`. diffusers has no training script: uniform timesteps and the mean
+    squared error of the noise, as the DiT paper (https://huggingface.co/papers/2212.09748); the channels of the
+    learned variance are dropped. The null condition is the class that DiT adds for guidance.
+    """
+
+    pipeline_classes = ("DiTPipeline",)
+    encoders = ("vae",)
+    conditions = ("class_labels",)
+
+    def __init__(self, pipeline):
+        super().__init__(pipeline)
+        for module in pipeline.transformer.modules():
+            if isinstance(module, LabelEmbedding):
+                module.dropout_prob = 0.0  # it would draw from the global random state; `caption_dropout` is ours
+
+    @property
+    def pixels_per_latent(self):
+        return 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
+
+    def check_resolution(self, resolution):
+        check_only_resolution(resolution, self.trained_at)
+
+    def encoding(self):
+        return [*super().encoding(), self.pipeline.labels]
+
+    def labels(self, captions: list[str]) -> list[int]:
+        """The classes that captions name."""
+        names, count = self.pipeline.labels, self.denoiser.config.num_embeds_ada_norm
+        labels = [names.get(text, int(text) if text.isdecimal() else -1) for text in captions]
+        for text, label in zip(captions, labels):
+            if not 0 <= label < count:
+                raise ValueError(f"{text!r} is no class: give a number below {count}, or a name of the id2label")
+        return labels
+
+    def encode(self, prompts):
+        return (torch.tensor(self.labels(prompts), device=self.device),)
+
+    def null_condition(self):
+        return {"class_labels": torch.tensor([self.denoiser.config.num_embeds_ada_norm], device=self.device)}
+
+    def example(self):
+        return {"class_labels": torch.empty(1, dtype=torch.int64, device="meta")}
+
+    def call(self, denoiser, noisy, timesteps, class_labels):
+        prediction = denoiser(noisy, timestep=timesteps, class_labels=class_labels, return_dict=False)[0]
+        return prediction[:, : noisy.shape[1]]
+
+    def request(self, prompts, resolution, guidance_scale):
+        count = self.denoiser.config.num_embeds_ada_norm
+        if guidance_scale > 1 and count != 1000:  # what the pipeline takes for the null class
+            raise ValueError(
+                f"DiTPipeline guides only models of 1000 classes, not {count}: set the guidance scale to 1"
+            )
+        return {"class_labels": self.labels(prompts), "guidance_scale": guidance_scale}

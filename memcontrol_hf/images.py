@@ -1,0 +1,96 @@
+"""Images between PIL and tensors, their digest, and near-duplicates."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image as PILImage
+from PIL import ImageOps
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def thumbnails(images: "Dataset", rows: Sequence[int]) -> torch.Tensor:
+    """`[len(rows), 3, 32, 32]` in [0, 1] of some rows of the column `image`, read in parts; for near-duplicates."""
+    parts = [list(rows[i : i + 256]) for i in range(0, len(rows), 256)]
+    return torch.cat([to_pixels(images[part]["image"], 32) for part in parts])
+
+
+def pixel_digest(image: PILImage.Image) -> bytes:
+    """Of the pixels, so that exact copies are found; it stays in memory and in the local cache."""
+    return hashlib.blake2b(to_rgb(image).tobytes(), digest_size=8).digest()
+
+
+def to_rgb(image: PILImage.Image) -> PILImage.Image:
+    """An image with three channels of 8 bits. Of 16 bits the upper 8 are taken, where Pillow would clip."""
+    if image.mode.startswith("I;16"):
+        image = PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def to_pixels(images: Sequence[PILImage.Image], resolution: int) -> torch.Tensor:
+    """PIL images -> `[N, 3, resolution, resolution]` in [0, 1]: RGB, shorter side resized, centre cropped."""
+    arrays = [
+        np.asarray(ImageOps.fit(to_rgb(image), (resolution, resolution), PILImage.Resampling.LANCZOS))
+        for image in images
+    ]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+
+
+TILES = 4
+"""Tiles along each side of an image in the extraction attack."""
+
+
+def tile_distances(a: torch.Tensor, b: torch.Tensor, exact: bool = False) -> torch.Tensor:
+    """Pairwise distance of images: the largest Euclidean distance over 4 x 4 tiles at the same place.
+
+    Of Carlini et al. (https://huggingface.co/papers/2301.13188), without their division by the number of values.
+
+    Args:
+        a (`torch.Tensor`): images `[M, C, H, W]`; H and W multiples of 4.
+        b (`torch.Tensor`): images `[N, C, H, W]`.
+        exact (`bool`): without matrix multiplication, which is ten times as fast, but by which equal images may be
+            some .001 of the brightness apart.
+
+    Returns:
+        `torch.Tensor`: `[M, N]`.
+    """
+    mode = "donot_use_mm_for_euclid_dist" if exact else "use_mm_for_euclid_dist_if_necessary"
+    return torch.cdist(cut_into_tiles(a), cut_into_tiles(b), compute_mode=mode).amax(0)
+
+
+def near_duplicates(a: torch.Tensor, b: torch.Tensor | None = None, threshold: float = 0.05) -> list[tuple[int, int]]:
+    """Pairs of images that are the same picture saved twice: compressed, scaled or slightly brightened.
+
+    Two thumbnails of 32 x 32 pixels are near-duplicates when the root mean square difference of their most different
+    tile of 4 x 4 (see [`tile_distances`]) is at most the threshold. A crop or a turned copy is not found.
+
+    Args:
+        a (`torch.Tensor`): images in [0, 1], `[M, C, H, W]`.
+        b (`torch.Tensor`, *optional*): `[N, C, H, W]`; without it the images of `a` are compared with each other.
+        threshold (`float`): in [0, 1] of the brightness; 0 finds equal thumbnails alone.
+
+    Returns:
+        list of `tuple[int, int]`: rows of `a` and `b`; without `b`, each pair once.
+    """
+    thumbnails = [F.interpolate(x.float(), (32, 32), mode="area") for x in (a, a if b is None else b)]
+    limit = threshold * math.sqrt(thumbnails[0][0].numel() / TILES**2)
+    pairs = []
+    for start in range(0, len(a), 512):
+        near = tile_distances(thumbnails[0][start : start + 512], thumbnails[1], exact=threshold < 0.01) <= limit
+        if b is None:
+            near = near.triu(start + 1)
+        pairs += [(row + start, other) for row, other in near.nonzero().tolist()]
+    return pairs
+
+
+def cut_into_tiles(images: torch.Tensor) -> torch.Tensor:
+    """Images `[N, C, H, W]` -> tiles `[16, N, C * H / 4 * W / 4]`."""
+    n, c, h, w = images.shape
+    tiles = images.float().reshape(n, c, TILES, h // TILES, TILES, w // TILES)
+    return tiles.permute(2, 4, 0, 1, 3, 5).reshape(TILES * TILES, n, -1)

@@ -1,0 +1,19 @@
+"""A mask `{block name: bool}` as it is shown to people."""
+
+import re
+from collections.abc import Mapping
+
+
+def block_map(mask: Mapping[str, bool]) -> list[tuple[str, str]]:
+    """A mask to look at: for each part of the model its blocks in order, ■ for on and □ for off."""
+    rows: dict[str, str] = {}
+    for name, on in mask.items():
+        part = re.match(r"(.+?)\.attentions\.\d+|(.*transformer_blocks|text_encoder.*\.(?:layers|block))\.\d+$", name)
+        key = (part[1] or part[2]) if part else name
+        rows[key] = rows.get(key, "") + ("■" if on else "□")
+    return list(rows.items())
+
+
+def selected_blocks(mask: Mapping[str, bool]) -> list[str]:
+    """Names of the blocks that a mask has on."""
+    return [name for name, on in mask.items() if on]

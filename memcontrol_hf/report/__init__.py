@@ -1,0 +1,22 @@
+"""The memorization report, the release gate, the plots and the cards.
+
+Reading and rendering a report needs neither PyTorch nor Optuna; `plots` and `search_summary`, which do, are imported
+by their own names.
+"""
+
+from .gate import DEFAULT_GATE, LIMITS, MEASURES, NOT_APPLICABLE, load_gate
+from .report import ALL_ON, FROZEN_BASE, REPORT_SCHEMA, SCHEMA_VERSION, SELECTED, MemorizationReport
+
+__all__ = [
+    "ALL_ON",
+    "DEFAULT_GATE",
+    "FROZEN_BASE",
+    "LIMITS",
+    "MEASURES",
+    "NOT_APPLICABLE",
+    "REPORT_SCHEMA",
+    "SCHEMA_VERSION",
+    "SELECTED",
+    "MemorizationReport",
+    "load_gate",
+]

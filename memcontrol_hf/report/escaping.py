@@ -1,0 +1,64 @@
+"""Escaping for Markdown: whatever a template prints is text, unless one of these filters makes it code or a link."""
+
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+
+def _line(value: Any) -> str:
+    """Any value as one line without control characters."""
+    return re.sub(" +", " ", "".join(c if c.isprintable() else " " for c in str(value)))
+
+
+def _text(value: Any) -> str:
+    """As Markdown text: no markup, no HTML, no links come out of it."""
+    if isinstance(value, Markup):
+        return value
+    text = _line(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*_\[\]|~$#@])", r"\\\1", text)
+    return re.sub(r"(?i)\b(www)\.", r"\1\\.", text.replace("://", r":\//"))
+
+
+def _code(value: Any) -> Markup:
+    """As inline code, also within a table."""
+    text = _line(value).strip()
+    if "|" in text:  # it ends a table's cell within backticks too, and outside of tables nothing escapes it there
+        return Markup(f"<code>{_text(text)}</code>")
+    ticks = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return Markup(f"{ticks}{pad}{text}{pad}{ticks}") if text else Markup("")
+
+
+def _fence(value: Any, language: str) -> Markup:
+    """As a block of code."""
+    text = str(value).strip("\n")
+    ticks = "`" * max(3, max(map(len, re.findall("`+", text)), default=0) + 1)
+    return Markup(f"{ticks}{language}\n{text}\n{ticks}")
+
+
+def _url(value: Any) -> Markup:
+    """An address for a Markdown link; nowhere for what is none."""
+    text = _line(value).strip()
+    return Markup(quote(text, safe=":/?#@!$&'*+,;=%~") if re.match("https?://", text) else "#")
+
+
+def _bytes(value: int) -> str:
+    power = min((len(str(value)) - 1) // 3, 3)
+    return f"{value / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB')[power]}"
+
+
+def render_template(template: str, **variables: Any) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=StrictUndefined,
+        finalize=_text,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"code": _code, "fence": _fence, "bytes": _bytes, "url": _url}
+    return environment.get_template(template).render(**variables)

@@ -1,0 +1,86 @@
+"""The release gate: limits for the audit's measures, and what violates them."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+NOT_APPLICABLE = "not applicable"
+"""How the note of a measure begins that has no meaning for a model; a gate passes over it."""
+
+DEFAULT_GATE = Path(__file__).with_name("gate.yaml")
+
+LIMITS = ("max", "min", "max_above_frozen_base", "max_above_held_out_as_train")
+"""Kinds of limits; each on the bad end of the model's interval."""
+
+MEASURES = (
+    *(f"membership_{kind}_{by}" for by in ("loss", "secmi", "pia", "clid") for kind in ("auc", "tpr", "tpr_strict")),
+    "extraction_rate",
+    "extraction_rate_calibrated",
+    "nearest_share",
+    "copy_share",
+    "copy_similarity",
+    "copy_threshold",
+    "amd",
+    "amd_held_out",
+    "c_t",
+    "auth_pct",
+    "trajectory_norm_auc",
+    "trajectory_norm_auc_canaries",
+    "fid",
+    "kid",
+    "precision",
+    "recall",
+    "clip_score",
+)
+"""What an audit can measure, and a gate can limit."""
+
+
+def load_gate(path: str | Path = DEFAULT_GATE) -> dict[str, dict[str, float]]:
+    """Read a gate file: YAML, for each measure of the audit its limits.
+
+    Raises:
+        ValueError: for what is no gate, an unknown measure or kind of limit, or a limit that is no finite number.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read the gate {str(path)!r}: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict) or not content or not all(isinstance(limit, dict) for limit in content.values()):
+        raise ValueError(f"{str(path)!r} is no gate: it must name measures, each with limits such as {{max: 0.05}}")
+    for name, limit in content.items():
+        if name not in MEASURES:
+            raise ValueError(f"unknown measure {name!r} in {str(path)!r}: use some of {', '.join(MEASURES)}")
+        for kind, bound in limit.items():
+            if kind not in LIMITS:
+                raise ValueError(f"unknown limit {kind!r} of {name} in {str(path)!r}: use {', '.join(LIMITS)}")
+            if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not math.isfinite(bound):
+                raise ValueError(f"the limit {kind} of {name} in {str(path)!r} must be a number, but is {bound!r}")
+    return content
+
+
+def violation(name: str, kind: str, bound: float, figures: Mapping[str, Any]) -> str | None:
+    """What is wrong, in one line."""
+    model = figures.get("model")
+    if model and (model.get("note") or "").startswith(NOT_APPLICABLE):
+        return None
+    if not model or model["value"] is None:
+        return f"{name}: {(model or {}).get('note') or 'was not measured'}; what is not measured does not pass"
+    end = model["low" if kind == "min" else "high"]
+    end = model["value"] if end is None else end
+    if kind == "min":
+        return None if end >= bound else f"{name}: may be as low as {end:.3f}, below the limit {bound:g}"
+    if kind == "max":
+        return None if end <= bound else f"{name}: may be as high as {end:.3f}, above the limit {bound:g}"
+    control = kind.removeprefix("max_above_")
+    reference = figures.get(control)
+    if not reference or reference["value"] is None:
+        return f"{name}: the control {control} was not measured, so {kind} cannot be judged"
+    excess = end - reference["value"]
+    return (
+        None
+        if excess <= bound
+        else f"{name}: may be {excess:.3f} above {control} ({reference['value']:.3f}), over the limit {bound:g}"
+    )

@@ -1,0 +1,46 @@
+"""The outer level: the search of a mask and a learning rate over one Optuna study."""
+
+from .front import rank_runs, select_run
+from .loop import (
+    SAMPLERS,
+    NoRunError,
+    SeededSampler,
+    best_runs,
+    check_sampler,
+    check_study,
+    claim_final,
+    complete_trials,
+    dominates,
+    is_frozen_base,
+    known_masks,
+    open_storage,
+    pareto_front,
+    public_address,
+    queue_again_what_died,
+    repeat_runs,
+    run_search,
+    this_worker,
+)
+
+__all__ = [
+    "SAMPLERS",
+    "NoRunError",
+    "SeededSampler",
+    "best_runs",
+    "check_sampler",
+    "check_study",
+    "claim_final",
+    "complete_trials",
+    "dominates",
+    "is_frozen_base",
+    "known_masks",
+    "open_storage",
+    "pareto_front",
+    "public_address",
+    "queue_again_what_died",
+    "rank_runs",
+    "repeat_runs",
+    "run_search",
+    "select_run",
+    "this_worker",
+]
