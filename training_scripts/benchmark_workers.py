@@ -25,10 +25,11 @@ from memcontrol_hf.search import open_storage
 
 def work(folder: str, trials: int) -> None:
     """One worker: trials of a shared study until there are enough."""
-    from train_memcontrol import METHODS, ScriptArguments, training_arguments
     from transformers import logging as transformers_logging
 
     from memcontrol_hf import MemControlTrainer, demo_dataset, demo_pipeline
+    from memcontrol_hf.flags import METHODS, ScriptArguments
+    from memcontrol_hf.from_flags import training_arguments
 
     transformers_logging.set_verbosity_error()
     logging.disable(logging.WARNING)

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 from scipy.stats import t as student
-from train_memcontrol import DEMO, ScriptArguments, training_arguments
 from transformers import logging as transformers_logging
 
 from memcontrol_hf import MemControlConfig, MemControlTrainer, SearchSpace, demo_dataset, demo_pipeline
 from memcontrol_hf.audit import AuditSettings, audit_memorization
 from memcontrol_hf.encoders import load_encoder
+from memcontrol_hf.flags import DEMO, ScriptArguments
+from memcontrol_hf.from_flags import training_arguments
 from memcontrol_hf.sampling import denoiser_in_place
 
 COLUMNS = {

@@ -55,7 +55,6 @@ from elpv import elpv_dataset
 from PIL import Image as PILImage
 from scipy.stats import spearmanr
 from scipy.stats import t as student
-from train_memcontrol import METHODS, ScriptArguments, audit_settings, settings, training_arguments
 from transformers import PrinterCallback
 from transformers import logging as transformers_logging
 
@@ -63,6 +62,8 @@ from memcontrol_hf import MemControlTrainer, SearchSpace, audit_memorization, de
 from memcontrol_hf.adapter_folder import REPORT
 from memcontrol_hf.data import first_rows
 from memcontrol_hf.encoders import load_encoder
+from memcontrol_hf.flags import METHODS, ScriptArguments, settings
+from memcontrol_hf.from_flags import audit_settings, training_arguments
 from memcontrol_hf.images import to_pixels
 from memcontrol_hf.metrics.intervals import clopper_pearson
 from memcontrol_hf.report import MemorizationReport

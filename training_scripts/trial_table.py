@@ -21,12 +21,13 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from train_memcontrol import METHODS, ScriptArguments, audit_settings, training_arguments
 from transformers import TrainerCallback
 from transformers import logging as transformers_logging
 
 from memcontrol_hf import MemControlTrainer, SearchSpace, audit_memorization, demo_dataset, demo_pipeline, metrics
 from memcontrol_hf.encoders import load_encoder
+from memcontrol_hf.flags import METHODS, ScriptArguments
+from memcontrol_hf.from_flags import audit_settings, training_arguments
 from memcontrol_hf.sampling import denoiser_in_place
 
 GROUPS = {

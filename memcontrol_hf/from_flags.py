@@ -1,0 +1,273 @@
+"""From flags to objects: first everything is checked; then the pipeline, the images and the trainer are made."""
+
+import copy
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetDict
+from huggingface_hub import HfApi
+from peft import PeftConfig
+
+from .adapter_folder import MASK, REPORT
+from .audit import AuditSettings
+from .data import check_near_duplicates, load_images, plant_canaries
+from .demo import demo_dataset
+from .dry_run import load_architecture, measured_speed, plan
+from .evaluation import check_objectives
+from .families import DTYPES, QUANTIZATIONS, family_of, load_pipeline
+from .flags import _SEEN_LATER, METHODS, ScriptArguments, on_demo_data, settings
+from .mitigations import parse_mitigations
+from .publish.hub import check_login
+from .report import DEFAULT_GATE, load_gate
+from .search import check_sampler, check_study
+from .search.ray import check_ray
+from .trainer import MemControlTrainer, check_backend
+from .training_arguments import MemControlTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[str, bool] | None]:
+    """Everything that can be seen to be wrong before anything is loaded.
+
+    Returns:
+        The PEFT config, the learning rates to search, and the mask that was given.
+
+    Raises:
+        ValueError: says the value, what was allowed, and what to do.
+    """
+    if args.peft_config is not None:
+        config, rates = peft_config_from(args.peft_config), (1e-5, 1e-3)
+    elif args.method in METHODS:
+        config, rates = copy.deepcopy(METHODS[args.method])
+    else:
+        raise ValueError(f"unknown method {args.method!r}: use one of {', '.join(METHODS)}, or --peft_config")
+    if args.learning_rate is not None:
+        if args.learning_rate <= 0:
+            raise ValueError(f"--learning_rate must be positive, but is {args.learning_rate}")
+        rates = (args.learning_rate, args.learning_rate)
+    load_gate(args.gate or DEFAULT_GATE)
+    audit_settings(args)
+    check_objectives(args.objectives)
+    check_sampler(args.sampler)
+    check_backend(args.backend)
+    if args.backend == "ray":
+        check_ray(ray_options(args).get("num_workers", 1))
+    elif args.num_workers is not None:
+        raise ValueError(f"--num_workers {args.num_workers} is for --backend ray: give that, too, or neither")
+    for flag, known in (("dtype", DTYPES), ("quantization", QUANTIZATIONS)):
+        if (value := getattr(args, flag)) is not None and value not in known:
+            raise ValueError(f"unknown --{flag} {value!r}: use {', '.join(known)}")
+    if args.log_images and args.validation_prompt is None:
+        raise ValueError("--log_images shows what the model makes of a --validation_prompt: give one")
+    if args.log_images and "wandb" not in args.report_to:
+        raise ValueError("--log_images is for --report_to wandb: give that, too, or neither")
+    if args.push_to_hub:
+        check_login(args.hub_model_id or Path(args.output_dir).resolve().name, args.hub_public)
+    if args.mixed_precision not in ("no", "fp16", "bf16"):
+        raise ValueError(f"unknown mixed precision {args.mixed_precision!r}: use no, fp16 or bf16")
+    if args.n_trials < (0 if args.mask_from else 1):
+        raise ValueError(f"--n_trials must be at least 1, but is {args.n_trials}")
+    for flag in ("max_trainable_percent", "trial_timeout"):
+        if (value := getattr(args, flag)) is not None and value <= 0:
+            raise ValueError(f"--{flag} must be positive, but is {value:g}")
+    for flag, least in (
+        ("n_finalists", 0),
+        ("finalist_repeats", 1),
+        ("max_train_steps", 1),
+        ("search_max_steps", 1),
+        ("eval_num_images", 2),
+    ):
+        if (value := getattr(args, flag)) is not None and value < least:
+            raise ValueError(f"--{flag} must be at least {least}, but is {value}")
+    if args.prune_at is not None and not 0 < args.prune_at < 1:
+        raise ValueError(f"--prune_at must be a share of the steps between 0 and 1, but is {args.prune_at:g}")
+    if args.memorization_budget is not None and len(args.objectives) < 2:
+        raise ValueError("--memorization_budget needs a second objective, the memorization")
+    resume = args.resume_from_checkpoint
+    if resume not in (None, "latest") and not Path(resume).is_dir():
+        raise ValueError(f"--resume_from_checkpoint {resume!r} is no folder: give a checkpoint's, or latest")
+    if args.train_data_dir is not None and not Path(args.train_data_dir).is_dir():
+        raise ValueError(f"--train_data_dir {args.train_data_dir!r} is no folder")
+    if args.train_data_dir is not None and args.dataset_name != "demo":
+        raise ValueError("give --dataset_name or --train_data_dir, not both")
+    mask = mask_from(args.mask_from) if args.mask_from else None
+    if args.n_trials:
+        check_own_study(args, settings(args), later=_SEEN_LATER)
+    return config, rates, mask
+
+
+def peft_config_from(path: str) -> PeftConfig:
+    """A PEFT config from a JSON file or an adapter folder."""
+    file = Path(path) / "adapter_config.json" if Path(path).is_dir() else Path(path)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return PeftConfig.from_peft_type(**content)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"--peft_config {path!r} is no PEFT config: {type(error).__name__}: {error}") from None
+
+
+def mask_from(path: str) -> dict[str, bool]:
+    """The mask in an adapter's folder, in a JSON file, or of a mask's repository on the Hub."""
+    file, names = Path(path), (MASK, REPORT, "adapter_config.json")
+    try:
+        if file.is_dir():
+            file = next((file / name for name in names if (file / name).exists()), file)
+        elif not file.exists() and path.count("/") == 1 and not file.is_absolute():
+            file = Path(HfApi().hf_hub_download(path, MASK))
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"--mask_from {path!r} cannot be read: {str(error).splitlines()[0]}") from None
+    mask = content.get("mask", content) if isinstance(content, dict) else content
+    if not isinstance(mask, dict) or not all(isinstance(value, bool) for value in mask.values()):
+        raise ValueError(f"--mask_from {path!r} holds no mask, which is an object of block names and booleans")
+    if not any(mask.values()):
+        raise ValueError(f"--mask_from {path!r} selects no block: the frozen base has nothing to train")
+    return mask
+
+
+def settings_with_images(args: ScriptArguments, trainer: MemControlTrainer) -> dict[str, Any]:
+    """What a study depends on once the images are read: they themselves, too, and how many processes share a trial."""
+    digest = hashlib.blake2b(digest_size=8)
+    for data in (trainer.train_dataset, trainer.encode(trainer.eval_dataset)):
+        digest.update(repr([*data.encoded["pixels"]]).encode() + repr([*data.images["text"]]).encode())
+    return settings(args) | {"images": digest.hexdigest(), "world_size": trainer.args.world_size}
+
+
+def check_own_study(args: ScriptArguments, made_with: dict[str, Any], later: Sequence[str] = ()) -> None:
+    """See that the study of this command, where there is one already, was made with these settings."""
+    storage = args.storage or str(Path(args.output_dir) / "study.journal")
+    check_study(storage, args.study_name, made_with, alone=args.storage is None, later=later)
+
+
+def ray_options(args: ScriptArguments) -> dict[str, int]:
+    """What `--backend ray` is given."""
+    return {} if args.num_workers is None else {"num_workers": args.num_workers}
+
+
+def audit_settings(args: ScriptArguments) -> AuditSettings:
+    """How much the result is attacked."""
+    return AuditSettings(
+        resolution=args.resolution,
+        num_prompts=args.audit_num_prompts,
+        images_per_prompt=args.audit_images_per_prompt,
+        num_quality_images=args.eval_num_images,
+        inference_steps=args.eval_inference_steps,
+        guidance_scale=args.eval_guidance_scale,
+        near_duplicates=args.near_duplicates,
+        batch_size=args.eval_batch_size,
+        seed=args.seed,
+    )
+
+
+def load(args: ScriptArguments) -> tuple[Any, DatasetDict]:
+    """The pipeline and the images, checked against each other."""
+    pipeline = load_pipeline(
+        args.pretrained_model_name_or_path,
+        args.revision,
+        args.variant,
+        args.dtype,
+        args.quantization,
+        args.single_file_config,
+    )
+    family_of(pipeline).check_resolution(args.resolution)
+    if on_demo_data(args):
+        data = demo_dataset()
+    else:
+        several = parse_mitigations(args.mitigation).get("multiple_captions")
+        data = load_images(
+            None if args.train_data_dir else args.dataset_name,
+            args.train_data_dir,
+            args.image_column,
+            args.caption_column,
+            args.group_column,
+            args.seed,
+            several.column if several else None,
+        )
+    check_near_duplicates(data, args.near_duplicates)
+    data["train"] = plant_canaries(data["train"], args.canaries, args.canary_repeats, args.seed)
+    return pipeline, data
+
+
+def training_arguments(args: ScriptArguments) -> MemControlTrainingArguments:
+    """The Trainer's own arguments."""
+    steps = args.checkpointing_steps
+    try:
+        other = dict(json.loads(args.trainer_args))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--trainer_args is no JSON object: {error}") from None
+    unknown = set(other) - {field.name for field in dataclasses.fields(MemControlTrainingArguments)}
+    if unknown:
+        raise ValueError(f"--trainer_args has unknown arguments: {', '.join(sorted(unknown))}")
+    if hub := [name for name in other if name.startswith(("push_to_hub", "hub_"))]:
+        raise ValueError(f"--trainer_args has {', '.join(hub)}: use --push_to_hub, --hub_model_id, --hub_revision")
+    arguments = {
+        "output_dir": args.output_dir,
+        "run_name": f"{args.study_name}-final",
+        "resolution": args.resolution,
+        "per_device_train_batch_size": args.train_batch_size,
+        "per_device_eval_batch_size": args.eval_batch_size,
+        "max_steps": args.max_train_steps,
+        "search_max_steps": args.search_max_steps,
+        "search_fraction": args.search_fraction,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "activation_checkpointing": args.gradient_checkpointing,
+        "learning_rate": args.learning_rate or 1e-4,
+        "lr_scheduler_type": args.lr_scheduler,
+        "warmup_steps": args.lr_warmup_steps,
+        "snr_gamma": args.snr_gamma,
+        "caption_dropout": args.caption_dropout,
+        "mitigations": args.mitigation,
+        "fp16": args.mixed_precision == "fp16",
+        "bf16": args.mixed_precision == "bf16",
+        "objectives": args.objectives,
+        "eval_num_images": args.eval_num_images,
+        "eval_inference_steps": args.eval_inference_steps,
+        "eval_guidance_scale": args.eval_guidance_scale,
+        "save_strategy": "steps" if steps else "no",
+        "save_steps": steps or 500,
+        "logging_steps": 10,
+        "disable_tqdm": False,
+        "report_to": args.report_to,
+        "seed": args.seed,
+    }
+    if taken := sorted(set(other) & set(arguments) - {"logging_steps", "disable_tqdm"}):
+        raise ValueError(f"--trainer_args has {', '.join(taken)}: there are flags for what these say, see --help")
+    return MemControlTrainingArguments(**arguments | other)
+
+
+def dry_run(args: ScriptArguments) -> str:
+    """What the search would take, to print."""
+    config, _, _ = check(args)
+    trainer_args = training_arguments(args)
+    weight_bytes = DTYPES[args.dtype or "float32"].itemsize
+    if args.quantization is not None:
+        weight_bytes = QUANTIZATIONS[args.quantization][1]
+    planned = plan(
+        load_architecture(args.single_file_config or args.pretrained_model_name_or_path, args.revision),
+        config,
+        granularity_of(args),
+        args.text_encoder_blocks,
+        resolution=args.resolution,
+        batch_size=args.train_batch_size,
+        n_trials=args.n_trials,
+        steps=args.search_max_steps * args.gradient_accumulation_steps,
+        num_images=args.eval_num_images,
+        inference_steps=args.eval_inference_steps,
+        guidance=args.eval_guidance_scale > 1,
+        eval_samplings=len({"fid", "amd"} & {*args.objectives}),
+        weight_bytes=weight_bytes,
+        optimizer_bytes=2 if "8bit" in trainer_args.optim else 8,
+        low_precision=args.mixed_precision != "no" or args.dtype in ("float16", "bfloat16"),
+    )
+    return planned.text(measured_speed(trainer_args.device))
+
+
+def granularity_of(args: ScriptArguments) -> str | list[str]:
+    """A name, or a list of expressions."""
+    return args.granularity[0] if args.granularity in (["block"], ["site"]) else args.granularity
