@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from test_train_memcontrol import assets, flags, script  # noqa: F401  (fixtures)
 from test_trainer import equal
 
-from memcontrol_hf import MemControlTrainingArguments, MemorizationReport, SearchSpace, flags
+from memcontrol_hf import MemControlTrainingArguments, MemorizationReport, SearchSpace
+from memcontrol_hf.flags import ScriptArguments, settings
 from memcontrol_hf.metrics import steering_norms
 from memcontrol_hf.mitigations import MITIGATIONS, EarlyStopCallback, parse_mitigations
 from memcontrol_hf.search import open_storage
@@ -462,7 +463,7 @@ def test_the_card_names_the_epsilon_and_what_protects_no_published_weights(scrip
 
 
 def test_the_settings_of_a_study_without_mitigations_are_as_before(script, tmp_path):  # noqa: F811
-    assert "mitigation" not in flags.settings(flags.ScriptArguments(output_dir=str(tmp_path)))
+    assert "mitigation" not in settings(ScriptArguments(output_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import ResNetConfig, ResNetModel, ViTImageProcessorPil
 
-from memcontrol_hf import MemorizationReport, audit_memorization, cli, flags
+from memcontrol_hf import MemorizationReport, audit_memorization, cli
 from memcontrol_hf.adapter_folder import PUBLIC_FILES
 from memcontrol_hf.audit import AuditSettings
 from memcontrol_hf.data import load_images, plant_canaries
+from memcontrol_hf.flags import ScriptArguments, public_flags
 from memcontrol_hf.masks import block_map
 from memcontrol_hf.publish.hub import push_mask
 from memcontrol_hf.sampling import denoiser_in_place, generate
@@ -325,16 +326,16 @@ def test_the_command_to_repeat_has_all_that_is_not_a_default_of_this_pipeline(sc
         resolution=64,
         validation_prompt="a finding " * 100,
     )
-    words = flags.public_flags(args)
+    words = public_flags(args)
     assert "--train_batch_size 32" in words and "--resolution 64" in words and "a finding" in words
     assert "--train_data_dir YOUR_TRAIN_DATA_DIR" in words and "patients" not in words
-    assert flags.public_flags(flags.ScriptArguments()) == ""
+    assert public_flags(ScriptArguments()) == ""
 
 
 def test_a_folder_that_is_called_as_a_method_does_not_hide_the_method(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lora").mkdir()
-    words = flags.public_flags(flags.ScriptArguments(method="lora", output_dir="lora"))
+    words = public_flags(ScriptArguments(method="lora", output_dir="lora"))
     assert "--method lora" in words
 
 
