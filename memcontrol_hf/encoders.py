@@ -1,17 +1,12 @@
 """Image encoders behind one small interface: images `[N, 3, H, W]` in [0, 1] -> features `[N, D]`."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .images import to_pixels
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from .demo import DEMO_ENCODER
 
 
 class Encoder(nn.Module):
@@ -67,12 +62,6 @@ class Encoder(nn.Module):
         return features.flatten(1)
 
 
-def features_of(encoder: Encoder, images: "Dataset", rows: Sequence[int], resolution: int) -> torch.Tensor:
-    """Features `[len(rows), D]` of some rows of a dataset with the column `image`, read in parts."""
-    parts = [list(rows[i : i + 64]) for i in range(0, len(rows), 64)]
-    return torch.cat([encoder(to_pixels(images[part]["image"], resolution)) for part in parts])
-
-
 def load_encoder(encoder: str | nn.Module, device: torch.device | str = "cpu") -> Encoder:
     """An encoder by name.
 
@@ -92,8 +81,6 @@ def load_encoder(encoder: str | nn.Module, device: torch.device | str = "cpu") -
     if encoder.startswith("xrv:"):
         return Encoder(_xray_densenet(encoder.removeprefix("xrv:")), 224).to(device)
     from transformers import AutoImageProcessor, AutoModel
-
-    from .demo import DEMO_ENCODER
 
     path = str(DEMO_ENCODER) if encoder == "demo" else encoder
     try:

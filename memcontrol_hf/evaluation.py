@@ -1,4 +1,25 @@
-"""What is measured of a model."""
+"""The figures of a model: one engine, which the trainer's evaluation and the audit both measure with.
+
+Every row is measured by itself: its draws depend on the seed, the purpose and the row's number alone, so that a figure
+does not depend on the batch size, on the order of the rows, or on how many processes share the work.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+
+from . import metrics
+from .data import EncodedImages
+from .families import Condition, Family
+from .mitigations import Mitigation
+from .randomness import Purpose, row_keys, seeded_generator
+from .sampling import denoiser_in_place, generate
 
 METRICS = {
     "fid": "minimize",
@@ -7,13 +28,254 @@ METRICS = {
     "noise_norm": "minimize",
     "loss": "minimize",
 }
-"""What [`MemControlTrainer.evaluate`] can measure, and which way is better."""
+"""The metrics that [`MemControlTrainer.evaluate`] can measure, and which direction is better."""
 
 
-def check_objectives(objectives: list[str]) -> None:
-    """Raise `ValueError` for an objective that is no metric, one named twice, and none at all."""
+def check_objectives(objectives: Sequence[str]) -> None:
+    """Raise `ValueError` for an objective that is no metric, one that is named twice, and an empty list."""
     unknown = [name for name in objectives if name not in METRICS]
     if unknown or not objectives:
         raise ValueError(f"unknown objective(s) {', '.join(unknown) or '(none)'}: use some of {', '.join(METRICS)}")
     if len(set(objectives)) < len(objectives):
         raise ValueError(f"an objective is named twice: {', '.join(objectives)}")
+
+
+@dataclass
+class Evaluator:
+    """Measures a denoiser and the pipeline that samples with it.
+
+    Args:
+        family ([`~memcontrol_hf.families.Family`]): family of the pipeline.
+        denoiser (`nn.Module`): the denoiser to measure, with its adapter if it has one.
+        resolution (`int`): side of the images in pixels.
+        seed (`int`): random seed of all draws.
+        batch_size (`int`): number of images measured at once; only the speed depends on it.
+        num_timesteps (`int`): number of fixed timesteps of the denoising loss and of the noise norm.
+        inference_steps (`int`): number of sampling steps.
+        guidance_scale (`float`): guidance scale of the sampling.
+        null (`Condition`, *optional*): the null condition, one row, where the family has one.
+        encode_captions (`bool`):
+            Whether to encode captions anew instead of reading the cached conditions, because a text encoder is tuned.
+        mitigations (list of [`~memcontrol_hf.mitigations.Mitigation`]):
+            Mitigations whose `sampling` hook applies to the images that are generated.
+        training_images ([`~memcontrol_hf.data.EncodedImages`], *optional*):
+            The training images, for sampling mitigations that keep away from them.
+        rank, world_size (`int`): this process, and how many processes share the rows.
+    """
+
+    family: Family
+    denoiser: nn.Module
+    resolution: int
+    seed: int
+    batch_size: int
+    num_timesteps: int
+    inference_steps: int
+    guidance_scale: float
+    null: Condition | None = None
+    encode_captions: bool = False
+    mitigations: Iterable[Mitigation] = ()
+    training_images: EncodedImages | None = None
+    rank: int = 0
+    world_size: int = 1
+
+    # ---- the attacks on single images ----
+
+    @property
+    def timesteps(self) -> list[int] | list[float]:
+        """The fixed timesteps, from low noise to high."""
+        return self.family.timesteps(self.num_timesteps)
+
+    def losses(self, data: EncodedImages, purpose: Purpose) -> torch.Tensor:
+        """Mean denoising loss of each distinct image over the fixed timesteps: `[N]`."""
+        measure = partial(metrics.denoising_losses, self.family, self.denoiser)
+        return self._per_image(lambda *rows: measure(*rows, self.batch_size).mean(1), data, purpose)
+
+    def noise_norms(self, data: EncodedImages, purpose: Purpose) -> torch.Tensor:
+        """Mean noise norm of each distinct image over the fixed timesteps: `[N]`."""
+
+        def measure(
+            latents: torch.Tensor, condition: Condition, timesteps: Sequence[float], keys: Sequence[tuple[int, ...]]
+        ) -> torch.Tensor:
+            arguments = (self.denoiser, latents, condition, self.null, self.family, timesteps, keys, self.batch_size)
+            return metrics.noise_norm(*arguments).mean(1)
+
+        return self._per_image(measure, data, purpose)
+
+    def membership_scores(self, data: EncodedImages, purpose: Purpose) -> dict[str, torch.Tensor]:
+        """Scores of the membership attacks on each distinct image, higher for what looks trained on: name -> `[N]`.
+
+        CLiD is left out where the family has no condition to leave out.
+        """
+        with_clid = "clid" not in self.family.not_applicable
+        names = ["loss", "secmi", "pia", *(["clid"] if with_clid else [])]
+
+        def measure(
+            latents: torch.Tensor, condition: Condition, timesteps: Sequence[float], keys: Sequence[tuple[int, ...]]
+        ) -> torch.Tensor:
+            images = (self.family, self.denoiser, latents, condition)
+            losses = metrics.denoising_losses(*images, timesteps, keys, self.batch_size)
+            columns = [
+                -losses.mean(1),
+                metrics.secmi(*images, batch_size=self.batch_size),
+                metrics.pia(*images, batch_size=self.batch_size),
+            ]
+            if with_clid:
+                columns.append(metrics.clid(*images, self.null, timesteps, keys, self.batch_size, losses))
+            return torch.stack(columns, dim=1)
+
+        return dict(zip(names, self._per_image(measure, data, purpose).unbind(1)))
+
+    def trajectory_norms(self, data: EncodedImages, rows: Sequence[int]) -> torch.Tensor:
+        """How hard the caption of each row steers the sampling: `[len(rows)]`."""
+        shape = data.encoded[0]["latents"].shape
+        norms = []
+        for start in range(0, len(rows), self.batch_size):
+            batch = list(rows[start : start + self.batch_size])
+            norms.append(
+                metrics.trajectory_noise_norms(
+                    self.denoiser,
+                    self._condition(data, batch),
+                    self.null,
+                    self.family,
+                    shape,
+                    self._keys(data, batch, Purpose.AUDIT_TRAJECTORIES),
+                    self.inference_steps,
+                    self.guidance_scale,
+                    batch_size=self.batch_size,
+                )
+            )
+        return torch.cat(norms)
+
+    # ---- generated images ----
+
+    def images(
+        self, data: EncodedImages, rows: Sequence[int], purpose: Purpose, per_caption: int | None = None
+    ) -> torch.Tensor:
+        """Images generated from the captions of some rows: `[len(rows) * per_caption, 3, H, W]` in [0, 1].
+
+        Args:
+            data ([`~memcontrol_hf.data.EncodedImages`]): whose captions are read.
+            rows (list of `int`): rows of `data`.
+            purpose (`Purpose`): what the images are for.
+            per_caption (`int`, *optional*):
+                Number of images for each caption, each with a key of its own; one, keyed by the row alone, by default.
+        """
+        captions = [caption for caption in data.captions(rows) for _ in range(per_caption or 1)]
+        keys = self._keys(data, rows, purpose)
+        if per_caption is not None:
+            keys = [(*key, i) for key in keys for i in range(per_caption)]
+        pipeline = self.family.pipeline
+        with ExitStack() as stack:
+            stack.enter_context(denoiser_in_place(pipeline, self.denoiser))
+            sampling = [stack.enter_context(m.sampling(self)) for m in self.mitigations]
+            adjusters = [adjust for adjust in sampling if adjust is not None]
+            return generate(
+                pipeline,
+                captions,
+                keys,
+                self.resolution,
+                self.inference_steps,
+                self.guidance_scale,
+                self.batch_size,
+                adjusters,
+            )
+
+    def training_latents_and_conditions(self) -> tuple[torch.Tensor, Condition]:
+        """Latents `[N, C, h, w]` and conditions of all training rows, for mitigations that keep away from them."""
+        data = self.training_images
+        return data.encoded["latents"][:], self._condition(data, range(len(data)))
+
+    def sampled(self, data: EncodedImages, purpose: Purpose, count: int) -> list[int]:
+        """Which of the distinct images have their captions sampled, at most `count`: places among the distinct."""
+        order = torch.randperm(len(data.distinct), generator=seeded_generator(self.seed, purpose)).tolist()
+        return order[:count]
+
+    def generated_features(
+        self, data: EncodedImages, purpose: Purpose, count: int, encoder: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Features of one image for each of at most `count` captions of distinct images: `[count, D]`."""
+        rows = [data.distinct[i] for i in self.sampled(data, purpose, count)]
+        return self._over_processes(lambda mine: encoder(self.images(data, mine, purpose)), rows)
+
+    # ---- the trainer's metrics ----
+
+    def measure(
+        self,
+        wanted: Iterable[str],
+        train: EncodedImages,
+        others: EncodedImages,
+        num_images: int,
+        encoder: Callable[[], Callable[[torch.Tensor], torch.Tensor]],
+    ) -> dict[str, float]:
+        """Metrics of `METRICS`, with their companions; see [`MemControlTrainer.evaluate`].
+
+        Args:
+            wanted (list of `str`): names of metrics.
+            train ([`~memcontrol_hf.data.EncodedImages`]): the images that the model was trained on.
+            others ([`~memcontrol_hf.data.EncodedImages`]): images of the same domain that it was not trained on.
+            num_images (`int`): number of images generated for `fid`, and as many for `amd`.
+            encoder (`Callable`): returns the image encoder; called only for metrics that need features.
+        """
+        wanted, figures = set(wanted), {}
+        if {"loss", "membership_auc"} & wanted:
+            member_losses = self.losses(train, Purpose.MEMBERS)
+            other_losses = self.losses(others, Purpose.NONMEMBERS)
+            figures["loss"], figures["loss_train"] = other_losses.mean().item(), member_losses.mean().item()
+            if "membership_auc" in wanted:
+                result = metrics.membership(-member_losses, -other_losses)
+                figures["membership_auc"] = result.auc
+                figures["membership_auc_low"], figures["membership_auc_high"] = result.interval
+        if "noise_norm" in wanted - self.family.not_applicable.keys():
+            figures["noise_norm"] = self.noise_norms(train, Purpose.MEMBERS).mean().item()
+            figures["noise_norm_held_out"] = self.noise_norms(others, Purpose.NONMEMBERS).mean().item()
+        if "fid" in wanted:
+            generated = self.generated_features(others, Purpose.EVALUATION_CAPTIONS, num_images, encoder())
+            figures["fid"] = metrics.fid(generated, others.features(encoder()))
+        if "amd" in wanted:
+            generated = self.generated_features(train, Purpose.TRAINING_CAPTIONS, num_images, encoder())
+            # Beside as many held-out images as training images, since a larger set has nearer neighbours.
+            to_train, to_held_out = metrics.distances_to_both(
+                generated,
+                train.features(encoder()),
+                others.features(encoder()),
+                seed=(self.seed, Purpose.TRIAL_ROWS),
+                own=self.sampled(train, Purpose.TRAINING_CAPTIONS, num_images),
+            )
+            figures["amd"], figures["amd_held_out"] = to_train.mean().item(), to_held_out.mean().item()
+        return figures
+
+    # ---- rows, in batches and over processes ----
+
+    def _keys(self, data: EncodedImages, rows: Sequence[int], purpose: Purpose) -> list[tuple[int, ...]]:
+        return row_keys(self.seed, purpose, (data.numbers[row] for row in rows))
+
+    def _condition(self, data: EncodedImages, rows: Sequence[int]) -> Condition:
+        """The conditions of some rows: the cached ones, unless a text encoder is tuned."""
+        if self.encode_captions:
+            return self.family.encode_prompts(data.captions(rows))
+        return data.condition(self.family.conditions, rows)
+
+    def _per_image(self, measure: Callable[..., torch.Tensor], data: EncodedImages, purpose: Purpose) -> torch.Tensor:
+        """`measure(latents, condition, timesteps, keys)` of all distinct images, in batches: `[N, ...]`."""
+
+        def measure_rows(rows: list[int]) -> torch.Tensor:
+            values = []
+            for start in range(0, len(rows), self.batch_size):
+                batch = rows[start : start + self.batch_size]
+                latents, condition = data.encoded["latents"][batch], self._condition(data, batch)
+                values.append(measure(latents, condition, self.timesteps, self._keys(data, batch, purpose)))
+            return torch.cat(values)
+
+        return self._over_processes(measure_rows, data.distinct)
+
+    def _over_processes(self, measure_rows: Callable[[list[int]], torch.Tensor], rows: list[int]) -> torch.Tensor:
+        """Share rows among the processes; each gets all results, in the order of `rows`."""
+        if self.world_size == 1:
+            return measure_rows(rows)
+        mine = rows[self.rank :: self.world_size]
+        parts = gather_object([measure_rows(mine) if mine else None])
+        result: list[Any] = [None] * len(rows)
+        for first, part in enumerate(parts):
+            for i, value in enumerate(part if part is not None else []):
+                result[first + i * self.world_size] = value
+        return torch.stack(result)

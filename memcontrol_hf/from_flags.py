@@ -2,9 +2,9 @@
 
 import copy
 import dataclasses
-import hashlib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,20 +12,23 @@ from typing import Any
 from datasets import DatasetDict
 from huggingface_hub import HfApi
 from peft import PeftConfig
+from transformers.trainer_utils import get_last_checkpoint
 
 from .adapter_folder import MASK, REPORT
-from .audit import AuditSettings
-from .data import check_near_duplicates, load_images, plant_canaries
+from .audit import LEAST_IMAGES, AuditSettings
+from .data import check_near_duplicates, images_digest, load_images, plant_canaries
 from .demo import demo_dataset
 from .dry_run import load_architecture, measured_speed, plan
+from .encoders import encoder_name, load_encoder
 from .evaluation import check_objectives
 from .families import DTYPES, QUANTIZATIONS, family_of, load_pipeline
-from .flags import _SEEN_LATER, METHODS, ScriptArguments, on_demo_data, settings
+from .flags import _SEEN_LATER, METHODS, ScriptArguments, on_demo_data, public_datasets, public_flags, settings
 from .mitigations import parse_mitigations
 from .publish.hub import check_login
 from .report import DEFAULT_GATE, load_gate
-from .search import check_sampler, check_study
+from .search import check_sampler, check_study, known_masks
 from .search.ray import check_ray
+from .tracking import run_url
 from .trainer import MemControlTrainer, check_backend
 from .training_arguments import MemControlTrainingArguments
 
@@ -133,10 +136,8 @@ def mask_from(path: str) -> dict[str, bool]:
 
 def settings_with_images(args: ScriptArguments, trainer: MemControlTrainer) -> dict[str, Any]:
     """What a study depends on once the images are read: they themselves, too, and how many processes share a trial."""
-    digest = hashlib.blake2b(digest_size=8)
-    for data in (trainer.train_dataset, trainer.encode(trainer.eval_dataset)):
-        digest.update(repr([*data.encoded["pixels"]]).encode() + repr([*data.images["text"]]).encode())
-    return settings(args) | {"images": digest.hexdigest(), "world_size": trainer.args.world_size}
+    images = images_digest(trainer.train_dataset, trainer.encode(trainer.eval_dataset))
+    return settings(args) | {"images": images, "world_size": trainer.args.world_size}
 
 
 def check_own_study(args: ScriptArguments, made_with: dict[str, Any], later: Sequence[str] = ()) -> None:
@@ -271,3 +272,117 @@ def dry_run(args: ScriptArguments) -> str:
 def granularity_of(args: ScriptArguments) -> str | list[str]:
     """A name, or a list of expressions."""
     return args.granularity[0] if args.granularity in (["block"], ["site"]) else args.granularity
+
+
+def make_trainer(args: ScriptArguments) -> tuple[MemControlTrainer, DatasetDict, tuple[float, float], dict | None]:
+    """The trainer, the images, the learning rates to search and the mask that was given, all checked.
+
+    Raises:
+        ValueError: says the value, what was allowed, and what to do.
+    """
+    config, rates, mask = check(args)
+    trainer_args = training_arguments(args)
+    pipeline, data = load(args)
+    on_hub = args.pretrained_model_name_or_path != "demo" and not Path(args.pretrained_model_name_or_path).exists()
+    config.base_model_name_or_path = args.pretrained_model_name_or_path if on_hub else None
+    trainer = MemControlTrainer(
+        pipeline=pipeline,
+        peft_config=config,
+        args=trainer_args,
+        train_dataset=data["train"],
+        eval_dataset=data["validation"],
+        search_space=family_of(pipeline).search_space(granularity_of(args), args.text_encoder_blocks),
+        mask=mask,
+        encoder=load_encoder(args.encoder, trainer_args.device),
+    )
+    if args.n_trials:
+        check_own_study(args, settings_with_images(args, trainer))
+    example_inputs(args, trainer)  # a prompt that the pipeline cannot take is seen now
+    for name, least in LEAST_IMAGES.items():
+        if (count := len(trainer.encode(data[name]).distinct)) < least:
+            logger.warning(
+                f"the {name} split has {count} different images, but the audit needs {least}: there will be none, and "
+                "the gate will fail"
+            )
+    return trainer, data, rates, mask
+
+
+def search_options(
+    args: ScriptArguments, trainer: MemControlTrainer, rates: tuple[float, float], mask: dict[str, bool] | None
+) -> dict[str, Any]:
+    """The arguments of [`~memcontrol_hf.workflow.search`]."""
+    return {
+        "n_trials": args.n_trials,
+        "learning_rate_range": rates,
+        "sampler": args.sampler,
+        "storage": args.storage,
+        "study_name": args.study_name,
+        "settings": settings_with_images(args, trainer),
+        "enqueue": known_masks(trainer.search_space, *rates, [mask] if mask else []),
+        "memorization_budget": args.memorization_budget,
+        "max_trainable_percent": args.max_trainable_percent,
+        "trial_timeout": args.trial_timeout,
+        "prune_at": args.prune_at,
+        "backend": args.backend,
+        "n_finalists": args.n_finalists,
+        "finalist_repeats": args.finalist_repeats,
+        **ray_options(args),
+    }
+
+
+def fixed_rate(args: ScriptArguments, rates: tuple[float, float]) -> float:
+    """The learning rate without a search: the one that was given, or the middle of the method's range."""
+    return args.learning_rate or (rates[0] * rates[1]) ** 0.5
+
+
+def checkpoint_to_resume(args: ScriptArguments) -> str | None:
+    """The checkpoint of the final fine-tune to go on with, if one was asked for and is there."""
+    if args.resume_from_checkpoint != "latest":
+        return args.resume_from_checkpoint
+    return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+
+
+def report_facts(args: ScriptArguments, trainer: MemControlTrainer) -> dict[str, Any]:
+    """What the flags say to [`~memcontrol_hf.workflow.save`]."""
+    return {
+        "base_model": model_name(args),
+        "encoder": encoder_name(args.encoder),
+        "canaries": {"canaries": args.canaries, "canary_repeats": args.canary_repeats} if args.canaries else None,
+        "command": f"accelerate launch training_scripts/train_memcontrol.py {public_flags(args)}".strip(),
+        "card": card_facts(args, trainer),
+    }
+
+
+def model_name(args: ScriptArguments) -> str:
+    """What is published of the base model's address: of a local folder only its name."""
+    name = args.pretrained_model_name_or_path
+    return Path(name).resolve().name if os.path.exists(name) else name
+
+
+def card_facts(args: ScriptArguments, trainer: MemControlTrainer) -> dict[str, Any]:
+    """What the card says beside the figures."""
+    demo = args.pretrained_model_name_or_path == "demo"
+    as_given = on_demo_data(args) and not Path(args.output_dir).is_absolute()  # a path can name a person or a place
+    facts = {
+        "hub_model_id": args.hub_model_id,
+        "location": args.output_dir if as_given else Path(args.output_dir).name,
+        "base_revision": args.revision,
+        "denoiser": trainer.family.denoiser_name,
+        "example_inputs": example_inputs(args, trainer),
+        "license": args.license or ("apache-2.0" if demo and on_demo_data(args) else None),
+        "datasets": public_datasets(args),
+        "run_url": run_url(),
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def example_inputs(args: ScriptArguments, trainer: MemControlTrainer) -> dict[str, Any]:
+    """What the card's snippet calls the pipeline with."""
+    if args.validation_prompt is not None:
+        prompt = args.validation_prompt
+    elif args.pretrained_model_name_or_path == "demo":
+        prompt = "grinning face"
+    else:
+        prompt = "0" if "class_labels" in trainer.family.conditions else ""
+    request = trainer.family.request([prompt], args.resolution, args.eval_guidance_scale)
+    return {name: request[name] for name in ("prompt", "class_labels", "batch_size") if name in request}

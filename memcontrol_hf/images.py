@@ -16,14 +16,21 @@ if TYPE_CHECKING:
 
 
 def thumbnails(images: "Dataset", rows: Sequence[int]) -> torch.Tensor:
-    """`[len(rows), 3, 32, 32]` in [0, 1] of some rows of the column `image`, read in parts; for near-duplicates."""
+    """Some rows of the column `image` at 32 x 32 pixels: `[len(rows), 3, 32, 32]` in [0, 1]."""
     parts = [list(rows[i : i + 256]) for i in range(0, len(rows), 256)]
     return torch.cat([to_pixels(images[part]["image"], 32) for part in parts])
 
 
-def pixel_digest(image: PILImage.Image) -> bytes:
-    """Of the pixels, so that exact copies are found; it stays in memory and in the local cache."""
-    return hashlib.blake2b(to_rgb(image).tobytes(), digest_size=8).digest()
+DIGEST_VERSION = 2
+"""Version of [`pixel_digest`], which cached columns and the settings of a study name. Version 1 ignored the size."""
+
+
+def pixel_digest(image: PILImage.Image) -> str:
+    """A digest of an image's size and RGB values, equal for exact copies: 32 hexadecimal digits.
+
+    A digest stays in memory and in the local cache, and is never published.
+    """
+    return hashlib.blake2b(repr(image.size).encode() + to_rgb(image).tobytes(), digest_size=16).hexdigest()
 
 
 def to_rgb(image: PILImage.Image) -> PILImage.Image:
@@ -49,13 +56,14 @@ TILES = 4
 def tile_distances(a: torch.Tensor, b: torch.Tensor, exact: bool = False) -> torch.Tensor:
     """Pairwise distance of images: the largest Euclidean distance over 4 x 4 tiles at the same place.
 
-    Of Carlini et al. (https://huggingface.co/papers/2301.13188), without their division by the number of values.
+    The distance is that of Carlini et al. (https://huggingface.co/papers/2301.13188), without their division by the
+    number of values.
 
     Args:
         a (`torch.Tensor`): images `[M, C, H, W]`; H and W multiples of 4.
         b (`torch.Tensor`): images `[N, C, H, W]`.
-        exact (`bool`): without matrix multiplication, which is ten times as fast, but by which equal images may be
-            some .001 of the brightness apart.
+        exact (`bool`): compute without matrix multiplication, which is ten times as fast but puts equal images up to
+            .001 of the brightness apart.
 
     Returns:
         `torch.Tensor`: `[M, N]`.
@@ -68,12 +76,12 @@ def near_duplicates(a: torch.Tensor, b: torch.Tensor | None = None, threshold: f
     """Pairs of images that are the same picture saved twice: compressed, scaled or slightly brightened.
 
     Two thumbnails of 32 x 32 pixels are near-duplicates when the root mean square difference of their most different
-    tile of 4 x 4 (see [`tile_distances`]) is at most the threshold. A crop or a turned copy is not found.
+    tile of 4 x 4 (see [`tile_distances`]) is at most the threshold. Crops and turned copies are not found.
 
     Args:
         a (`torch.Tensor`): images in [0, 1], `[M, C, H, W]`.
         b (`torch.Tensor`, *optional*): `[N, C, H, W]`; without it the images of `a` are compared with each other.
-        threshold (`float`): in [0, 1] of the brightness; 0 finds equal thumbnails alone.
+        threshold (`float`): largest difference, in [0, 1] of the brightness; 0 finds equal thumbnails only.
 
     Returns:
         list of `tuple[int, int]`: rows of `a` and `b`; without `b`, each pair once.

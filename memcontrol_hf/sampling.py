@@ -1,8 +1,8 @@
-"""Images from a pipeline, one generator for each image."""
+"""Images from a pipeline, with a generator of its own for each image."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,8 +12,6 @@ from .randomness import seeded_generator
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-    from .mitigations import PromptEmbedding
 
 
 @contextmanager
@@ -38,16 +36,20 @@ def generate(
     num_inference_steps: int = 50,
     guidance_scale: float = 7.5,
     batch_size: int = 16,
-    prompt_embedding: "PromptEmbedding | None" = None,
+    adjust_prompts: Sequence[Callable[..., dict[str, Any]]] = (),
 ) -> torch.Tensor:
     """Generate one image for each prompt.
 
     Args:
         prompts (list of `str`): `N` prompts.
-        keys (list of tuples of `int`): for each image, what its noise is seeded with.
+        keys (list of tuples of `int`): for each image, the key of its noise; see
+            [`~memcontrol_hf.randomness.seeded_generator`].
         resolution (`int`): height and width in pixels.
-        batch_size (`int`): only a matter of speed.
-        prompt_embedding ([`~memcontrol_hf.mitigations.PromptEmbedding`], *optional*): adjusts the prompts first.
+        num_inference_steps (`int`): number of sampling steps.
+        guidance_scale (`float`): scale of the classifier-free guidance.
+        batch_size (`int`): number of images sampled at once; only the speed depends on it.
+        adjust_prompts (list of `Callable`): functions of `(family, prompts, generators, resolution,
+            num_inference_steps)`, each of which returns what changes in the pipeline's call.
 
     Returns:
         `torch.Tensor`: `[N, 3, H, W]` in [0, 1] on the CPU.
@@ -60,7 +62,9 @@ def generate(
     for start in range(0, len(prompts), batch_size):
         batch = slice(start, start + batch_size)
         generators = [seeded_generator(*key) for key in keys[batch]]
-        how = (prompts[batch], generators, resolution, num_inference_steps)
-        changes = None if prompt_embedding is None else prompt_embedding.inputs(family, *how)
-        images.append(family.sample(*how, guidance_scale, changes))
+        sampled = (prompts[batch], generators, resolution, num_inference_steps)
+        changes: dict[str, Any] = {}
+        for adjust in adjust_prompts:
+            changes |= adjust(family, *sampled)
+        images.append(family.sample(*sampled, guidance_scale, changes))
     return torch.cat(images) if images else torch.empty(0, 3, resolution, resolution)

@@ -63,10 +63,6 @@ class MemControlTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         check_objectives(self.objectives)
         mitigations = parse_mitigations(self.mitigations)
-        if dropout := mitigations.get("caption_dropout"):
-            self.caption_dropout = dropout.p
-        if guidance := mitigations.get("anti_memorization_guidance"):
-            guidance.check(self.eval_guidance_scale)
         for name in ("caption_dropout", "search_fraction"):
             value = getattr(self, name)
             if not 0 <= value <= 1 or (name == "search_fraction" and value == 0):
@@ -77,13 +73,12 @@ class MemControlTrainingArguments(TrainingArguments):
         super().__post_init__()
         if "bnb" in self.optim and not is_bitsandbytes_available():
             raise ValueError(f"the optimizer {self.optim.value} needs bitsandbytes: pip install bitsandbytes")
-        if dp_sgd := mitigations.get("dp_sgd"):
-            dp_sgd.check(self, mitigations)
-            self.max_grad_norm = 0.0  # it clips the gradients itself, before the noise
+        for mitigation in mitigations.values():
+            mitigation.check_arguments(self, mitigations)
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
 
     def to_dict(self) -> dict[str, Any]:
-        """As of transformers, for trackers: of a path on this machine only its last part."""
+        """The arguments for trackers, where a path on this machine is its last part only."""
         return {
             name: Path(value).name if isinstance(value, str) and is_place(value) else value
             for name, value in super().to_dict().items()

@@ -1,6 +1,6 @@
 """From images and captions to three disjoint splits, and to latents and conditions that are computed once."""
 
-from .encoded import EncodedImages, encode, first_rows, unique_rows, weights_digest
+from .encoded import EncodedImages, encode, first_rows, images_digest, weights_digest
 from .splits import (
     SPLITS,
     check_images,
@@ -20,10 +20,10 @@ __all__ = [
     "check_readable",
     "encode",
     "first_rows",
+    "images_digest",
     "load_images",
     "plant_canaries",
     "split",
-    "unique_rows",
     "weights_digest",
     "without_captions",
 ]

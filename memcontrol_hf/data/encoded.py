@@ -1,7 +1,11 @@
-"""Images beside their latents and conditions, which are computed once and cached on disk."""
+"""Images with captions, beside what is computed of them once: latents and conditions, digests, features."""
 
+import copy
 import hashlib
-from collections.abc import Hashable, Iterable, Sequence
+import logging
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -11,48 +15,166 @@ from datasets import config as datasets_config
 from datasets.fingerprint import Hasher
 from torch import nn
 
-from ..families import Family
-from ..images import pixel_digest, to_pixels
+from ..families import Condition, Family
+from ..images import DIGEST_VERSION, pixel_digest, thumbnails, to_pixels
+from ..randomness import Purpose, seeded_generator
+
+logger = logging.getLogger(__name__)
+
+
+class EncodedImages(torch.utils.data.Dataset):
+    """A dataset of images and captions, beside what is computed of it once.
+
+    Training reads the latents and the conditions, row by row. Every measure reads the *distinct* images: exact copies
+    count once. A row keeps its number in the whole data set, and with it the seeds of its draws, when only some rows
+    are selected.
+
+    Args:
+        images (`Dataset`): columns `image` and, unless only distances between images are measured, `text`.
+        resolution (`int`): side in pixels at which images are compared.
+        encoded (`Dataset`, *optional*): what [`encode`] returns for the same rows.
+
+    Attributes:
+        numbers (list of `int`): number of each row in the whole data set.
+    """
+
+    def __init__(self, images: Dataset, resolution: int, encoded: Dataset | None = None):
+        self.images = images
+        self.resolution = resolution
+        self.encoded = encoded
+        self.numbers: list[int] = list(range(len(images)))
+        self._features: list[tuple[Callable, torch.Tensor]] = []
+
+    def encoded_by(self, family: Family, weights_digests: Sequence[str] | None = None) -> "EncodedImages":
+        """The same images beside the latents and conditions that a pipeline's encoders give: see [`encode`]."""
+        result = copy.copy(self)
+        result.encoded = encode(self.images, family, self.resolution, weights_digests=weights_digests)
+        return result
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        return self.encoded[row]
+
+    def __getitems__(self, rows: list[int]) -> list[dict[str, torch.Tensor]]:
+        batch = self.encoded[rows]  # one read for a whole batch
+        return [{name: column[i] for name, column in batch.items()} for i in range(len(rows))]
+
+    def select(self, rows: Sequence[int]) -> "EncodedImages":
+        """Some of the rows, each with its number."""
+        encoded = None if self.encoded is None else self.encoded.select(rows)
+        result = EncodedImages(self.images.select(rows), self.resolution, encoded)
+        result.numbers = [self.numbers[row] for row in rows]
+        return result
+
+    # ---- distinct images ----
+
+    @cached_property
+    def digests(self) -> list[str]:
+        """The [`~memcontrol_hf.images.pixel_digest`] of each row."""
+        if self.encoded is not None:
+            return self.encoded.with_format(None)["digest"][:]
+        return [pixel_digest(image) for image in self.images["image"]]
+
+    @cached_property
+    def distinct(self) -> list[int]:
+        """The first row of each distinct image, in order."""
+        return first_rows(self.digests)
+
+    @cached_property
+    def repeated(self) -> set[int]:
+        """Those of the distinct rows whose image occurs more than once: the canaries."""
+        counts = Counter(self.digests)
+        return {row for row in self.distinct if counts[self.digests[row]] > 1}
+
+    def shuffled(self, seed: int, purpose: Purpose) -> list[int]:
+        """The distinct rows in an order that the seed and the purpose draw."""
+        order = torch.randperm(len(self.distinct), generator=seeded_generator(seed, purpose)).tolist()
+        return [self.distinct[i] for i in order]
+
+    def halves(self, seed: int) -> "tuple[EncodedImages, EncodedImages]":
+        """The distinct images in two halves that the seed draws."""
+        rows, middle = self.shuffled(seed, Purpose.AUDIT_HALVES), len(self.distinct) // 2
+        return self.select(sorted(rows[:middle])), self.select(sorted(rows[middle:]))
+
+    # ---- what is computed of the images ----
+
+    def pixels(self, rows: Sequence[int]) -> torch.Tensor:
+        """The images of some rows: `[len(rows), 3, resolution, resolution]` in [0, 1]."""
+        return to_pixels(self.images[list(rows)]["image"], self.resolution)
+
+    def captions(self, rows: Sequence[int]) -> list[str]:
+        """The captions of some rows."""
+        return self.images["text"][list(rows)]
+
+    def condition(self, names: Sequence[str], rows: Sequence[int]) -> Condition:
+        """The cached conditions of some rows."""
+        return {name: self.encoded[name][list(rows)] for name in names}
+
+    @cached_property
+    def thumbnails(self) -> torch.Tensor:
+        """The distinct images at 32 x 32 pixels: `[N, 3, 32, 32]` in [0, 1]."""
+        return thumbnails(self.images, self.distinct)
+
+    def features(self, encoder: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Features of the distinct images by an encoder of images in [0, 1], computed once: `[N, D]`."""
+        for known, features in self._features:
+            if known is encoder:
+                return features
+        parts = [self.distinct[i : i + 64] for i in range(0, len(self.distinct), 64)]
+        features = torch.cat([encoder(self.pixels(part)) for part in parts])
+        self._features.append((encoder, features))
+        return features
 
 
 @torch.no_grad()
 def encode(
-    dataset: Dataset, family: Family, resolution: int, batch_size: int = 32, digests: Sequence[str] | None = None
+    dataset: Dataset,
+    family: Family,
+    resolution: int,
+    batch_size: int = 32,
+    weights_digests: Sequence[str] | None = None,
 ) -> Dataset:
-    """Latents and text embeddings of a dataset, computed once and kept on disk by `datasets`.
+    """Compute the latents and conditions of a dataset once; `datasets` keeps them on disk.
 
     They are found again under a fingerprint of the rows, the weights of the autoencoder and the text encoders, what
-    else the family says that they depend on, and the resolution.
+    else the family says that they depend on, the resolution and the version of this format.
 
     Args:
         dataset (`Dataset`): columns `image`, `text`.
-        family: the pipeline's (`memcontrol_hf.families.family_of`).
-        resolution (`int`): in pixels.
-        digests (list of `str`, *optional*): [`weights_digest`] of the family's encoders, where they are known.
+        family: the pipeline's family (`memcontrol_hf.families.family_of`).
+        resolution (`int`): side of the images in pixels.
+        batch_size (`int`): number of images encoded at once; only the speed depends on it.
+        weights_digests (list of `str`, *optional*): [`weights_digest`] of each of the family's encoders, if known.
 
     Returns:
-        `Dataset`: columns `latents` `[C, h, w]`, the family's conditions (`prompt_embeds` `[L, D]`, ...), `pixels`
-        (equal for exact copies of an image) and `row`; in torch format.
+        `Dataset`: columns `latents` `[C, h, w]`, the family's conditions (`prompt_embeds` `[L, D]`, ...), `digest`
+        (equal for exact copies of an image) and `row` (the row's number), in torch format.
     """
-    digests = [weights_digest(module) for module in family.encoder_modules] if digests is None else digests
-    fingerprint = Hasher.hash([dataset._fingerprint, *digests, *family.encoding(), resolution])
+    if weights_digests is None:
+        weights_digests = [weights_digest(module) for module in family.encoder_modules]
+    key = [dataset._fingerprint, *weights_digests, *family.encoding(), resolution]
+    fingerprint = Hasher.hash([*key, f"digest {DIGEST_VERSION}"])
     folder = Path(datasets_config.HF_DATASETS_CACHE) / "memcontrol_hf"
     folder.mkdir(parents=True, exist_ok=True)
+    if (earlier := folder / f"{Hasher.hash(key)}.arrow").exists():
+        logger.warning(f"{earlier} was cached by an earlier version: it is not read, and can be deleted")
     probe = family.encode_images(torch.zeros(1, 3, resolution, resolution))
     condition = family.encode_prompts(dataset[:1]["text"])
     features = Features(
         {
             "latents": Array3D(tuple(probe.shape[1:]), "float32"),
-            **{name: _feature(tensor[0]) for name, tensor in condition.items()},
-            "pixels": Value("int64"),
+            **{name: _column_type(tensor[0]) for name, tensor in condition.items()},
+            "digest": Value("string"),
         }
     )
 
-    def encode_batch(batch: dict[str, list]) -> dict[str, np.ndarray]:
+    def encode_batch(batch: dict[str, list]) -> dict[str, np.ndarray | list[str]]:
         return {
             "latents": family.encode_images(to_pixels(batch["image"], resolution)).cpu().numpy(),
             **{name: tensor.cpu().numpy() for name, tensor in family.encode_prompts(batch["text"]).items()},
-            "pixels": [int.from_bytes(pixel_digest(image), "little", signed=True) for image in batch["image"]],
+            "digest": [pixel_digest(image) for image in batch["image"]],
         }
 
     encoded = dataset.map(
@@ -70,8 +192,8 @@ def encode(
     return concatenate_datasets([encoded.with_format(None), rows], axis=1).with_format("torch")
 
 
-def _feature(row: torch.Tensor) -> Value | List | Array2D:
-    """The column for one row of a condition's tensor: a number, a vector or a matrix."""
+def _column_type(row: torch.Tensor) -> Value | List | Array2D:
+    """The type of the column that holds one row of a condition's tensor: a number, a vector or a matrix."""
     dtype = str(row.dtype).removeprefix("torch.")
     match row.dim():
         case 0:
@@ -83,7 +205,7 @@ def _feature(row: torch.Tensor) -> Value | List | Array2D:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """A digest of a module's parameters and buffers, by value."""
+    """A digest of a module's parameters and buffers, by name and value."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in module.state_dict().items():
         digest.update(name.encode())
@@ -91,9 +213,12 @@ def weights_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def unique_rows(encoded: Dataset) -> list[int]:
-    """The first row of each distinct image of an encoded dataset: exact repeats count once."""
-    return first_rows(int(pixels) for pixels in encoded["pixels"])
+def images_digest(*datasets: EncodedImages) -> str:
+    """A digest of the images and captions of data sets, which a study names; it begins with its version."""
+    digest = hashlib.blake2b(digest_size=8)
+    for data in datasets:
+        digest.update(repr([data.digests, data.images["text"][:]]).encode())
+    return f"v{DIGEST_VERSION}:{digest.hexdigest()}"
 
 
 def first_rows(keys: Iterable[Hashable]) -> list[int]:
@@ -102,26 +227,3 @@ def first_rows(keys: Iterable[Hashable]) -> list[int]:
     for row, key in enumerate(keys):
         first.setdefault(key, row)
     return list(first.values())
-
-
-class EncodedImages(torch.utils.data.Dataset):
-    """A dataset beside its cached latents and text embeddings; what training reads are the latter."""
-
-    def __init__(self, images: Dataset, encoded: Dataset):
-        self.images = images
-        self.encoded = encoded
-        self.unique = unique_rows(encoded)
-
-    def __len__(self) -> int:
-        return len(self.encoded)
-
-    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
-        return self.encoded[row]
-
-    def __getitems__(self, rows: list[int]) -> list[dict[str, torch.Tensor]]:
-        batch = self.encoded[rows]  # one read for a whole batch
-        return [{name: column[i] for name, column in batch.items()} for i in range(len(rows))]
-
-    def select(self, rows: list[int]) -> "EncodedImages":
-        """Some of the rows; each keeps its number, and with it its noise."""
-        return EncodedImages(self.images.select(rows), self.encoded.select(rows))

@@ -12,8 +12,9 @@ from dataclasses import fields
 from typing import Any
 
 from .anti_memorization_guidance import AntiMemorizationGuidance
-from .base import Mitigation
-from .captions import CaptionDropout, Conditions, GaussianNoise, MultipleCaptions, RandomWordAddition
+from .base import Mitigation, PrivateTraining
+from .captions import CaptionDropout, GaussianNoise, MultipleCaptions, RandomWordAddition
+from .conditions import TrainingConditions
 from .dp_sgd import DPSGD, PrivateGradients, per_sample_gradients
 from .early_stop import EarlyStop, EarlyStopCallback
 from .prompt_embedding import PromptEmbedding
@@ -24,16 +25,17 @@ __all__ = [
     "MITIGATIONS",
     "AntiMemorizationGuidance",
     "CaptionDropout",
-    "Conditions",
     "EarlyStop",
     "EarlyStopCallback",
     "GaussianNoise",
     "Mitigation",
     "MultipleCaptions",
     "PrivateGradients",
+    "PrivateTraining",
     "PromptEmbedding",
     "RandomWordAddition",
     "Threshold",
+    "TrainingConditions",
     "parse_mitigations",
     "per_sample_gradients",
 ]

@@ -1,17 +1,21 @@
 """Anti-memorization guidance, while images are sampled."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..families import StableDiffusionFamily
-from .base import Mitigation
+from ..families import Family, StableDiffusionFamily
+from .base import Mitigation, Sampling, check_stable_diffusion
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import TrainingArguments
 
 
 @dataclass
@@ -59,10 +63,20 @@ class AntiMemorizationGuidance(Mitigation):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}")
 
-    def check(self, guidance_scale: float) -> None:
-        """Raise `ValueError` for sampling without classifier-free guidance, on which it rests."""
-        if guidance_scale <= 1:
-            raise ValueError(f"anti_memorization_guidance needs a guidance scale above 1, not {guidance_scale:g}")
+    def check_arguments(self, args: "TrainingArguments", others: Mapping[str, Mitigation]) -> None:
+        """Raise `ValueError` for sampling without classifier-free guidance, on which the mitigation rests."""
+        if args.eval_guidance_scale <= 1:
+            raise ValueError(
+                f"anti_memorization_guidance needs a guidance scale above 1, not {args.eval_guidance_scale:g}"
+            )
+
+    def check(self, family: Family, images: "Dataset", args: "TrainingArguments", tunes_text: bool) -> None:
+        check_stable_diffusion("anti_memorization_guidance", family)
+
+    def sampling(self, context: Sampling) -> AbstractContextManager[None]:
+        latents, condition = context.training_latents_and_conditions()
+        embeds = condition["prompt_embeds"]
+        return self.on(context.family, context.denoiser, latents, embeds, context.guidance_scale)
 
     @contextmanager
     def on(

@@ -1,32 +1,23 @@
 """Mitigations that change what a training step reads as the caption of an image."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..families import Condition, Family, StableDiffusionFamily
-from ..randomness import seeded_generator
-from .base import Mitigation
+from ..families import Family
+from .base import Mitigation, check_text
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 @dataclass
-class _Drawing(Mitigation):
-    """One that draws at each read of a row; `number` keeps its draws apart from those of the others."""
-
-    number: ClassVar[int]
-
-    def generator(self, key: tuple[int, ...], row: int) -> torch.Generator:
-        """Of a row's draws, by the key of [`Conditions.__call__`]."""
-        return seeded_generator(*key, self.number, row)
-
-
-@dataclass
-class MultipleCaptions(_Drawing):
+class MultipleCaptions(Mitigation):
     """One caption drawn uniformly from a row's list of them, at each read (https://huggingface.co/papers/2305.20086).
 
     - Cost: no forward pass of the denoiser; the text encoder at each step.
@@ -43,13 +34,13 @@ class MultipleCaptions(_Drawing):
     usage = "multiple_captions[:column], the name of a column with a list of captions in each row"
     column: str = "captions"
 
-    def caption(
-        self, caption: str, others: Sequence[str], tokenizer: PreTrainedTokenizerBase, generator: torch.Generator
-    ) -> str:
-        return others[int(torch.randint(len(others), (), generator=generator))]
+    def caption(self, caption, row, tokenizer, generator):
+        captions = row[self.column]
+        return captions[int(torch.randint(len(captions), (), generator=generator))]
 
-    def check(self, images: Dataset) -> None:
+    def check(self, family: Family, images: Dataset, args: "TrainingArguments", tunes_text: bool) -> None:
         """Raise `ValueError` when the column is missing, or a row holds anything but a list of captions."""
+        check_text("multiple_captions", family)
         if self.column not in images.column_names:
             raise ValueError(
                 f"multiple_captions: the training images have no column {self.column!r}, only "
@@ -64,7 +55,7 @@ class MultipleCaptions(_Drawing):
 
 
 @dataclass
-class RandomWordAddition(_Drawing):
+class RandomWordAddition(Mitigation):
     """`n` random tokens of the tokenizer at random places of the caption (https://huggingface.co/papers/2305.20086).
 
     Each is put before, between or behind the words that are there. In a caption that fills the text encoder, they push
@@ -87,9 +78,10 @@ class RandomWordAddition(_Drawing):
         if self.n < 1:
             raise ValueError(f"n is {self.n}")
 
-    def caption(
-        self, caption: str, others: Sequence[str], tokenizer: PreTrainedTokenizerBase, generator: torch.Generator
-    ) -> str:
+    def check(self, family: Family, images: Dataset, args: "TrainingArguments", tunes_text: bool) -> None:
+        check_text("rwa", family)
+
+    def caption(self, caption, row, tokenizer, generator):
         words = caption.split()
         for _ in range(self.n):
             place = int(torch.randint(len(words) + 1, (), generator=generator))
@@ -106,7 +98,7 @@ class RandomWordAddition(_Drawing):
 
 
 @dataclass
-class GaussianNoise(_Drawing):
+class GaussianNoise(Mitigation):
     """`c + std · n`, `n ~ N(0, 1)`, for the text embedding `c` (https://huggingface.co/papers/2305.20086).
 
     A caption that `caption_dropout` replaces stays the exact null condition.
@@ -128,8 +120,10 @@ class GaussianNoise(_Drawing):
         if not 0 < self.std < math.inf:
             raise ValueError(f"std is {self.std}")
 
-    def embedding(self, embedding: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """One tensor of a row's condition, say the text embedding `[L, D]`, as this read of it sees it."""
+    def check(self, family: Family, images: Dataset, args: "TrainingArguments", tunes_text: bool) -> None:
+        check_text("gaussian_noise", family)
+
+    def embedding(self, embedding, generator):
         return embedding + self.std * torch.randn(embedding.shape, generator=generator).to(embedding)
 
 
@@ -154,78 +148,5 @@ class CaptionDropout(Mitigation):
         if not 0 <= self.p <= 1:
             raise ValueError(f"p is {self.p}")
 
-
-class Conditions:
-    """The text embeddings that a training step sees.
-
-    Args:
-        mitigations: of [`parse_mitigations`].
-        family: the pipeline's.
-        images (`Dataset`): the training images, with the columns `text` and, for [`MultipleCaptions`], its own.
-        rows (list of `int`): the number of each.
-
-    Raises:
-        ValueError: when the column of [`MultipleCaptions`] is missing or holds no lists of captions, and for a
-            mitigation that the family has no use for.
-    """
-
-    def __init__(
-        self,
-        mitigations: dict[str, Mitigation],
-        family: Family,
-        images: Dataset,
-        rows: Sequence[int],
-    ):
-        self.family = family
-        self.of_captions = [m for m in mitigations.values() if isinstance(m, (MultipleCaptions, RandomWordAddition))]
-        self.noise = mitigations.get("gaussian_noise")
-        of_text = [name for name, mitigation in mitigations.items() if isinstance(mitigation, _Drawing)]
-        if of_text and "prompt_embeds" not in family.conditions:
-            raise ValueError(f"{of_text[0]} changes a text, which {type(family).__name__} has not: leave it out")
-        if "threshold" in mitigations and "noise_norm" in family.not_applicable:
-            raise ValueError(f"threshold needs the noise norm: {family.not_applicable['noise_norm']}; leave it out")
-        in_sampling = [name for name, mitigation in mitigations.items() if not mitigation.guards_weights]
-        if in_sampling and not isinstance(family, StableDiffusionFamily):
-            raise ValueError(
-                f"{in_sampling[0]} is there for Stable Diffusion 1.x and 2.x alone, not for {type(family).__name__}: "
-                "leave it out"
-            )
-        several = mitigations.get("multiple_captions")
-        if several is not None:
-            several.check(images)
-        others = [()] * len(images) if several is None else list(images[several.column])
-        self.texts = dict(zip(rows, zip(images["text"], others), strict=True))
-
-    def captions(self, rows: Sequence[int], key: tuple[int, ...]) -> list[str]:
-        """The captions of some rows, by a seed that [`__call__`] describes."""
-        tokenizer, captions = self.family.pipeline.tokenizer, []
-        for row in rows:
-            caption, others = self.texts[row]
-            for mitigation in self.of_captions:
-                caption = mitigation.caption(caption, others, tokenizer, mitigation.generator(key, row))
-            captions.append(caption)
-        return captions
-
-    def __call__(
-        self, condition: Condition, rows: Sequence[int], key: tuple[int, ...], encode: bool = False
-    ) -> Condition:
-        """The conditions of some rows.
-
-        Args:
-            condition (`Condition`): of the captions as they are: what is used unless a caption changes.
-            rows (list of `int`): their numbers.
-            key (tuple of `int`): seed, purpose and epoch (or step). With the row, this is all that a draw depends on.
-            encode (`bool`): encode the captions even if none changes, as the text encoders are tuned.
-        """
-        if self.of_captions or encode:
-            encoded = self.family.encode_prompts(self.captions(rows, key))
-            condition = {name: encoded[name].to(tensor) for name, tensor in condition.items()}
-        if self.noise is None:
-            return condition
-        generators = [self.noise.generator(key, row) for row in rows]
-        return {
-            name: torch.stack([self.noise.embedding(*pair) for pair in zip(tensor, generators)])
-            if tensor.is_floating_point()
-            else tensor
-            for name, tensor in condition.items()
-        }
+    def check_arguments(self, args: "TrainingArguments", others: Mapping[str, Mitigation]) -> None:
+        args.caption_dropout = self.p

@@ -20,7 +20,10 @@ from ..tuners import MemControlLayer
 from .base import Mitigation
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import TrainingArguments
+
+    from ..families import Family
 
 EPSILON_LIMIT = 10.0
 """The largest epsilon that still says something: tier 2 of https://huggingface.co/papers/2303.00654, section 5.2.1."""
@@ -77,7 +80,7 @@ class DPSGD(Mitigation):
         if self.noise_multiplier is not None and self.noise_multiplier < 0.01:
             raise ValueError(f"noise_multiplier is {self.noise_multiplier}, which is no noise")
 
-    def check(self, args: "TrainingArguments", others: Mapping[str, Mitigation]) -> None:
+    def check_arguments(self, args: "TrainingArguments", others: Mapping[str, Mitigation]) -> None:
         """Raise `ValueError` where Opacus is missing or the guarantee would not hold with these arguments."""
         if find_spec("opacus") is None:
             raise ValueError("dp_sgd needs Opacus, which is not installed: pip install 'memcontrol_hf[dp]'")
@@ -101,6 +104,14 @@ class DPSGD(Mitigation):
                 f"dp_sgd cannot be combined with {' and '.join(found)}: train on one device in float32, with "
                 "smaller batches and gradient_accumulation_steps where memory is short"
             )
+        args.max_grad_norm = 0.0  # it clips the gradients itself, before the noise
+
+    def check(self, family: "Family", images: "Dataset", args: "TrainingArguments", tunes_text: bool) -> None:
+        if tunes_text:
+            raise ValueError("text encoder blocks cannot be trained with dp_sgd: leave them out")
+
+    def private_training(self, rows: int, batch_size: int, parts: int, steps: int) -> "PrivateGradients":
+        return PrivateGradients(self, rows, batch_size, parts, steps)
 
 
 class PrivateGradients:
@@ -166,13 +177,13 @@ class PrivateGradients:
         self.optimizer.attach_step_hook(self.accountant.get_optimizer_hook_fn(self.sample_rate))
 
     def backward(
-        self, model: nn.Module, losses_of: Callable, batch: dict[str, Any], step: int, last: bool
+        self, model: nn.Module, loss_function: Callable, batch: dict[str, Any], step: int, last: bool
     ) -> torch.Tensor:
         """Add the clipped gradients of a batch; with the last one of a step, set `grad` of the parameters.
 
         Args:
             model (`nn.Module`): with the adapter.
-            losses_of (`Callable`): the losses `[N]` of a batch by a denoiser and the batch: [`Family.losses`].
+            loss_function (`Callable`): the losses `[N]` of a batch by a denoiser and the batch: [`Family.losses`].
             batch (`dict`): its arguments beside the denoiser, tensors `[N, ...]`; empty when no row was drawn.
             step (`int`): the number of the step, from 0.
             last (`bool`): whether it is the last batch of the step.
@@ -184,7 +195,7 @@ class PrivateGradients:
             self.start(model)
         self.optimizer.zero_grad(set_to_none=True)
         if batch:
-            gradients, losses = per_sample_gradients(model, self.parameters, losses_of, batch)
+            gradients, losses = per_sample_gradients(model, self.parameters, loss_function, batch)
         else:
             gradients = {name: p.new_zeros(0, *p.shape) for name, p in self.parameters.items()}
             losses = next(iter(self.parameters.values())).new_zeros(0)
@@ -196,6 +207,17 @@ class PrivateGradients:
         for parameter in self.parameters.values():
             parameter.grad_sample = None  # as large as a batch of adapters
         return losses.sum() / self.batch_size
+
+    def check_layers(self, model: nn.Module, loss_function: Callable, batch: dict[str, Any]) -> None:
+        """Raise `ValueError` when the gradient of each row cannot be computed through the adapter's layers."""
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        try:
+            per_sample_gradients(model, parameters, loss_function, batch)
+        except RuntimeError as error:
+            raise ValueError(
+                "dp_sgd cannot compute the gradient of each row for this method, whose layers torch.func cannot "
+                "transform: use svdiff, difffit, attention, weights, norm, bias or lora"
+            ) from error
 
     def check_moved(self) -> None:
         """Raise `RuntimeError` when the steps left every weight as it was."""
@@ -257,7 +279,7 @@ def _noise_multiplier(epsilon: float, delta: float, sample_rate: float, steps: i
 
 
 def per_sample_gradients(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], losses_of: Callable, batch: dict[str, Any]
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], loss_function: Callable, batch: dict[str, Any]
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The gradient of each row's own loss by `parameters`, `[N, ...]` each, and the losses `[N]`.
 
@@ -274,7 +296,7 @@ def per_sample_gradients(
         def denoiser(*args: Any, **kwargs: Any) -> Any:
             return functional_call(model, values, args, kwargs)
 
-        return losses_of(denoiser, **tree_map(lambda tensor: tensor[None], row))[0]
+        return loss_function(denoiser, **tree_map(lambda tensor: tensor[None], row))[0]
 
     values = {name: parameter.detach() for name, parameter in parameters.items()}
     batch = {name: tensors for name, tensors in batch.items() if tensors is not None}

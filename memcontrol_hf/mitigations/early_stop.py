@@ -1,6 +1,7 @@
 """Early stopping on a memorization metric."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,10 @@ from transformers import TrainerCallback, TrainerState
 from .base import Mitigation
 
 if TYPE_CHECKING:
-    from ..trainer import MemControlTrainer
+    from datasets import Dataset
+    from transformers import TrainingArguments
+
+    from ..families import Family
 
 
 @dataclass
@@ -52,27 +56,40 @@ class EarlyStop(Mitigation):
         if self.every < 1:
             raise ValueError(f"every is {self.every}")
 
+    def check(self, family: "Family", images: "Dataset", args: "TrainingArguments", tunes_text: bool) -> None:
+        if 0 < args.max_steps < self.every:
+            raise ValueError(
+                f"early_stop looks every {self.every} steps, but there are {args.max_steps}: give another every="
+            )
+
+    def callback(self, measure: Callable[[list[str]], dict[str, float]]) -> TrainerCallback:
+        return EarlyStopCallback(self, measure)
+
     def passed(self, value: float) -> bool:
         """Whether a value of the metric is worse than the limit."""
         return value < self.limit if self.metric == "amd" else value > self.limit
 
     def stopped(self, state: TrainerState) -> bool:
         """Whether a run stopped at this state, say that of a checkpoint."""
-        looks = [log[f"eval_{self.metric}"] for log in state.log_history
-                 if log["step"] == state.global_step and f"eval_{self.metric}" in log]  # fmt: skip
-        return bool(looks) and state.global_step % self.every == 0 and self.passed(looks[-1])
+        values = [log[f"eval_{self.metric}"] for log in state.log_history
+                  if log["step"] == state.global_step and f"eval_{self.metric}" in log]  # fmt: skip
+        return bool(values) and state.global_step % self.every == 0 and self.passed(values[-1])
 
 
 class EarlyStopCallback(TrainerCallback):
-    """Looks at the metric of an [`EarlyStop`] while a trainer trains."""
+    """Measures the metric of an [`EarlyStop`] each `every` steps, and stops the training when it passes the limit.
 
-    def __init__(self, early_stop: EarlyStop, trainer: "MemControlTrainer"):
-        self.early_stop = early_stop
-        self.trainer = trainer
+    Args:
+        early_stop ([`EarlyStop`]): the metric, its limit, and the steps between two measurements.
+        measure (`Callable`): from names of metrics to figures whose names begin with `eval_`.
+    """
+
+    def __init__(self, early_stop: EarlyStop, measure: Callable[[list[str]], dict[str, float]]):
+        self._early_stop, self._measure = early_stop, measure
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.early_stop.every:
+        if state.global_step % self._early_stop.every:
             return
-        figures = self.trainer.look([self.early_stop.metric])
-        if self.early_stop.passed(figures[f"eval_{self.early_stop.metric}"]):
+        figures = self._measure([self._early_stop.metric])
+        if self._early_stop.passed(figures[f"eval_{self._early_stop.metric}"]):
             control.should_training_stop = True

@@ -1,16 +1,21 @@
 """Prompt-embedding adjustment, while images are sampled."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..families import StableDiffusionFamily, null_like
+from ..families import Family, StableDiffusionFamily, null_like
 from ..metrics import steering_norms
-from .base import Mitigation
+from .base import Mitigation, Sampling, check_stable_diffusion
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import TrainingArguments
 
 
 @dataclass
@@ -50,6 +55,12 @@ class PromptEmbedding(Mitigation):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}")
+
+    def check(self, family: Family, images: "Dataset", args: "TrainingArguments", tunes_text: bool) -> None:
+        check_stable_diffusion("prompt_embedding", family)
+
+    def sampling(self, context: Sampling) -> "AbstractContextManager[Callable[..., dict[str, Any]]]":
+        return nullcontext(self.inputs)
 
     def inputs(
         self,

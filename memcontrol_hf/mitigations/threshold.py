@@ -1,7 +1,9 @@
 """Threshold mitigation: samples that steer hard are left out of the loss."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -9,6 +11,10 @@ from torch import nn
 from ..families import Condition, Family, null_like
 from ..metrics import steering_norms
 from .base import Mitigation
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import TrainingArguments
 
 
 @dataclass
@@ -45,25 +51,32 @@ class Threshold(Mitigation):
             self.q = 0.9
         if self.q is not None and not 0 < self.q < 1:
             raise ValueError(f"q is {self.q}")
-        self.dropped: int | torch.Tensor = 0  # since it was last set to 0
+        self.dropped: int | torch.Tensor = 0  # since the last call of `counts`
+
+    def check(self, family: Family, images: "Dataset", args: "TrainingArguments", tunes_text: bool) -> None:
+        if "noise_norm" in family.not_applicable:
+            raise ValueError(f"threshold needs the noise norm: {family.not_applicable['noise_norm']}; leave it out")
 
     def losses(
         self,
+        losses: torch.Tensor,
+        prediction: torch.Tensor,
         family: Family,
         denoiser: nn.Module,
         null: Condition,
-        latents: torch.Tensor,
-        condition: Condition,
-        timesteps: torch.Tensor,
-        noise: torch.Tensor,
-        weights: torch.Tensor | None,
+        batch: Mapping[str, Any],
     ) -> torch.Tensor:
-        """[`Family.losses`] of a batch, 0 for those that are left out; `null` is the null condition."""
-        prediction = family.predict(denoiser, latents, condition, timesteps, noise)
+        """The losses of a batch `[N]`, 0 for the samples that are left out."""
+        without_text = null_like(null, batch["condition"])
         with torch.no_grad():
-            without = family.predict(denoiser, latents, null_like(null, condition), timesteps, noise)
-        norms = steering_norms(prediction.detach(), without)
+            unconditional = family.predict(
+                denoiser, batch["latents"], without_text, batch["timesteps"], batch["noise"]
+            )
+        norms = steering_norms(prediction.detach(), unconditional)
         drop = norms > (torch.quantile(norms, self.q) if self.value is None else self.value)
         self.dropped = self.dropped + drop.sum()
-        losses = family.losses_of(prediction, latents, timesteps, noise, weights)
         return torch.where(drop, 0.0, losses)
+
+    def counts(self) -> dict[str, int | torch.Tensor]:
+        dropped, self.dropped = self.dropped, 0
+        return {"dropped_samples": dropped}

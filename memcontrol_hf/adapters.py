@@ -1,0 +1,267 @@
+"""Adapters in a pipeline: load them, put them on by a mask, merge them while nothing is trained, save them."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import file_exists
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from torch import nn
+
+from .families import Family, family_of
+from .search_space import SearchSpace
+from .tuners import MemControlConfig
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+# The initialisations of PEFT's LoRA that leave the base's weights as they are, beside `True` and `False`.
+_LORA_INITS = ("gaussian", "eva", "orthogonal", "mica")
+# Fields of an adapter's configuration that PEFT writes when it saves, or that change while it trains.
+_NOT_PART_OF_A_RUN = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "rank_pattern",
+    "search",
+}
+
+
+# ---- an adapter from a folder or the Hub ----
+
+
+def load_adapter(pipeline: "DiffusionPipeline", adapter: str | Path) -> None:
+    """Put a saved adapter into a pipeline.
+
+    Args:
+        adapter (`str`):
+            A PEFT folder or Hub id (this package's method or any of PEFT's), in which text encoders' adapters have
+            folders of their names. Or a LoRA file of diffusers or kohya: a `.safetensors` file, or a folder or Hub id
+            that holds `pytorch_lora_weights.safetensors`.
+
+    Raises:
+        ValueError: when the adapter is none of these, or does not fit the pipeline.
+    """
+    path, family = Path(adapter), family_of(pipeline)
+
+    def is_there(folder: str) -> bool:
+        file = f"{folder}/{CONFIG_NAME}".lstrip("/")
+        return (path / file).is_file() if path.exists() else file_exists(str(adapter), file)
+
+    try:
+        if path.is_file():
+            pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
+        elif folders := [folder for folder in family.parts if is_there(folder)]:
+            for folder in folders:
+                tuned = PeftModel.from_pretrained(family.parts[folder], str(adapter), subfolder=folder or None)
+                setattr(pipeline, folder or family.denoiser_name, tuned.eval())
+        else:
+            pipeline.load_lora_weights(str(adapter))
+    except (OSError, AttributeError, KeyError, ValueError, RuntimeError, HfHubHTTPError, HFValidationError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"cannot load the adapter {str(adapter)!r}: {reason} Give a PEFT folder or Hub id, or a LoRA file"
+        ) from None
+
+
+def unload_adapter(pipeline: "DiffusionPipeline") -> None:
+    """Take the adapter of [`load_adapter`] off a pipeline."""
+    family = family_of(pipeline)
+    adapted = {folder: part for folder, part in family.parts.items() if isinstance(part, PeftModel)}
+    for folder, part in adapted.items():
+        setattr(pipeline, folder or family.denoiser_name, part.unload())
+    if not adapted:
+        pipeline.unload_lora_weights()
+
+
+@contextmanager
+def adapter_in_place(pipeline: "DiffusionPipeline", adapter: str | Path | None) -> Iterator[None]:
+    """The pipeline with a saved adapter, if one is given, and as before afterwards."""
+    if adapter is None:
+        yield
+        return
+    load_adapter(pipeline, adapter)
+    try:
+        with merged(part for part in family_of(pipeline).parts.values() if isinstance(part, PeftModel)):
+            yield
+    finally:
+        unload_adapter(pipeline)
+
+
+@contextmanager
+def merged(adapted: Iterable[PeftModel]) -> Iterator[None]:
+    """Merge adapters of this package, which unmerge exactly, for the time being: merged layers sample faster."""
+    ours = [model for model in adapted if isinstance(model.active_peft_config, MemControlConfig)]
+    for model in ours:
+        model.merge_adapter()
+    try:
+        yield
+    finally:
+        for model in ours:
+            model.unmerge_adapter()
+
+
+# ---- the adapter that a mask puts on ----
+
+
+class DenoiserAndTextEncoders(nn.Module):
+    """One model for the Trainer when text encoders are tuned: it is called, and otherwise looks, like the denoiser.
+
+    The text encoders make the denoiser's conditions before it is called. They stay in evaluation mode: T5's dropout
+    would draw from the global random state.
+    """
+
+    def __init__(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]):
+        super().__init__()
+        self.denoiser = denoiser
+        self.text_encoders = nn.ModuleDict(text_encoders)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.denoiser(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> "DenoiserAndTextEncoders":
+        super().train(mode)
+        self.text_encoders.eval()
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "denoiser":
+                raise
+            return getattr(self.denoiser, name)
+
+
+class MaskedAdapters:
+    """The adapters that a mask puts on a pipeline: one on the denoiser, one on each text encoder in the search space.
+
+    Args:
+        family ([`~memcontrol_hf.families.Family`]): family of the pipeline.
+        search_space ([`~memcontrol_hf.search_space.SearchSpace`]): the blocks that a mask switches.
+        peft_config (`PeftConfig`): the PEFT method, which a mask restricts.
+
+    Attributes:
+        adapted (dict of `PeftModel`): the adapted parts by name; the denoiser's name is empty.
+
+    Raises:
+        ValueError: for a PEFT config that changes the base's own weights.
+    """
+
+    def __init__(self, family: Family, search_space: SearchSpace, peft_config: PeftConfig):
+        check_leaves_base(peft_config)
+        self._family, self._space, self._config = family, search_space, peft_config
+        self._parts = {name: family.parts[name] for name in ("", *search_space.text_encoders)}
+        for name in search_space.text_encoders:
+            self._parts[name].name_or_path = None  # PEFT would write down the folder that it was loaded from
+        self.adapted: dict[str, PeftModel] = {}
+        self.base_size = sum(_count(p) for part in self._parts.values() for p in part.parameters())
+
+    def put_on(self, mask: Mapping[str, bool]) -> nn.Module:
+        """Take off what an earlier mask has put on, and put new adapters into the blocks that `mask` selects.
+
+        Returns:
+            `nn.Module`: the model to train: the denoiser with its adapter, the bare one for the all-off mask, or
+            [`DenoiserAndTextEncoders`] where the mask selects blocks of text encoders.
+        """
+        for adapted in self.adapted.values():
+            adapted.unload()
+        self.adapted = {}
+        for part, module in self._parts.items():
+            config = self._space.apply(self._config, mask, part)
+            if config.target_modules:
+                # PEFT warns of a name that the module itself does not have.
+                name, config.base_model_name_or_path = config.base_model_name_or_path, None
+                self.adapted[part] = get_peft_model(module, config)
+                config.base_model_name_or_path = name
+        text_encoders = {part: adapted for part, adapted in self.adapted.items() if part}
+        denoiser = self.adapted.get("", self._family.denoiser)
+        return DenoiserAndTextEncoders(denoiser, text_encoders) if text_encoders else denoiser
+
+    @property
+    def tunes_text(self) -> bool:
+        """Whether a text encoder has an adapter now, so that captions have to be encoded anew."""
+        return any(part for part in self.adapted)
+
+    @contextmanager
+    def text_encoders_disabled(self) -> Iterator[None]:
+        """The base's own text encoders, whatever adapters they have."""
+        with ExitStack() as stack:
+            for part, adapted in self.adapted.items():
+                if part:
+                    stack.enter_context(adapted.disable_adapter())
+            yield
+
+    def save(self, folder: Path, state_dict: dict | None = None) -> None:
+        """Write the adapters alone, a text encoder's into a folder of its name, and nothing of the base."""
+        for part in self._family.parts.keys() - self.adapted.keys():  # files that an earlier mask has left
+            for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
+                (folder / part / name).unlink(missing_ok=True)
+        for part, adapted in self.adapted.items():
+            # The vocabulary is not tuned; PEFT would ask the Hub about it by the base model's name.
+            adapted.save_pretrained(folder / part, state_dict=state_dict, save_embedding_layers=False)
+            if part:
+                (folder / part / "README.md").unlink()  # there is one card for the whole
+
+    def load(self, folder: Path) -> None:
+        """Read the weights of the adapters that are on from a folder that [`save`] has written."""
+        for part, adapted in self.adapted.items():
+            adapted.load_adapter(str(folder / part), adapted.active_adapter, is_trainable=True)
+
+    def differences(self, folder: Path) -> list[str]:
+        """How the adapters saved in a folder differ from those that are on: in their blocks, method and settings."""
+        stored = {part: _read_config(folder / part) for part in self._family.parts}
+        current = {part: _plain(adapted.peft_config["default"].to_dict()) for part, adapted in self.adapted.items()}
+        if not any(stored.values()):
+            return []  # no checkpoint: transformers says so
+        differing = []
+        for part, config in stored.items():
+            if bool(config) != (part in current):
+                differing.append(f"blocks of the {part or 'denoiser'} were {'on' if config else 'off'}")
+            for name in (config.keys() & current.get(part, {}).keys()) - _NOT_PART_OF_A_RUN:
+                were, are = config[name], current[part][name]
+                if were != are and name == "mask" and were and are:
+                    were, are = ([block for block, on in mask.items() if on] for mask in (were, are))
+                if were != are:
+                    differing.append(f"{name} was {shorten(str(were), 300)} and is {shorten(str(are), 300)}")
+        return differing
+
+
+def check_leaves_base(config: PeftConfig) -> None:
+    """Raise `ValueError` for a PEFT config that changes the base's own weights, from which the next run starts."""
+    reason = None
+    if (bias := getattr(config, "bias", "none")) != "none":
+        reason = f"bias={bias!r} trains the base's own biases: use bias='none'"
+    if modules := getattr(config, "modules_to_save", None):
+        reason = f"modules_to_save={modules!r} trains modules outside the mask: use modules_to_save=None"
+    init = getattr(config, "init_lora_weights", None)
+    if isinstance(init, str) and init.lower() not in _LORA_INITS:
+        names = ", ".join(map(repr, _LORA_INITS))
+        reason = f"init_lora_weights={init!r} changes the base's weights: use True, False, {names}"
+    if reason:
+        raise ValueError(f"the base has to stay as it is, since every run starts from it, but {reason}")
+
+
+def _count(parameter: nn.Parameter) -> int:
+    """How many parameters a tensor holds, counted as PEFT does: 4-bit tensors of bitsandbytes hold two in a byte."""
+    if type(parameter).__name__ == "Params4bit":
+        return 2 * parameter.numel() * parameter.element_size()
+    return parameter.numel()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """An adapter's stored configuration; empty where there is none."""
+    file = folder / CONFIG_NAME
+    return _plain(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as JSON gives it back, with lists of names in one order."""
+    lists = (list, tuple, set)
+    return json.loads(json.dumps({k: sorted(v, key=str) if isinstance(v, lists) else v for k, v in config.items()}))

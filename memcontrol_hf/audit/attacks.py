@@ -1,0 +1,258 @@
+"""All attacks on a model or on images: did it memorize one set, given that it cannot have memorized another?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F
+
+from .. import metrics
+from ..data import EncodedImages
+from ..encoders import Encoder
+from ..evaluation import Evaluator
+from ..families import Family, family_of
+from ..randomness import Purpose
+from ..report import NOT_APPLICABLE
+from .settings import BINS, CLIQUE, FALSE_ALARMS, PAPER_THRESHOLD, REFERENCES, REVIEWED, AuditSettings, Figure
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from transformers import CLIPModel, CLIPProcessor
+
+
+@dataclass
+class Attacked:
+    """What one run of the attacks gives: figures to publish, and verdicts on single images, which stay private.
+
+    Args:
+        figures (dict of [`Figure`]): by the name of the measure.
+        caught (dict): attack -> rows that it takes for memorized, and rows that it looked at.
+        pairs (list): similarity, row of the training image and generated image `[3, H, W]` of the most similar pairs.
+        distances (dict): histograms of the distances to the nearest image of each set.
+    """
+
+    figures: dict[str, Figure]
+    caught: dict[str, tuple[set[int], set[int]]]
+    pairs: list[tuple[float, int, torch.Tensor]]
+    distances: dict[str, list[float]]
+
+
+@torch.no_grad()
+def attack_pipeline(
+    pipeline: "DiffusionPipeline",
+    members: EncodedImages,
+    others: EncodedImages,
+    settings: AuditSettings,
+    encoder: Encoder,
+    clip: "tuple[CLIPModel, CLIPProcessor] | None" = None,
+    quality: bool = True,
+) -> Attacked:
+    """All attacks on a model: did it memorize `members`, given that it cannot have memorized `others`?"""
+    family = family_of(pipeline)
+    evaluator = Evaluator(
+        family=family,
+        denoiser=family.denoiser.eval(),
+        resolution=settings.resolution,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        num_timesteps=settings.num_timesteps,
+        inference_steps=settings.inference_steps,
+        guidance_scale=settings.guidance_scale,
+        null=family.null_condition(),
+    )
+    figures, caught = _membership(evaluator, members, others)
+    rows, per_prompt = _prompt_rows(members, settings), settings.images_per_prompt
+    images = evaluator.images(members, rows, Purpose.AUDIT_SAMPLES, per_prompt)
+    extracted, found = _extraction(images, rows, members, others, settings)
+
+    features = encoder(images)
+    place = {row: i for i, row in enumerate(members.distinct)}
+    own = [place[row] for row in rows]
+    result = compare_with_training_images(images, features, per_prompt, members, others, settings, encoder, own)
+    result.figures = figures | extracted | result.figures
+    result.caught = caught | found
+    limit = result.figures["copy_threshold"].value
+    if limit is not None:
+        own_features = F.normalize(members.features(encoder)[own], dim=1)[:, None]
+        to_own = (F.normalize(features, dim=1).unflatten(0, (len(rows), per_prompt)) * own_features).sum(-1).amax(1)
+        result.caught["copy"] = ({row for row, similarity in zip(rows, to_own) if similarity > limit}, set(rows))
+
+    if "noise_norm" in family.not_applicable:
+        result.figures["trajectory_norm_auc"] = _not_applicable(family, "noise_norm")
+    else:
+        other_rows = others.shuffled(settings.seed, Purpose.AUDIT_PROMPTS)[: settings.num_prompts]
+        norms = evaluator.trajectory_norms(members, rows)
+        _compare_trajectories(result, norms, evaluator.trajectory_norms(others, other_rows), rows, members.repeated)
+
+    if quality:
+        fresh_rows = others.shuffled(settings.seed, Purpose.AUDIT_QUALITY)[: settings.num_quality_images]
+        fresh = evaluator.images(others, fresh_rows, Purpose.AUDIT_QUALITY, 1)
+        result.figures |= _quality(fresh, others, encoder, others.captions(fresh_rows), clip)
+    return result
+
+
+def attack_images(
+    images: EncodedImages, members: EncodedImages, others: EncodedImages, settings: AuditSettings, encoder: Encoder
+) -> Attacked:
+    """What can be measured of images alone: how near they are to `members`, and to `others`."""
+    pixels, features = images.pixels(images.distinct), images.features(encoder)
+    return compare_with_training_images(pixels, features, 1, members, others, settings, encoder)
+
+
+def compare_with_training_images(
+    images: torch.Tensor,
+    features: torch.Tensor,
+    per_prompt: int,
+    members: EncodedImages,
+    others: EncodedImages,
+    settings: AuditSettings,
+    encoder: Encoder,
+    own: Sequence[int] = (),
+) -> Attacked:
+    """How near generated images are to both sets.
+
+    Args:
+        images (`torch.Tensor`): generated images `[N, 3, H, W]` in [0, 1].
+        features (`torch.Tensor`): features `[N, D]` of the generated images.
+        per_prompt (`int`): number of images in a row that were generated from one caption.
+        members, others ([`~memcontrol_hf.data.EncodedImages`]): images that may, and that cannot, be memorized.
+        settings ([`AuditSettings`]): settings of the audit.
+        encoder ([`~memcontrol_hf.encoders.Encoder`]): the image encoder.
+        own (list of `int`): for each caption, the place of its image among the distinct images of `members`.
+    """
+    of_members, of_others = members.features(encoder), others.features(encoder)
+    nearest = metrics.nearest_share(features, of_members, of_others, settings.seed, per_prompt=per_prompt, own=own)
+    figures = {
+        "nearest_share": Figure(nearest.share, *nearest.interval),
+        "amd": Figure(nearest.to_train.mean().item()),
+        "amd_held_out": Figure(nearest.to_held_out.mean().item()),
+        "c_t": Figure(metrics.c_t(features, of_members, of_others)),
+        "auth_pct": Figure(metrics.auth_pct(features, of_members)),
+    }
+    try:
+        copies = metrics.copy_similarity(features, of_members, of_others, FALSE_ALARMS, per_prompt)
+        figures["copy_share"] = Figure(copies.share, *copies.interval)
+        figures["copy_similarity"] = Figure(copies.percentile_95)
+        figures["copy_threshold"] = Figure(copies.threshold)
+    except ValueError as error:
+        names = ("copy_share", "copy_similarity", "copy_threshold")
+        figures |= dict.fromkeys(names, Figure(None, note=f"not estimable: {error}"))
+    largest = max(nearest.to_train.max().item(), nearest.to_held_out.max().item())
+    edges = torch.linspace(0, largest or 1.0, BINS + 1, dtype=torch.double)
+    distances = {
+        "edges": edges.tolist(),
+        "train": torch.histogram(nearest.to_train, edges).hist.tolist(),
+        "held_out": torch.histogram(nearest.to_held_out, edges).hist.tolist(),
+    }
+    return Attacked(figures, {}, _most_similar_pairs(images, features, members, of_members), distances)
+
+
+# ---- single attacks ----
+
+
+def _membership(
+    evaluator: Evaluator, members: EncodedImages, others: EncodedImages
+) -> tuple[dict[str, Figure], dict[str, tuple[set[int], set[int]]]]:
+    """The membership attacks: their figures, and the training images that each catches at `FALSE_ALARMS`."""
+    figures, caught = {}, {}
+    member_scores = evaluator.membership_scores(members, Purpose.AUDIT_MEMBERS)
+    other_scores = evaluator.membership_scores(others, Purpose.AUDIT_NONMEMBERS)
+    for attack, scores in member_scores.items():
+        outcome = metrics.membership(scores, other_scores[attack])
+        figures[f"membership_auc_{attack}"] = Figure(outcome.auc, *outcome.interval)
+        figures[f"membership_tpr_{attack}"] = _tpr(outcome, FALSE_ALARMS)
+        figures[f"membership_tpr_strict_{attack}"] = _tpr(outcome, FALSE_ALARMS / 10)
+        limit = torch.quantile(other_scores[attack], 1 - FALSE_ALARMS)
+        found = {row for row, score in zip(members.distinct, scores) if score > limit}
+        caught[f"membership_{attack}"] = (found, set(members.distinct))
+    if "clid" in evaluator.family.not_applicable:
+        for measure in ("membership_auc_clid", "membership_tpr_clid", "membership_tpr_strict_clid"):
+            figures[measure] = _not_applicable(evaluator.family, "clid")
+    return figures, caught
+
+
+def _extraction(
+    images: torch.Tensor, rows: list[int], members: EncodedImages, others: EncodedImages, settings: AuditSettings
+) -> tuple[dict[str, Figure], dict[str, tuple[set[int], set[int]]]]:
+    """The extraction attack on images `[len(rows) * K, 3, H, W]`, K for the caption of each row."""
+    references = others.pixels(others.shuffled(settings.seed, Purpose.AUDIT_REFERENCES)[:REFERENCES])
+    result = metrics.extraction(
+        images.unflatten(0, (len(rows), settings.images_per_prompt)),
+        members.pixels(rows),
+        PAPER_THRESHOLD * settings.resolution / 224,
+        CLIQUE,
+        held_out=references,
+    )
+    figures = {
+        "extraction_rate": Figure(result.rate, *result.interval),
+        "extraction_rate_calibrated": Figure(result.calibrated_rate, *result.calibrated_interval),
+    }
+    hits = {"extraction": result.extracted, "extraction_calibrated": result.calibrated}
+    return figures, {name: ({row for row, hit in zip(rows, found) if hit}, set(rows)) for name, found in hits.items()}
+
+
+def _compare_trajectories(
+    result: Attacked, norms: torch.Tensor, other_norms: torch.Tensor, rows: list[int], repeated: set[int]
+) -> None:
+    """Add whether the captions of `rows`, and the canaries' among them, steer harder than held-out captions do."""
+    outcome = metrics.membership(norms, other_norms)
+    result.figures["trajectory_norm_auc"] = Figure(outcome.auc, *outcome.interval)
+    limit = torch.quantile(other_norms, 1 - FALSE_ALARMS)
+    result.caught["trajectory_norm"] = ({row for row, norm in zip(rows, norms) if norm > limit}, set(rows))
+    canary_norms = [norm for row, norm in zip(rows, norms.tolist()) if row in repeated]
+    if canary_norms:
+        outcome = metrics.membership(torch.tensor(canary_norms), other_norms)
+        result.figures["trajectory_norm_auc_canaries"] = Figure(outcome.auc, *outcome.interval)
+
+
+def _quality(
+    images: torch.Tensor,
+    others: EncodedImages,
+    encoder: Encoder,
+    captions: list[str],
+    clip: "tuple[CLIPModel, CLIPProcessor] | None",
+) -> dict[str, Figure]:
+    """The quality of images `[N, 3, H, W]` of held-out captions, judged against the held-out images."""
+    features, real = encoder(images), others.features(encoder)
+    figures = {"fid": Figure(metrics.fid(features, real))}
+    try:
+        precision, recall = metrics.precision_recall(features, real)
+        figures["kid"] = Figure(metrics.kid(features, real))
+        figures["precision"], figures["recall"] = Figure(precision), Figure(recall)
+    except ValueError as error:
+        figures |= dict.fromkeys(("kid", "precision", "recall"), Figure(None, note=f"not estimable: {error}"))
+    if clip is not None:
+        figures["clip_score"] = Figure(metrics.clip_score(images, captions, clip))
+    return figures
+
+
+def _most_similar_pairs(
+    images: torch.Tensor, features: torch.Tensor, members: EncodedImages, member_features: torch.Tensor
+) -> list[tuple[float, int, torch.Tensor]]:
+    """The `REVIEWED` generated images that are most similar to a training image, each with that image's row."""
+    originals = F.normalize(member_features, dim=1).T
+    nearest = [(F.normalize(part, dim=1) @ originals).max(1) for part in features.split(4096)]
+    similarities, places = (torch.cat(parts) for parts in zip(*nearest))
+    most_similar = similarities.argsort(descending=True)[:REVIEWED].tolist()
+    return [(similarities[i].item(), members.distinct[int(places[i])], images[i].clone()) for i in most_similar]
+
+
+def _tpr(outcome: metrics.MembershipResult, false_alarms: float) -> Figure:
+    """The true-positive rate at a rate of false alarms, if there are enough held-out images to estimate it."""
+    rate = outcome.tpr_at_fpr(false_alarms)
+    if rate != rate:
+        needed = f"it needs {1 / false_alarms:.0f}"
+        return Figure(None, note=f"not estimable from {outcome.nonmembers} held-out images: {needed}")
+    return Figure(rate, *outcome.tpr_interval(false_alarms))
+
+
+def _not_applicable(family: Family, measure: str) -> Figure:
+    return Figure(None, note=f"{NOT_APPLICABLE}: {family.not_applicable[measure]}")
+
+
+def _prompt_rows(images: EncodedImages, settings: AuditSettings) -> list[int]:
+    """Rows whose captions are sampled: repeated images first, the others in a seeded order."""
+    shuffled = images.shuffled(settings.seed, Purpose.AUDIT_PROMPTS)
+    rows = sorted(shuffled, key=lambda row: row not in images.repeated)
+    return rows[: settings.num_prompts]

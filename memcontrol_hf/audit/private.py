@@ -1,0 +1,68 @@
+"""What of an audit stays on this machine: the page of image pairs for a person to look through, and a key."""
+
+import base64
+import hashlib
+import hmac
+import io
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import torch
+from jinja2 import Environment, StrictUndefined
+from PIL import Image
+
+from ..data import EncodedImages
+from .attacks import Attacked
+
+
+def private_folder(output_dir: Path) -> Path:
+    """The folder of what stays on this machine; it is made, and written to, before the long work.
+
+    Raises:
+        ValueError: when the folder cannot be written to.
+    """
+    private = output_dir / "private"
+    try:
+        private.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=private).close()
+    except OSError as error:
+        raise ValueError(f"cannot write to the folder {str(private)!r}: {error.strerror}") from None
+    return private
+
+
+def fingerprint(digests: Sequence[str], key_file: Path) -> str:
+    """A keyed hash of the training images: whoever lacks the key cannot test whether a set of images was used."""
+    if not key_file.exists():
+        key_file.write_text(secrets.token_hex(32), encoding="ascii")
+        key_file.chmod(0o600)
+    key = bytes.fromhex(key_file.read_text(encoding="ascii"))
+    return hmac.new(key, "".join(sorted(digests)).encode(), hashlib.sha256).hexdigest()
+
+
+def write_review(result: Attacked, members: EncodedImages, path: Path) -> None:
+    """One self-contained page: generated images beside their nearest training images, the most similar first.
+
+    It shows training images: it is for people who may see them, and is never uploaded.
+    """
+    environment = Environment(undefined=StrictUndefined, autoescape=True)
+    template = environment.from_string(Path(__file__).with_name("review_template.html").read_text(encoding="utf-8"))
+    rows = [
+        {
+            "similarity": f"{similarity:.4f}",
+            "generated": _data_uri(image),
+            "training": _data_uri(original),
+            "attacks": ", ".join(name for name, (found, _) in result.caught.items() if row in found),
+        }
+        for (similarity, row, image), original in zip(
+            result.pairs, members.pixels([row for _, row, _ in result.pairs])
+        )
+    ]
+    path.write_text(template.render(pairs=rows), encoding="utf-8")
+
+
+def _data_uri(image: torch.Tensor) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

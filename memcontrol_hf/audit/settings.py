@@ -1,0 +1,83 @@
+"""How much an audit attacks, and the constants of its attacks."""
+
+from dataclasses import dataclass
+
+CLIQUE = 3
+"""Number of images of one prompt that must be alike for an extraction."""
+
+PAPER_THRESHOLD = 20.0
+"""The threshold of MemControl's paper for the tile distance of RGB images at 224 pixels; it scales with the side."""
+
+FALSE_ALARMS = 0.01
+"""Rate at which copies and members are allowed to be found among held-out images."""
+
+REFERENCES = 500
+"""Largest number of held-out images among which the calibrated extraction looks for neighbours."""
+
+REVIEWED = 50
+"""Number of pairs on the page for a person to look through."""
+
+BINS = 40
+"""Number of bins of the histograms of distances."""
+
+LEAST_IMAGES = {"train": 2, "held_out": 8}
+"""How many different images an audit needs."""
+
+
+@dataclass(frozen=True)
+class AuditSettings:
+    """How much is attacked.
+
+    Args:
+        resolution (`int`):
+            Side of the images in pixels.
+        num_prompts (`int`):
+            Training captions whose images are generated; the canaries' come first.
+        images_per_prompt (`int`):
+            Images generated for each; at least 3, the size of a clique.
+        num_quality_images (`int`):
+            Images generated from held-out captions for the quality, one for each.
+        inference_steps (`int`):
+            Sampling steps.
+        guidance_scale (`float`):
+            Guidance scale of the sampling.
+        num_timesteps (`int`):
+            Fixed timesteps of the denoising-loss attack.
+        near_duplicates (`float`):
+            Threshold of [`~memcontrol_hf.metrics.near_duplicates`]: a held-out image that is so near to a training
+            image is an error. With 0 only equal thumbnails are.
+        batch_size (`int`):
+            Number of images at once; only the speed depends on it.
+        seed (`int`):
+            Random seed of all draws.
+
+    Raises:
+        ValueError: for a number that is too small.
+    """
+
+    resolution: int = 512
+    num_prompts: int = 100
+    num_quality_images: int = 256
+    images_per_prompt: int = 10
+    inference_steps: int = 25
+    guidance_scale: float = 7.5
+    num_timesteps: int = 5
+    near_duplicates: float = 0.05
+    batch_size: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            least = {"images_per_prompt": CLIQUE, "guidance_scale": 0, "near_duplicates": 0, "seed": 0}.get(name, 1)
+            if not value >= least:
+                raise ValueError(f"{name} must be at least {least}, but is {value}")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measure with its 95 % interval; without a value, `note` says why it could not be estimated."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    note: str | None = None

@@ -1,0 +1,332 @@
+"""The whole way from a trainer to a card, in the calls that `training_scripts/train_memcontrol.py` makes.
+
+```python
+choice = workflow.search(trainer, n_trials=8, learning_rate_range=(1e-2, 1e-1))  # search a mask, choose a run
+tuned = workflow.fine_tune(trainer, choice, data["held_out"])  # beside the frozen base and all blocks
+report = workflow.save(trainer, choice, tuned, data)  # the adapter, and what was measured
+workflow.audit(trainer, report, data, AuditSettings(resolution=64))  # attacks on what was saved, and the gate
+workflow.write_card(trainer, report, choice)  # plot and card
+```
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+from datasets import Dataset, DatasetDict
+from transformers.trainer_utils import BestRun
+
+from .adapter_folder import LORA, PLOT, REPORT, adapter_digests
+from .audit import AuditSettings, audit_memorization
+from .encoders import encoder_name
+from .evaluation import METRICS
+from .mitigations import MITIGATIONS
+from .publish.wandb_report import log_report
+from .report import ALL_ON, DEFAULT_GATE, FROZEN_BASE, SELECTED, MemorizationReport, load_gate
+from .report.card import write_card as render_card
+from .report.plots import plot_search
+from .report.search_summary import search_summary
+from .search import claim_final, rank_runs, repeat_runs, select_run
+from .tracking import start_tracking
+from .trainer import MemControlTrainer
+from .tuners import MemControlConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Choice:
+    """The hyperparameters of the final fine-tune, and the search that they come from.
+
+    Args:
+        hyperparameters (`dict`): `mask` and `learning_rate`, and whatever else the search has searched.
+        study (`optuna.Study`, *optional*): the search; `None` when the mask was given.
+        trial (`int`, *optional*): number of the chosen trial.
+        sampler (`str`): name of the search's sampler.
+    """
+
+    hyperparameters: dict[str, Any]
+    study: optuna.Study | None = None
+    trial: int | None = None
+    sampler: str = ""
+
+
+@dataclass
+class FineTuned:
+    """The figures of the three runs that are compared: `"frozen base"`, `"all blocks"` and `"selected mask"`.
+
+    Args:
+        figures (`dict[str, dict[str, float]]`): run -> `trainable_parameters`, `trainable_percent`, and all metrics
+            against held-out images.
+        stopped (`dict[str, int]`): run -> the step at which a mitigation stopped it, if one did.
+        failed (`dict[str, str]`): run -> why it has no figures.
+    """
+
+    figures: dict[str, dict[str, float]] = field(default_factory=dict)
+    stopped: dict[str, int] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+# ---- search and choose ----
+
+
+def search(
+    trainer: MemControlTrainer,
+    n_trials: int = 20,
+    memorization_budget: float | None = None,
+    n_finalists: int = 0,
+    finalist_repeats: int = 1,
+    sampler: str = "tpe",
+    trial_timeout: float | None = None,
+    study_name: str = "memcontrol",
+    **options: Any,
+) -> Choice | None:
+    """Search the mask and the learning rate, and choose a run of the Pareto front.
+
+    Any number of processes may search one study: exactly one of them is given the choice. The final fine-tune gets a
+    seed that the search has not seen.
+
+    Args:
+        trainer ([`MemControlTrainer`]): its arguments name the objectives.
+        n_trials (`int`): number of finished trials that the study shall hold in the end.
+        memorization_budget (`float`, *optional*):
+            The worst value of the second objective that is allowed; the knee of the front is chosen without it.
+        n_finalists (`int`): number of runs of the front that are repeated with new seeds before one is chosen.
+        finalist_repeats (`int`): how often each of them is repeated.
+        sampler (`str`): one of [`~memcontrol_hf.search.SAMPLERS`].
+        trial_timeout (`float`, *optional*): seconds after which the training of a trial is stopped.
+        study_name (`str`): name of the study in its storage.
+        **options: further ones of [`MemControlTrainer.hyperparameter_search`].
+
+    Returns:
+        [`Choice`]; `None` in a process that leaves the final fine-tune to another one.
+
+    Raises:
+        ValueError: as `hyperparameter_search`, and when no run that trained anything can be chosen.
+        RuntimeError: when no trial succeeded.
+    """
+    runs = trainer.hyperparameter_search(
+        n_trials=n_trials,
+        sampler=sampler,
+        memorization_budget=memorization_budget,
+        trial_timeout=trial_timeout,
+        study_name=study_name,
+        **options,
+    )
+    if not claim_final(trainer, runs, trial_timeout):
+        logger.info("another process that works on this study does the final fine-tune")
+        return None
+    run = _choose(trainer, rank_runs(runs, memorization_budget), memorization_budget, n_finalists, finalist_repeats)
+    choice = Choice(run.hyperparameters, run.run_summary, int(run.run_id), sampler)
+    trainer.args.seed += 1  # the search has not seen it
+    if isinstance(trainer.peft_config, MemControlConfig):
+        trainer.peft_config.search = {"study_name": study_name, "trial": choice.trial, "sampler": sampler}
+    return choice
+
+
+def _choose(
+    trainer: MemControlTrainer, ranked: Sequence[BestRun], budget: float | None, n_finalists: int, repeats: int
+) -> BestRun:
+    """The best of the ranked runs, by their repeats if there are several finalists."""
+    finalists = ranked[:n_finalists]
+    if len(finalists) < 2:  # repeats could not change the choice
+        return ranked[0]
+    return select_run(repeat_runs(trainer, finalists, repeats), budget)
+
+
+# ---- fine-tune beside the baselines ----
+
+
+def fine_tune(
+    trainer: MemControlTrainer,
+    choice: Choice,
+    held_out: Dataset,
+    resume_from_checkpoint: str | None = None,
+    study_name: str = "memcontrol",
+) -> FineTuned:
+    """Measure the frozen base, fine-tune all blocks and the chosen mask on all of the data, and measure both.
+
+    The trainer holds the model of the chosen mask afterwards.
+
+    Args:
+        trainer ([`MemControlTrainer`]): the trainer.
+        choice ([`Choice`]): the mask, and the learning rate of both fine-tunes.
+        held_out (`Dataset`): columns `image`, `text`; images that neither training nor the search has seen.
+        resume_from_checkpoint (`str`, *optional*): checkpoint of the chosen mask's fine-tune to go on with.
+        study_name (`str`): group of the runs in trackers.
+
+    Raises:
+        ValueError: for a checkpoint of another run; see [`check_resumes`], which costs nothing.
+    """
+    tuned, save_strategy = FineTuned(), trainer.args.save_strategy
+    masks = {
+        FROZEN_BASE: trainer.search_space.mask(False),
+        ALL_ON: trainer.search_space.mask(True),
+        SELECTED: choice.hyperparameters["mask"],
+    }
+    for name, mask in masks.items():
+        hyperparameters = {**choice.hyperparameters, "mask": mask}
+        trainer.apply_hyperparameters(hyperparameters, final_model=True)
+        logger.info(f"{name}: {'fine-tune on all of the data, then ' if any(mask.values()) else ''}held-out figures")
+        start_tracking(trainer, study_name, name, "final", hyperparameters)
+        trainer.args.save_strategy = save_strategy if name == SELECTED else "no"  # checkpoints hold the adapter only
+        try:
+            resume = resume_from_checkpoint if name == SELECTED else None
+            tuned.figures[name] = fine_tune_and_measure(trainer, held_out, resume)
+        except ValueError as error:
+            if name != ALL_ON:
+                raise
+            tuned.failed[name] = str(error)  # it is only compared with, and has the learning rate of another mask
+            logger.warning(f"{name} cannot be compared with: {error}")
+            continue
+        if any(mask.values()) and trainer.state.global_step < trainer.args.max_steps:
+            tuned.stopped[name] = trainer.state.global_step
+    return tuned
+
+
+def check_resumes(trainer: MemControlTrainer, choice: Choice, checkpoint: str) -> None:
+    """Raise `ValueError` when a checkpoint is of another mask, method or learning rate than the choice."""
+    trainer.apply_hyperparameters(choice.hyperparameters, final_model=True)
+    trainer.check_resumes(checkpoint)
+
+
+def fine_tune_and_measure(
+    trainer: MemControlTrainer, held_out: Dataset, resume: str | None = None
+) -> dict[str, float]:
+    """Train the current mask, if it has a block on, and measure all metrics against the held-out images."""
+    if any(trainer.mask.values()):
+        trainer.train(resume_from_checkpoint=resume)
+    figures = trainer.evaluate(held_out, metrics=list(METRICS))
+    return {
+        "trainable_parameters": trainer.trainable_parameters,
+        "trainable_percent": trainer.trainable_percent,
+        **{name.removeprefix("eval_"): value for name, value in figures.items()},
+    }
+
+
+# ---- save, audit, show ----
+
+
+def save(
+    trainer: MemControlTrainer,
+    choice: Choice,
+    tuned: FineTuned,
+    data: DatasetDict,
+    base_model: str | None = None,
+    encoder: str | None = None,
+    canaries: Mapping[str, int] | None = None,
+    command: str | None = None,
+    card: Mapping[str, Any] | None = None,
+) -> MemorizationReport:
+    """Save the adapter to the trainer's output folder, with a report of what was measured so far.
+
+    Args:
+        trainer ([`MemControlTrainer`]): holds the model of the chosen mask.
+        choice ([`Choice`]): the search and its choice.
+        tuned ([`FineTuned`]): the figures of the three runs.
+        data (`DatasetDict`): `train`, `validation` and `held_out`, of which the report counts the images.
+        base_model (`str`, *optional*): published name of the base; the pipeline's own by default.
+        encoder (`str`, *optional*): published name of the encoder of `fid` and `amd`.
+        canaries (`dict`, *optional*): `canaries` and `canary_repeats`, if some were planted.
+        command (`str`, *optional*): the command that repeats all of it, without what names a place or a person.
+        card (`dict`, *optional*): what else the card says; see [`MemorizationReport`].
+    """
+    folder = Path(trainer.args.output_dir)
+    for stale in (PLOT, LORA):  # of an earlier run with this folder
+        (folder / stale).unlink(missing_ok=True)
+    trainer.save_model(str(folder))
+    given = trainer.args.mitigations
+    sampling = [text for text in given if not MITIGATIONS[text.partition(":")[0]].guards_weights]
+    report = MemorizationReport(
+        base_model=base_model or trainer.base_model,
+        method=trainer.method,
+        mask=trainer.mask,
+        figures=tuned.figures,
+        training={
+            "learning_rate": trainer.args.learning_rate,
+            "max_steps": trainer.args.max_steps,
+            "batch_size": trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps,
+            "world_size": trainer.args.world_size,
+            "resolution": trainer.args.resolution,
+            "seed": trainer.args.seed,
+            "mitigations": [text for text in given if text not in sampling],
+            **({"sampling_mitigations": sampling} if sampling else {}),
+            **(canaries or {}),
+            **({"stopped_at_step": tuned.stopped} if tuned.stopped else {}),
+            **({"failed": tuned.failed} if tuned.failed else {}),
+            **({"dp_sgd": trainer.privacy} if trainer.privacy else {}),
+        },
+        images=count_images(trainer, data),
+        encoder=encoder or encoder_name(trainer.encoder),
+        command=command,
+        search=None if choice.study is None else search_summary(choice.study, choice.sampler, trainer.args.objectives),
+        card={"denoiser": trainer.family.denoiser_name, **(card or {})},
+        weights=adapter_digests(folder),
+    )
+    report.to_json(folder / REPORT)
+    return report
+
+
+def audit(
+    trainer: MemControlTrainer,
+    report: MemorizationReport,
+    data: DatasetDict,
+    settings: AuditSettings | None = None,
+    gate: str | Path = DEFAULT_GATE,
+) -> bool:
+    """Attack the adapter that was saved, beside its controls, judge it by a release gate, and write the report again.
+
+    Args:
+        trainer ([`MemControlTrainer`]): whose pipeline is attacked; it holds the bare base afterwards.
+        report ([`MemorizationReport`]): of [`save`]; it gets the audit and the verdict.
+        data (`DatasetDict`): `train` and `held_out`.
+        settings ([`AuditSettings`], *optional*): how much is attacked.
+        gate (`str`): gate file; the package's own by default.
+
+    Returns:
+        `bool`: whether the gate has passed. A data set that is too small to be audited does not pass.
+    """
+    folder, limits = Path(trainer.args.output_dir), load_gate(gate)
+    logger.info("audit: attacks on the adapter, on the frozen base and with held-out images as training images")
+    trainer.set_mask(trainer.search_space.mask(False))  # the bare pipeline: what is attacked is what was saved
+    report.gate = {"passed": False, "limits": limits, "failures": ["the audit did not end"]}
+    report.to_json(folder / REPORT)  # so that what was measured is kept, whatever becomes of the audit
+    try:
+        report.audit = audit_memorization(
+            data["train"],
+            data["held_out"],
+            pipeline=trainer.pipeline,
+            adapter=folder if any(report.mask.values()) else None,
+            encoder=trainer.encoder,
+            settings=settings or AuditSettings(resolution=trainer.args.resolution, seed=trainer.args.seed),
+        ).audit
+        report.judge(limits)
+    except ValueError as error:  # too few images, say: what was trained is kept, and it does not pass
+        report.gate = {"passed": False, "limits": limits, "failures": [f"no audit: {error}"]}
+    report.to_json(folder / REPORT)
+    return report.gate["passed"]
+
+
+def write_card(trainer: MemControlTrainer, report: MemorizationReport, choice: Choice) -> Path:
+    """Draw the search, render the card into the output folder, and put the report into the tracker's run.
+
+    Returns:
+        `Path`: of the card.
+    """
+    folder = Path(trainer.args.output_dir)
+    if choice.study is not None:
+        distances = report.audit and report.audit["distances"]
+        plot_search(choice.study, trainer.args.objectives, folder / PLOT, choice.trial, distances)
+    card = render_card(folder)
+    log_report(report, folder)
+    return card
+
+
+def count_images(trainer: MemControlTrainer, data: DatasetDict) -> dict[str, int]:
+    """Number of rows of each split, and of the different images that they hold."""
+    encoded = {name: trainer.encode(images) for name, images in data.items()}
+    rows = {name: len(images) for name, images in encoded.items()}
+    return rows | {f"{name}_different": len(images.distinct) for name, images in encoded.items()}
