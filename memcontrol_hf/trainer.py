@@ -594,7 +594,7 @@ class MemControlTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
         return figures
 
-    def look(self, metrics: list[str]) -> dict[str, float]:
+    def evaluate_mid_training(self, metrics: list[str]) -> dict[str, float]:
         """[`evaluate`] for a callback in the middle of a training.
 
         The Trainer would take a log or an evaluation that is due as done.
@@ -778,7 +778,7 @@ class MemControlTrainer(Trainer):
             **kwargs:
                 `learning_rate_range`, `sampler`, `storage`, `study_name`, `settings`, `enqueue`,
                 `memorization_budget`, `max_trainable_percent`, `trial_timeout`, `prune_at`: see
-                [`~memcontrol_hf.search.run_search`].
+                [`~memcontrol_hf.search.SearchSettings`].
 
         Returns:
             [`~transformers.trainer_utils.BestRun`] or a list of them: the best run, or with several objectives those

@@ -51,13 +51,12 @@ from memcontrol_hf.from_flags import (
 )
 from memcontrol_hf.mitigations import MITIGATIONS
 from memcontrol_hf.publish.hub import GateFailed, PushError, push
+from memcontrol_hf.publish.wandb_report import log_images, log_report
 from memcontrol_hf.report import ALL_ON, DEFAULT_GATE, FROZEN_BASE, SELECTED, load_gate
 from memcontrol_hf.report.card import write_card
 from memcontrol_hf.report.plots import plot_search
-from memcontrol_hf.report.search_summary import search_summary
-from memcontrol_hf.search import claim_final, known_masks, public_address, repeat_runs
-from memcontrol_hf.search.front import rank_runs
-from memcontrol_hf.tracking import log_images, log_push, log_report, run_url, start_tracking
+from memcontrol_hf.search import claim_final, known_masks, public_address, rank_runs, repeat_runs, search_summary
+from memcontrol_hf.tracking import log_push, run_url, start_tracking
 from memcontrol_hf.trainer import METRICS
 
 logger = logging.getLogger("memcontrol_hf.script")
@@ -195,7 +194,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, blocks in ((FROZEN_BASE, nothing), (ALL_ON, everything), (SELECTED, hyperparameters["mask"])):
         trainer.apply_hyperparameters({**hyperparameters, "mask": blocks}, final_model=True)
         logger.info(f"{name}: {'fine-tune on all of the data, then ' if any(blocks.values()) else ''}held-out figures")
-        start_tracking(trainer, args.study_name, name, "final", {**hyperparameters, "mask": blocks})
+        config = {**hyperparameters, "mask": blocks, "objectives": list(trainer.args.objectives)}
+        start_tracking(trainer, args.study_name, name, "final", config)
         trainer.args.save_strategy = save_strategy if name == SELECTED else "no"  # a checkpoint is the adapter's
         try:
             figures[name] = fine_tune_and_measure(trainer, data, resume if name == SELECTED else None)

@@ -73,6 +73,6 @@ class EarlyStopCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.early_stop.every:
             return
-        figures = self.trainer.look([self.early_stop.metric])
+        figures = self.trainer.evaluate_mid_training([self.early_stop.metric])
         if self.early_stop.passed(figures[f"eval_{self.early_stop.metric}"]):
             control.should_training_stop = True
