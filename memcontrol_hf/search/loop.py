@@ -86,7 +86,7 @@ def run_search(
             try:
                 outcome = run_trial(trainer, trial, settings, compute_objective)
             except BaseException as interrupt:  # Ctrl-C, say; an error of the trial is an outcome
-                processes.interrupted(trial, interrupt)
+                processes.queue_again(trial, interrupt)
                 raise
             processes.record(outcome)
     finally:

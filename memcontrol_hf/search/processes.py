@@ -104,10 +104,10 @@ class SearchProcesses(Processes):
             SharedStudy(study, self._settings).fail(number, reason)
             raise RuntimeError(f"trial {number} failed in one process alone: {reason}") from None
 
-    def interrupted(self, trial: PlannedTrial, interrupt: BaseException) -> None:
-        """Have the trial repeated that Ctrl-C or an exit ended."""
+    def queue_again(self, trial: PlannedTrial, interrupt: BaseException) -> None:
+        """Have a trial repeated that Ctrl-C, say, ended."""
         if self._shared:
-            self._shared.queue_again_what_was_interrupted(trial, interrupt)
+            self._shared.queue_again(trial.number, interrupt)
 
     def dominating_trials(self, values: list[float]) -> list[int]:
         """The trials that dominated the current one at this point; see [`SharedStudy.dominating_trials`]."""

@@ -266,16 +266,17 @@ class SharedStudy:
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             ended = bool(dead) and trial.user_attrs.get("worker") == dead
             if ended or not is_alive(trial, self.settings.trial_timeout):
-                self._queue_again(trial.number, _KILLED)
+                self.queue_again(trial.number)
 
-    def queue_again_what_was_interrupted(self, trial: PlannedTrial, interrupt: BaseException) -> None:
-        """Record a trial that Ctrl-C or an exit ended as failed, and queue its parameters again."""
-        self._queue_again(trial.number, f"{_KILLED}: {type(interrupt).__name__}")
+    def queue_again(self, number: int, interrupt: BaseException | None = None) -> None:
+        """Record a trial as failed and queue its parameters again, unless the trial was finished already.
 
-    def _queue_again(self, number: int, reason: str) -> None:
-        """Record a trial as failed and queue its parameters again, unless it was finished already."""
+        Args:
+            number (`int`): number of the trial.
+            interrupt (`BaseException`, *optional*): what ended the trial, where that is known: Ctrl-C, say.
+        """
         trial = self._trials()[number]
-        if self.fail(number, reason):
+        if self.fail(number, f"{_KILLED}: {type(interrupt).__name__}" if interrupt else _KILLED):
             params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
             self.study.enqueue_trial(params, user_attrs={REPEATS: number})
 
