@@ -9,12 +9,22 @@ import time
 
 import optuna
 import pytest
+import torch
 from conftest import adapter_of, tiny_trainer
 from optuna.trial import TrialState
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import BestRun
 
-from memcontrol_hf import MemControlConfig, select_run
-from memcontrol_hf.search import SAMPLERS, block_effects, check_study, claim_final, open_storage, repeat_runs
+from memcontrol_hf import MemControlConfig, SearchSpace, select_run
+from memcontrol_hf.search import (
+    SAMPLERS,
+    block_effects,
+    check_study,
+    claim_final,
+    open_storage,
+    repeat_runs,
+    run_search,
+)
 
 logging.getLogger("memcontrol_hf").setLevel(logging.INFO)
 
@@ -474,6 +484,32 @@ def test_a_space_of_ones_own(tmp_path):
         n_trials=2,
     )
     assert 0.1 <= run.hyperparameters["weight_decay"] <= 0.2
+
+
+class OtherTrainer(Trainer):
+    """What the search asks of a trainer, and nothing else of this package."""
+
+    trainable_parameters, trainable_percent = 4, 100.0
+
+    def __init__(self, output_dir):
+        args = TrainingArguments(output_dir=str(output_dir), report_to="none")
+        args.objectives = ["loss"]
+        super().__init__(torch.nn.Linear(2, 2), args)
+        self.search_space = SearchSpace({"first": [], "second": []}, {})
+
+    def apply_hyperparameters(self, hyperparameters):
+        self.mask, self.args.learning_rate = hyperparameters["mask"], hyperparameters["learning_rate"]
+
+    def train_and_evaluate(self):
+        return {"eval_loss": 2.0 - sum(self.mask.values()) + self.args.learning_rate}
+
+
+def test_a_trainer_of_ones_own_can_be_searched(tmp_path):
+    trainer = OtherTrainer(tmp_path)
+    run = run_search(trainer, None, None, 4, "minimize", None, learning_rate_range=(1e-3, 1e-2))
+    assert run.hyperparameters["mask"] == {"first": True, "second": True}
+    assert run.objective == run.hyperparameters["learning_rate"]
+    assert repeat_runs(trainer, [run], 2)[0].objective == run.objective and claim_final(trainer, run)
 
 
 def test_a_fixed_learning_rate_is_not_searched(tmp_path):
