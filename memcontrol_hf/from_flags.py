@@ -26,7 +26,15 @@ from .flags import _SEEN_LATER, METHODS, ScriptArguments, on_demo_data, public_d
 from .mitigations import parse_mitigations
 from .publish.hub import check_login
 from .report import DEFAULT_GATE, load_gate
-from .search import check_sampler, check_study, known_masks
+from .search import (
+    check_budget,
+    check_n_trials,
+    check_prune_at,
+    check_sampler,
+    check_study,
+    known_masks,
+    storage_address,
+)
 from .search.ray import check_ray
 from .tracking import run_url
 from .trainer import MemControlTrainer, check_backend
@@ -74,8 +82,8 @@ def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[
         check_login(args.hub_model_id or Path(args.output_dir).resolve().name, args.hub_public)
     if args.mixed_precision not in ("no", "fp16", "bf16"):
         raise ValueError(f"unknown mixed precision {args.mixed_precision!r}: use no, fp16 or bf16")
-    if args.n_trials < (0 if args.mask_from else 1):
-        raise ValueError(f"--n_trials must be at least 1, but is {args.n_trials}")
+    if args.n_trials or not args.mask_from:
+        check_n_trials(args.n_trials, "--n_trials")
     for flag in ("max_trainable_percent", "trial_timeout"):
         if (value := getattr(args, flag)) is not None and value <= 0:
             raise ValueError(f"--{flag} must be positive, but is {value:g}")
@@ -88,10 +96,8 @@ def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[
     ):
         if (value := getattr(args, flag)) is not None and value < least:
             raise ValueError(f"--{flag} must be at least {least}, but is {value}")
-    if args.prune_at is not None and not 0 < args.prune_at < 1:
-        raise ValueError(f"--prune_at must be a share of the steps between 0 and 1, but is {args.prune_at:g}")
-    if args.memorization_budget is not None and len(args.objectives) < 2:
-        raise ValueError("--memorization_budget needs a second objective, the memorization")
+    check_prune_at(args.prune_at, "--prune_at")
+    check_budget(args.memorization_budget, args.objectives, "--memorization_budget")
     resume = args.resume_from_checkpoint
     if resume not in (None, "latest") and not Path(resume).is_dir():
         raise ValueError(f"--resume_from_checkpoint {resume!r} is no folder: give a checkpoint's, or latest")
@@ -142,8 +148,8 @@ def settings_with_images(args: ScriptArguments, trainer: MemControlTrainer) -> d
 
 def check_own_study(args: ScriptArguments, made_with: dict[str, Any], later: Sequence[str] = ()) -> None:
     """See that the study of this command, where there is one already, was made with these settings."""
-    storage = args.storage or str(Path(args.output_dir) / "study.journal")
-    check_study(storage, args.study_name, made_with, alone=args.storage is None, later=later)
+    storage = storage_address(args.storage, args.output_dir)
+    check_study(storage, args.study_name, made_with, only_study=args.storage is None, ignore=later)
 
 
 def ray_options(args: ScriptArguments) -> dict[str, int]:

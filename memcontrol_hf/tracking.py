@@ -1,26 +1,35 @@
-"""Trackers, as far as the Trainer's own callbacks do not go: one run a trial, in Weights & Biases one group a study.
+"""Runs in trackers, where the Trainer's own callbacks do not suffice: one run for each trial.
 
-Aggregates only, and nothing that names a place of this machine.
+A run gets aggregate figures only, and nothing that names a place of this machine.
 """
 
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from transformers import Trainer
 from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback
 
-if TYPE_CHECKING:
-    from .trainer import MemControlTrainer
 
+def start_tracking(trainer: Trainer, study_name: str, name: str, job_type: str, config: Mapping[str, Any]) -> None:
+    """Begin a run in the trackers of `args.report_to`; the Trainer's own callbacks then log into this run.
 
-def start_tracking(
-    trainer: "MemControlTrainer", study_name: str, name: str, job_type: str, hyperparameters: Mapping[str, Any]
-) -> None:
-    """Begin a run in the trackers that are asked for; the Trainer's own callbacks then log into it.
+    A study is a group in Weights & Biases, and each trial is a run of the group. In TensorBoard each trial has a
+    folder, in Trackio a name.
 
-    A study is a group in Weights & Biases, and each trial a run; a folder each in TensorBoard; a name each in Trackio.
+    Args:
+        trainer (`transformers.Trainer`):
+            The trainer whose figures are logged.
+        study_name (`str`):
+            Name of the study.
+        name (`str`):
+            Name of the run within the study.
+        job_type (`str`):
+            Kind of the run: `"trial"`, `"repeat"` or `"final"`.
+        config (`dict`):
+            Hyperparameters and other settings of the run, for Weights & Biases.
     """
     trainer.args.run_name = f"{study_name}-{name}"
     for callback in trainer.callback_handler.callbacks:
@@ -32,14 +41,14 @@ def start_tracking(
             callback.on_train_end(trainer.args, trainer.state, trainer.control)
     if "wandb" not in trainer.args.report_to or not trainer.is_world_process_zero():
         return
-    import wandb
+    import wandb  # only where it is asked for: importing it takes a while
 
     wandb.init(
         project=os.getenv("WANDB_PROJECT", "memcontrol"),
         group=study_name,
         name=name,
         job_type=job_type,
-        config={**hyperparameters, "objectives": list(trainer.args.objectives)},
+        config=dict(config),
         dir=os.getenv("WANDB_DIR", trainer.args.output_dir),
         reinit="finish_previous",
         # Neither the command line, the working directory, the host and the user, nor what is printed, nor the code.
@@ -67,11 +76,11 @@ def run_url() -> str | None:
 
 
 def log_push(address: str) -> None:
-    """Link the current run to what was pushed, if there is a run."""
+    """Link the current run, if there is one, to the adapter that was pushed to `address`."""
     if run := current_run():
         run.summary["hub"] = address
 
 
-def current_run():
-    """The current run of Weights & Biases, without importing it."""
+def current_run() -> Any | None:
+    """The current run of Weights & Biases, without importing `wandb`."""
     return getattr(sys.modules.get("wandb"), "run", None)

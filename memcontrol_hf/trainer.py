@@ -556,7 +556,7 @@ class MemControlTrainer(Trainer):
             **kwargs:
                 `learning_rate_range`, `sampler`, `storage`, `study_name`, `settings`, `enqueue`,
                 `memorization_budget`, `max_trainable_percent`, `trial_timeout`, `prune_at`: see
-                [`~memcontrol_hf.search.run_search`].
+                [`~memcontrol_hf.search.SearchSettings`].
 
         Returns:
             [`~transformers.trainer_utils.BestRun`] or a list of them: the best run, or with several objectives those

@@ -28,8 +28,7 @@ from .publish.wandb_report import log_report
 from .report import ALL_ON, DEFAULT_GATE, FROZEN_BASE, SELECTED, MemorizationReport, load_gate
 from .report.card import write_card as render_card
 from .report.plots import plot_search
-from .report.search_summary import search_summary
-from .search import claim_final, rank_runs, repeat_runs, select_run
+from .search import claim_final, rank_runs, repeat_runs, search_summary, select_run
 from .tracking import start_tracking
 from .trainer import MemControlTrainer
 from .tuners import MemControlConfig
@@ -171,7 +170,8 @@ def fine_tune(
         hyperparameters = {**choice.hyperparameters, "mask": mask}
         trainer.apply_hyperparameters(hyperparameters, final_model=True)
         logger.info(f"{name}: {'fine-tune on all of the data, then ' if any(mask.values()) else ''}held-out figures")
-        start_tracking(trainer, study_name, name, "final", hyperparameters)
+        config = {**hyperparameters, "objectives": list(trainer.args.objectives)}
+        start_tracking(trainer, study_name, name, "final", config)
         trainer.args.save_strategy = save_strategy if name == SELECTED else "no"  # checkpoints hold the adapter only
         try:
             resume = resume_from_checkpoint if name == SELECTED else None

@@ -12,7 +12,7 @@ from conftest import images_of, tiny_trainer
 from optuna.trial import TrialState
 from transformers import TrainerCallback
 
-from memcontrol_hf.search import SeededSampler, queue_again_what_died
+from memcontrol_hf.search import SearchSettings, SeededSampler, SharedStudy
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find this file
 RATES = (1e-2, 1e-1)
@@ -143,12 +143,13 @@ def test_a_worker_that_is_killed_is_replaced_and_its_trial_repeated(tmp_path):
 
 def test_a_trial_of_another_machine_is_repeated_when_its_worker_is_known_to_be_dead():
     study, worker = optuna.create_study(), ["elsewhere", 1, 1.5]
+    shared = SharedStudy(study, SearchSettings(1, "minimize"))
     trial = study.ask({"x": optuna.distributions.FloatDistribution(0, 1)})
     trial.set_user_attr("worker", worker)
-    queue_again_what_died(study, None)
-    queue_again_what_died(study, None, ["elsewhere", 2, 1.5])
+    shared.queue_again_what_died()
+    shared.queue_again_what_died(["elsewhere", 2, 1.5])
     assert [t.state for t in study.trials] == [TrialState.RUNNING]
-    queue_again_what_died(study, None, worker)
+    shared.queue_again_what_died(worker)
     assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.WAITING]
     assert study.ask({"x": optuna.distributions.FloatDistribution(0, 1)}).params == trial.params
 

@@ -9,13 +9,22 @@ import time
 
 import optuna
 import pytest
+import torch
 from conftest import adapter_of, tiny_trainer
 from optuna.trial import TrialState
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import BestRun
 
-from memcontrol_hf import MemControlConfig, select_run
-from memcontrol_hf.report.search_summary import block_effects
-from memcontrol_hf.search import SAMPLERS, check_study, claim_final, open_storage, repeat_runs
+from memcontrol_hf import MemControlConfig, SearchSpace, select_run
+from memcontrol_hf.search import (
+    SAMPLERS,
+    block_effects,
+    check_study,
+    claim_final,
+    open_storage,
+    repeat_runs,
+    run_search,
+)
 
 logging.getLogger("memcontrol_hf").setLevel(logging.INFO)
 
@@ -150,7 +159,7 @@ def test_other_settings_are_refused_and_named(searched, tmp_path):
     with pytest.raises(ValueError, match="other settings: method was 'svdiff' and is 'norm'"):
         check_study(path, "memcontrol", {**settings, "method": "norm"})
     with pytest.raises(ValueError, match="holds another study"):
-        check_study(path, "another", settings, alone=True)
+        check_study(path, "another", settings, only_study=True)
     check_study(path, "another", settings)
     with pytest.raises(ValueError, match="seed was 0 and is 1"):
         trainer.hyperparameter_search(n_trials=2, settings={**settings, "seed": 1})
@@ -286,8 +295,10 @@ def test_a_trial_that_two_others_beat_on_the_way_is_stopped_and_the_others_end_a
 
 def test_a_share_of_the_steps_is_one_of_epochs_too(tmp_path):
     trainer, looks = tiny_trainer(tmp_path, max_steps=-1, num_train_epochs=4), []
-    look = trainer.look
-    trainer.look = lambda metrics: looks.append((trainer.state.global_step, trainer.state.max_steps)) or look(metrics)
+    look = trainer.evaluate_mid_training
+    trainer.evaluate_mid_training = lambda metrics: (
+        looks.append((trainer.state.global_step, trainer.state.max_steps)) or look(metrics)
+    )
     trainer.hyperparameter_search(n_trials=1, prune_at=0.5)
     ((step, steps),) = looks
     assert step == steps / 2 > 1
@@ -475,6 +486,32 @@ def test_a_space_of_ones_own(tmp_path):
     assert 0.1 <= run.hyperparameters["weight_decay"] <= 0.2
 
 
+class OtherTrainer(Trainer):
+    """What the search asks of a trainer, and nothing else of this package."""
+
+    trainable_parameters, trainable_percent = 4, 100.0
+
+    def __init__(self, output_dir):
+        args = TrainingArguments(output_dir=str(output_dir), report_to="none")
+        args.objectives = ["loss"]
+        super().__init__(torch.nn.Linear(2, 2), args)
+        self.search_space = SearchSpace({"first": [], "second": []}, {})
+
+    def apply_hyperparameters(self, hyperparameters):
+        self.mask, self.args.learning_rate = hyperparameters["mask"], hyperparameters["learning_rate"]
+
+    def train_and_evaluate(self):
+        return {"eval_loss": 2.0 - sum(self.mask.values()) + self.args.learning_rate}
+
+
+def test_a_trainer_of_ones_own_can_be_searched(tmp_path):
+    trainer = OtherTrainer(tmp_path)
+    run = run_search(trainer, None, None, 4, "minimize", None, learning_rate_range=(1e-3, 1e-2))
+    assert run.hyperparameters["mask"] == {"first": True, "second": True}
+    assert run.objective == run.hyperparameters["learning_rate"]
+    assert repeat_runs(trainer, [run], 2)[0].objective == run.objective and claim_final(trainer, run)
+
+
 def test_a_fixed_learning_rate_is_not_searched(tmp_path):
     runs = tiny_trainer(tmp_path).hyperparameter_search(n_trials=2, learning_rate_range=(0.02, 0.02))
     trial = runs[0].run_summary.trials[0]
@@ -500,8 +537,12 @@ def test_every_sampler_searches_two_objectives(tmp_path, sampler):
         ({"sampler": "cma"}, "unknown sampler 'cma': use one of tpe"),
         ({"learning_rate_range": (1e-2, 1e-3)}, "must be positive and in order"),
         ({"backend": "sigopt"}, "backend 'sigopt' is not supported"),
-        ({"prune_at": 1.5}, "prune_at must be a share of the steps between 0 and 1, but got 1.5"),
+        ({"prune_at": 1.5}, "prune_at must be a share of the steps between 0 and 1, but is 1.5"),
         ({"prune_at": 0.5, "compute_objective": sum}, "leave compute_objective out"),
+        (
+            {"memorization_budget": 0.5, "direction": "minimize", "compute_objective": sum},
+            "a memorization budget needs a second objective, the memorization",
+        ),
     ],
 )
 def test_a_wrong_search_is_refused_before_the_first_trial(tmp_path, arguments, message):
@@ -545,8 +586,8 @@ from accelerate import PartialState
 from conftest import tiny_trainer
 import datasets.config
 datasets.config.HF_DATASETS_CACHE = {cache!r}
-import memcontrol_hf.search.loop
-memcontrol_hf.search.loop._AGREEMENT = datetime.timedelta(seconds=20)
+import memcontrol_hf.search.processes
+memcontrol_hf.search.processes._AGREEMENT = datetime.timedelta(seconds=20)
 trainer = tiny_trainer({folder!r}, max_steps=2, use_cpu=True)
 measure, calls = trainer.train_and_evaluate, []
 

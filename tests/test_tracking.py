@@ -14,7 +14,8 @@ from conftest import adapter_folder, tiny_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from memcontrol_hf import MemorizationReport
-from memcontrol_hf.tracking import clear_of_copies, log_push, log_report, run_url, start_tracking
+from memcontrol_hf.publish.wandb_report import clear_of_copies, log_report
+from memcontrol_hf.tracking import log_push, run_url, start_tracking
 
 
 def test_copies_are_withheld_and_other_images_are_shown():

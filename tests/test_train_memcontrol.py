@@ -358,6 +358,10 @@ def test_a_mask_file_that_is_no_object_is_said_to_hold_none(script, tmp_path):
         ({"mixed_precision": "fp8"}, "unknown mixed precision 'fp8'"),
         ({"n_trials": 0}, "--n_trials must be at least 1"),
         ({"prune_at": 1.0}, "--prune_at must be a share of the steps between 0 and 1, but is 1"),
+        (
+            {"memorization_budget": 0.5, "objectives": ["fid"]},
+            "--memorization_budget needs a second objective, the memorization",
+        ),
         ({"learning_rate": -1.0}, "--learning_rate must be positive"),
         ({"train_data_dir": "/nowhere"}, "'/nowhere' is no folder"),
         ({"caption_column": "caption"}, "has no column 'caption'; it has: image, text"),

@@ -52,7 +52,7 @@ class Stages(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step in self.steps:
-            figures = self.trainer.look(["fid", "membership_auc"])
+            figures = self.trainer.evaluate_mid_training(["fid", "membership_auc"])
             stage = self.steps.index(state.global_step)
             self.figures |= {f"stage{stage}_{name.removeprefix('eval_')}": value for name, value in figures.items()}
 

@@ -1,7 +1,6 @@
 """The memorization report, the release gate, the plots and the cards.
 
-Reading and rendering a report needs neither PyTorch nor Optuna; `plots` and `search_summary`, which do, are imported
-by their own names.
+Reading and rendering a report needs neither PyTorch nor Optuna; `plots`, which does, is imported by its own name.
 """
 
 from .gate import DEFAULT_GATE, LIMITS, MEASURES, NOT_APPLICABLE, load_gate

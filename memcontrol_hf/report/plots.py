@@ -9,9 +9,8 @@ import numpy as np
 import optuna
 
 from ..masks import block_map
-from ..search import complete_trials, is_frozen_base, pareto_front
+from ..search import block_effects, complete_trials, is_frozen_base, pareto_front
 from .report import ALL_ON, FROZEN_BASE
-from .search_summary import block_effects
 
 
 def plot_search(

@@ -1,32 +1,40 @@
-"""The outer level: the search of a mask and a learning rate over one Optuna study."""
+"""The outer level: the search of a mask and a learning rate over one Optuna study.
 
-from .front import rank_runs, select_run
-from .loop import (
-    SAMPLERS,
+`settings`: what a search is asked for. `storage`: where the study is kept. `sampler`: which hyperparameters the next
+trial gets. `study`: the study that workers share. `processes`: the processes that share a trial. `loop`: trials one
+after the other. `callbacks`: how a trial is stopped early. `front`: from the trials to one run. `final`: after the
+trials. `summary`: the study in the report. `ray`: workers on a Ray cluster. `protocol`: what a trainer must offer.
+"""
+
+from .final import claim_final, repeat_runs
+from .front import (
     NoRunError,
-    SeededSampler,
     best_runs,
-    check_sampler,
-    check_study,
-    claim_final,
     complete_trials,
     dominates,
     is_frozen_base,
-    known_masks,
-    open_storage,
     pareto_front,
-    public_address,
-    queue_again_what_died,
-    repeat_runs,
-    run_search,
-    this_worker,
+    rank_runs,
+    select_run,
 )
+from .loop import run_search
+from .sampler import SAMPLERS, SeededSampler, check_sampler, known_masks
+from .settings import SearchSettings, check_budget, check_n_trials, check_prune_at
+from .storage import check_study, open_storage, public_address, storage_address
+from .study import SharedStudy
+from .summary import block_effects, search_summary
 
 __all__ = [
     "SAMPLERS",
     "NoRunError",
+    "SearchSettings",
     "SeededSampler",
+    "SharedStudy",
     "best_runs",
+    "block_effects",
+    "check_budget",
+    "check_n_trials",
+    "check_prune_at",
     "check_sampler",
     "check_study",
     "claim_final",
@@ -37,10 +45,10 @@ __all__ = [
     "open_storage",
     "pareto_front",
     "public_address",
-    "queue_again_what_died",
     "rank_runs",
     "repeat_runs",
     "run_search",
+    "search_summary",
     "select_run",
-    "this_worker",
+    "storage_address",
 ]

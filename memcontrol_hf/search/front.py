@@ -1,39 +1,110 @@
-"""From the Pareto front to one run."""
+"""From the finished trials of a study to the Pareto front, and from the front to one run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import optuna
+from optuna.trial import FrozenTrial, TrialState
 from transformers.trainer_utils import BestRun
 
-from .loop import is_frozen_base
+from .settings import check_budget
+
+
+class NoRunError(RuntimeError):
+    """A study holds no run that could be chosen."""
+
+
+def complete_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials that gave figures. They are not copied, so they must only be read."""
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def signs_of(study: optuna.Study) -> list[int]:
+    """For each objective 1 where lower is better, and -1 where higher is better."""
+    return [1 if direction.name == "MINIMIZE" else -1 for direction in study.directions]
+
+
+def dominates(values: np.ndarray) -> np.ndarray:
+    """Whether point `j` dominates point `i`: not worse in any objective and better in at least one.
+
+    Args:
+        values (`np.ndarray`): points `[N, M]` of `M` objectives; lower is better in each.
+
+    Returns:
+        `np.ndarray`: bool `[N, N]`, with `i` in the rows and `j` in the columns.
+    """
+    return (values[None] <= values[:, None]).all(2) & (values[None] < values[:, None]).any(2)
+
+
+def pareto_front(study: optuna.Study) -> list[FrozenTrial]:
+    """The finished trials within the memorization budget that no other dominates; with one objective, the best trials.
+
+    The study's own `best_trials` would not do: they keep the budget of the command that ran the trial.
+    """
+    signs = np.array(signs_of(study))
+    trials = complete_trials(study)
+    if (budget := study.user_attrs.get("memorization_budget")) is not None:
+        trials = [trial for trial in trials if signs[1] * trial.values[1] <= signs[1] * budget]
+    values = np.array([trial.values for trial in trials]).reshape(-1, len(signs)) * signs
+    return [trial for trial, dominated in zip(trials, dominates(values).any(1)) if not dominated]
+
+
+def best_runs(study: optuna.Study) -> list[BestRun]:
+    """The trials of [`pareto_front`] as runs, each once: a trial that repeats another is left out."""
+    return [
+        BestRun(
+            run_id=str(best.number),
+            objective=best.values[0] if len(study.directions) == 1 else best.values,
+            hyperparameters=best.user_attrs["hyperparameters"],
+            run_summary=study,
+        )
+        for best in pareto_front(study)
+        if "same_as" not in best.user_attrs
+    ]
+
+
+def is_frozen_base(trial_or_run: FrozenTrial | BestRun) -> bool:
+    """Whether a finished trial or a run has no block on, so that nothing was trained."""
+    return selects_nothing(
+        trial_or_run.hyperparameters
+        if isinstance(trial_or_run, BestRun)
+        else trial_or_run.user_attrs["hyperparameters"]
+    )
+
+
+def selects_nothing(hyperparameters: Mapping[str, Any]) -> bool:
+    """Whether hyperparameters have a mask with no block on."""
+    return not any(hyperparameters.get("mask", {"": True}).values())
 
 
 def select_run(runs: BestRun | Sequence[BestRun], memorization_budget: float | None = None) -> BestRun:
     """Pick one run of a search over (quality, memorization): the first of [`rank_runs`].
 
     Returns:
-        `BestRun`: never the frozen base, which has nothing to publish.
+        `BestRun`: a run that trained something; the frozen base has nothing to publish.
 
     Raises:
-        ValueError: when no run that trained anything is on the front, or none is within the budget.
+        ValueError: when no run on the front trained anything, or none is within the budget.
     """
     return rank_runs(runs, memorization_budget)[0]
 
 
 def rank_runs(runs: BestRun | Sequence[BestRun], memorization_budget: float | None = None) -> list[BestRun]:
-    """The runs that trained anything, the one to be picked first.
+    """Sort the runs that trained something, the best choice first.
 
     Args:
         runs (list of `BestRun`):
             The Pareto front, as `hyperparameter_search` returns it; the first objective is the quality, the second the
             memorization.
         memorization_budget (`float`, *optional*):
-            The worst memorization that is allowed: the runs within it, by their quality. Without it, by how near they
-            are to the knee of the front: after scaling both objectives to [0, 1], how far below the line between the
-            front's two ends (Das 1999, Structural Optimization 18:107).
+            Worst memorization that is allowed: the runs within the budget are sorted by their quality. Without a
+            budget, the runs are sorted by their distance to the knee of the front: after both objectives are scaled to
+            [0, 1], how far a run is below the line between the two ends of the front (Das 1999, Structural
+            Optimization 18:107).
 
     Raises:
-        ValueError: when there is none, or none is within the budget.
+        ValueError: when no run trained anything, or none is within the budget.
     """
     runs = [runs] if isinstance(runs, BestRun) else list(runs)
     trained = [run for run in runs if not is_frozen_base(run)]
@@ -44,21 +115,25 @@ def rank_runs(runs: BestRun | Sequence[BestRun], memorization_budget: float | No
     if isinstance(trained[0].objective, float):
         return trained
     study = trained[0].run_summary
-    signs = [1 if d.name == "MINIMIZE" else -1 for d in study.directions] if study else [1] * len(trained[0].objective)
+    signs = signs_of(study) if study else [1] * len(trained[0].objective)
     if memorization_budget is not None:
-        if len(signs) < 2:
-            raise ValueError("a memorization budget needs a second objective, the memorization")
-        within = [run for run in trained if signs[1] * run.objective[1] <= signs[1] * memorization_budget]
-        if not within:
-            lowest = min(trained, key=lambda run: signs[1] * run.objective[1]).objective[1]
-            raise ValueError(
-                f"no run is within the memorization budget of {memorization_budget:g}: the best on the front has "
-                f"{lowest:.4g}. Allow more, or search more trials or smaller learning rates"
-            )
-        return sorted(within, key=lambda run: signs[0] * run.objective[0])
+        return _within_budget(trained, signs, memorization_budget)
     costs = np.array([[s * value for s, value in zip(signs, run.objective)] for run in runs])
     span = costs.max(0) - costs.min(0)
     scaled = (costs - costs.min(0)) / np.where(span > 0, span, 1)
     # The ends of the front lie on the plane of equal sums; the knee is deepest below it.
     depth = {id(run): total for run, total in zip(runs, scaled.sum(1))}
     return sorted(trained, key=lambda run: depth[id(run)])
+
+
+def _within_budget(runs: Sequence[BestRun], signs: Sequence[int], budget: float) -> list[BestRun]:
+    """The runs whose second objective is within the budget, by their first objective."""
+    check_budget(budget, signs)
+    within = [run for run in runs if signs[1] * run.objective[1] <= signs[1] * budget]
+    if not within:
+        lowest = min(runs, key=lambda run: signs[1] * run.objective[1]).objective[1]
+        raise ValueError(
+            f"no run is within the memorization budget of {budget:g}: the best on the front has "
+            f"{lowest:.4g}. Allow more, or search more trials or smaller learning rates"
+        )
+    return sorted(within, key=lambda run: signs[0] * run.objective[0])

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import optuna
 
-from ..search import complete_trials, pareto_front
+from .front import complete_trials, pareto_front
 
 
 def search_summary(study: optuna.Study, sampler: str, objectives: list[str]) -> dict[str, Any]:
-    """A study as the report holds it: its objectives, and mask size and values of every finished trial."""
+    """Summarize a study: its objectives, and the mask size and the values of every finished trial."""
     front = {trial.number for trial in pareto_front(study)}
     trials = [
         {
@@ -37,12 +37,14 @@ def search_summary(study: optuna.Study, sampler: str, objectives: list[str]) -> 
 
 
 def block_effects(study: optuna.Study) -> dict[str, list[float]]:
-    """What a block does to each objective: the mean over the finished trials with it on, minus that of the others.
+    """The effect of each block on each objective: the mean over the finished trials with the block on, minus the mean
+    over the other finished trials.
 
-    Blocks that were always on, or always off, are left out. Optuna's importances would not say which way.
+    Blocks that were on in all trials, or off in all trials, are left out. Optuna's importances have no sign, so they
+    would not say whether a block makes an objective better or worse.
 
     Returns:
-        `dict[str, list[float]]`: block name -> one difference for each objective, in its units.
+        `dict[str, list[float]]`: block name -> one difference for each objective, in the objective's units.
     """
     trials = complete_trials(study)
     masks = [t.user_attrs["hyperparameters"]["mask"] for t in trials]

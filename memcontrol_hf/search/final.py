@@ -1,0 +1,170 @@
+"""After the trials: the finalists are repeated, and one process takes the final fine-tune."""
+
+import atexit
+import logging
+import time
+from collections.abc import Sequence
+from datetime import datetime
+
+import numpy as np
+import optuna
+from accelerate.utils.memory import clear_device_cache
+from optuna.trial import FrozenTrial, TrialState
+from transformers.trainer_utils import BestRun
+
+from ..tracking import start_tracking
+from .front import NoRunError
+from .loop import objective_values
+from .processes import Processes, from_first
+from .protocol import ComputeObjective, SearchableTrainer
+from .storage import FINAL
+from .worker import is_alive, this_worker
+
+logger = logging.getLogger(__name__)
+
+
+class _RepeatFailed(Exception):
+    """A repeat failed in at least one of its processes."""
+
+
+def repeat_runs(
+    trainer: SearchableTrainer,
+    runs: Sequence[BestRun],
+    repeats: int,
+    compute_objective: ComputeObjective | None = None,
+) -> list[BestRun]:
+    """Train and measure runs again with seeds that the search never saw.
+
+    The front of noisy trials is optimistic: it holds the trials that were lucky. The study keeps the repeats, so a
+    second call makes only those that are missing.
+
+    Args:
+        runs (list of `BestRun`):
+            Runs in the order of [`~memcontrol_hf.search.rank_runs`].
+        repeats (`int`):
+            Number of repeats of each run.
+        compute_objective (`Callable`, *optional*):
+            The `compute_objective` of the search; `args.objectives` by default.
+
+    Returns:
+        list of `BestRun`: the same runs, whose objectives are the means of the repeats alone. A run of which a repeat
+        failed is left out.
+
+    Raises:
+        NoRunError: when all runs failed.
+    """
+    processes, seed = Processes(trainer.args.world_size), trainer.args.seed
+    repeated, reasons = [], []
+    try:
+        for run in runs:
+            values = []
+            try:
+                for number in range(1, repeats + 1):
+                    new_seed = seed + 1000 * number
+                    values.append(_repeat(trainer, run, number, new_seed, processes, compute_objective))
+            except _RepeatFailed as failure:
+                reasons.append(str(failure))
+                continue
+            mean = np.mean(values, axis=0).tolist()
+            repeated.append(run._replace(objective=mean if len(mean) > 1 else mean[0]))
+    finally:
+        trainer.args.seed = seed
+    if reasons and not repeated:
+        raise NoRunError(f"no finalist could be repeated: {'; '.join(reasons)}")
+    return repeated
+
+
+def _repeat(
+    trainer: SearchableTrainer,
+    run: BestRun,
+    number: int,
+    seed: int,
+    processes: Processes,
+    compute_objective: ComputeObjective | None,
+) -> list[float]:
+    """The objectives of one repeat, which is made unless the study holds it already."""
+    study, args, key = run.run_summary, trainer.args, f"repeat {number} of trial {run.run_id}"
+    values = from_first(study.user_attrs.get(key), args.world_size)
+    if values is not None:
+        return values
+    args.seed, error = seed, None
+    name = f"trial-{run.run_id}-repeat-{number}"
+    config = {**run.hyperparameters, "objectives": list(args.objectives)}
+    try:
+        start_tracking(trainer, study.study_name, name, "repeat", config)
+        trainer.apply_hyperparameters(run.hyperparameters)
+        values = objective_values(trainer.train_and_evaluate(), args.objectives, compute_objective)
+    except Exception as raised:
+        error = f"{type(raised).__name__}: {raised}"
+        clear_device_cache(garbage_collection=True)
+    if error := processes.first_error(error):
+        logger.warning(f"trial {run.run_id} is left out, since {key} failed: {error}")
+        raise _RepeatFailed(f"{key}: {error}")
+    if trainer.is_world_process_zero():
+        study.set_user_attr(key, values)
+        logger.info(f"{key}: {', '.join(f'{value:.4g}' for value in values)}")
+    return values
+
+
+def claim_final(
+    trainer: SearchableTrainer,
+    runs: BestRun | Sequence[BestRun],
+    timeout: float | None = None,
+    poll_seconds: float = 2.0,
+) -> bool:
+    """Claim the final fine-tune for this trainer; exactly one of those that work on a study gets it.
+
+    The call waits until no trial runs any more. When the process that has the fine-tune is killed, the next process
+    that claims it gets it. When that process has finished, only a process that was started later gets it. The process
+    that has the fine-tune may claim it again.
+
+    Args:
+        runs (`BestRun` or list of `BestRun`):
+            Runs as `hyperparameter_search` returned them.
+        timeout (`float`, *optional*):
+            The `trial_timeout` of the search.
+        poll_seconds (`float`):
+            Seconds between two looks at the study.
+
+    Returns:
+        `bool`: whether this trainer is to do the final fine-tune.
+    """
+    study = (runs if isinstance(runs, BestRun) else runs[0]).run_summary
+    claimed = trainer.is_world_process_zero() and _claim_final_run(study, timeout, poll_seconds)
+    return from_first(claimed, trainer.args.world_size)
+
+
+def _claim_final_run(study: optuna.Study, timeout: float | None, poll_seconds: float) -> bool:
+    """Claim the final fine-tune by a trial of a study of its own, whose numbers are given once."""
+    states = (TrialState.RUNNING,)
+    while running := [t for t in study.get_trials(deepcopy=False, states=states) if is_alive(t, timeout)]:
+        hosts = {trial.user_attrs.get("worker", ["an unknown machine"])[0] for trial in running}
+        logger.info(
+            f"waiting for trial {', '.join(str(t.number) for t in running)} of another process on {', '.join(hosts)}; "
+            "if it is gone, or has another name now, end this one and give --trial_timeout"
+        )
+        time.sleep(poll_seconds)
+    final = optuna.create_study(storage=study._storage, study_name=study.study_name + FINAL, load_if_exists=True)
+    claim = final.ask()
+    claim.set_user_attr("worker", this_worker())
+    earlier = [trial for trial in final.get_trials(deepcopy=False) if trial.number < claim.number]
+    if any(map(_keeps_final_run, earlier)):
+        final.tell(claim, state=TrialState.FAIL)
+        return False
+    atexit.register(_release, final, claim.number)
+    return True
+
+
+def _keeps_final_run(claim: FrozenTrial) -> bool:
+    """Whether an earlier claim is another process's that is alive, or has finished since this process was started."""
+    worker = this_worker()
+    if claim.user_attrs.get("worker") == worker:
+        return False
+    if claim.state == TrialState.COMPLETE:
+        return claim.datetime_complete > datetime.fromtimestamp(worker[-1])
+    return claim.state == TrialState.RUNNING and is_alive(claim)
+
+
+def _release(final: optuna.Study, number: int) -> None:
+    """Record at the exit of the process, after the final fine-tune or an error, that its claim has ended."""
+    final.tell(number, 0.0)
