@@ -6,6 +6,8 @@ from transformers import PrinterCallback
 from memcontrol_hf import MemControlTrainer, MemControlTrainingArguments, SearchSpace, demo_pipeline
 from memcontrol_hf.flags import METHODS
 
+DP_SGD = "dp_sgd:epsilon=8,delta=0.001,max_grad_norm=0.05"  # the defaults of the mitigation do not fit 128 rows
+
 
 def demo_trainer(
     data: DatasetDict,
