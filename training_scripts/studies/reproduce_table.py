@@ -38,8 +38,13 @@ from typing import Any
 
 import pandas as pd
 import torch
+from transformers import logging as transformers_logging
+
 from common.pages import read_results, write_results
 from common.pieces import Pieces, add_part_flag, exit_if_missing
+from memcontrol_hf.adapter_folder import REPORT
+from memcontrol_hf.report import MemorizationReport
+from memcontrol_hf.report.card import write_card
 from paper_table.data_sets import DATA
 from paper_table.page import over_seeds, render
 from paper_table.plots import plot
@@ -47,11 +52,6 @@ from paper_table.rows import GROUPS, ROWS
 from paper_table.runs import jobs
 from paper_table.sweep import sweep_of
 from paper_table.tasks import Settings, Task, plan
-from transformers import logging as transformers_logging
-
-from memcontrol_hf.adapter_folder import REPORT
-from memcontrol_hf.report import MemorizationReport
-from memcontrol_hf.report.card import write_card
 
 KINDS = {"rate": "rates", "search": "searches", "run": "runs"}  # kind of a task -> its name in results.json
 
@@ -67,7 +67,9 @@ def restore(pieces: Pieces, settings: Settings, docs: Path) -> None:
 
 def environment() -> str:
     """The versions and the machine, for the page."""
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft", "optuna"))
+    packages = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft", "optuna")
+    )
     machine = f"{platform.machine()} with {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
     return f"Python {platform.python_version()}, {packages}, {machine}"
 

@@ -22,21 +22,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 import torch
-from common.audits import audit_trainer, canaries_caught
-from common.pieces import Job, Pieces, add_part_flag, exit_if_missing
-from common.trainers import demo_trainer
 from datasets import DatasetDict
 from transformers import TrainerCallback
 from transformers import logging as transformers_logging
-from trials.columns import NOISE_TIMESTEPS, STAGES
 
+from common.audits import audit_trainer, canaries_caught
+from common.pieces import Job, Pieces, add_part_flag, exit_if_missing
+from common.trainers import demo_trainer
 from memcontrol_hf import MemControlTrainer, demo_dataset, metrics
 from memcontrol_hf.flags import ScriptArguments
 from memcontrol_hf.from_flags import audit_settings, training_arguments
+from trials.columns import NOISE_TIMESTEPS, STAGES
 
 GROUPS = {
     "down.0": r"^down_blocks\.0\.attentions",
@@ -137,9 +137,11 @@ def train(trainer: MemControlTrainer, row: Figures) -> None:
     """Fine-tune, and put the rewards at the stages into the row."""
     stages = Stages(trainer, [round(share * trainer.args.max_steps) for share in STAGES])
     trainer.add_callback(stages)
-    with timed(row, "train_with_stages"):
-        trainer.train()
-    trainer.remove_callback(stages)
+    try:
+        with timed(row, "train_with_stages"):
+            trainer.train()
+    finally:
+        trainer.remove_callback(stages)  # the trainer is that of all runs
     row |= stages.figures
 
 
@@ -219,7 +221,9 @@ def main(argv: list[str] | None = None) -> None:
         transformers_logging.set_verbosity_error()
         data = demo_dataset()
         trainer = run_trainer(args.max_train_steps, args.output_dir, data)
-        failed = pieces.work([Job(run.piece, run.piece, partial(measure, run, trainer, data)) for run in args.part.of(runs)])
+        failed = pieces.work(
+            [Job(run.piece, run.piece, partial(measure, run, trainer, data)) for run in args.part.of(runs)]
+        )
     collect(runs, pieces, args.results)
     exit_if_missing(failed)
 

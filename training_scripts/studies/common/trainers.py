@@ -1,6 +1,8 @@
 """Trainers of the studies: the demo's base and one method in some blocks."""
 
-from datasets import DatasetDict
+from collections.abc import Mapping
+
+from datasets import Dataset
 from transformers import PrinterCallback
 
 from memcontrol_hf import MemControlTrainer, MemControlTrainingArguments, SearchSpace, demo_pipeline
@@ -10,7 +12,7 @@ DP_SGD = "dp_sgd:epsilon=8,delta=0.001,max_grad_norm=0.05"  # the defaults of th
 
 
 def demo_trainer(
-    data: DatasetDict,
+    data: Mapping[str, Dataset],
     method: str,
     args: MemControlTrainingArguments,
     blocks: str | list[str] = "block",

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from common.intervals import Interval, paired_difference, student_quantile, t_interval
 from scipy.stats import spearmanr
+
+from common.intervals import Interval, paired_difference, student_quantile, t_interval
 
 from .data_sets import DATA
 from .rows import ADDED, MAIN, PEFT, ROWS, SEARCHED
@@ -161,7 +162,7 @@ def compare(runs: Runs, one: str, other: str, quality: bool) -> Comparison:
 
 
 def capacity_correlation(runs: Runs, column: str) -> Interval | None:
-    """Spearman's correlation of the trainable share with a column over the rows without a mitigation: mean of seeds."""
+    """Spearman's correlation of the trainable share with a column, over rows without a mitigation; seeds averaged."""
     rows = [name for name in MAIN if not ROWS[name].mitigation and name in runs]
     correlations = []
     for seed in sorted({seed for name in rows for seed in runs[name]}):
@@ -193,5 +194,7 @@ def judge(results: dict[str, Any]) -> dict[str, dict[str, Judged]]:
         judged[CAPACITY][data] = judge_capacity(runs)
         for claim in CLAIMS:
             comparisons = [compare(runs, one, other, claim.quality) for one, other in claim.pairs]
-            judged[claim.text][data] = Judged(overall([verdict(comparison.limits) for comparison in comparisons]), comparisons)
+            judged[claim.text][data] = Judged(
+                overall([verdict(comparison.limits) for comparison in comparisons]), comparisons
+            )
     return judged

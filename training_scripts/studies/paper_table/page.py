@@ -5,7 +5,6 @@ from typing import Any
 
 from common.intervals import t_interval
 from common.pages import table
-
 from memcontrol_hf.metrics import clopper_pearson
 
 from .claims import (
@@ -92,10 +91,10 @@ another row, fid decides too: it may be worse by {100 * MARGIN:.0f} % of the oth
 - *Undecided*: everything else.
 
 A claim with several comparisons is confirmed when all comparisons are confirmed, and not confirmed when one \
-comparison is not. The intervals are not corrected for the number of comparisons. The capacity claim is confirmed when \
-Spearman's correlations over the rows without a mitigation lie above 0. Three seeds decide only large differences. For \
-each undecided comparison the page says how many seeds would decide it, and how, if mean and spread stayed as they \
-are; with three seeds this number is rough.
+comparison is not. The intervals are not corrected for the number of comparisons. The capacity claim is confirmed \
+when Spearman's correlations over the rows without a mitigation lie above 0. Three seeds decide only large \
+differences. For each undecided comparison the page says how many seeds would decide it, and how, if mean and spread \
+stayed as they are; with three seeds this number is rough.
 """
 
 
@@ -136,7 +135,9 @@ def data_section(data: str, results: dict[str, Any], judged: dict[str, Judged]) 
             if name in runs
         }
         titles = {name: ROWS[name].title for name in MAIN}
-        lines += table(["", "seeds", *heads, *pooled.values()], row_lines(titles, runs, cells, len(columns) + len(pooled)))
+        lines += table(
+            ["", "seeds", *heads, *pooled.values()], row_lines(titles, runs, cells, len(columns) + len(pooled))
+        )
     if runs:
         lines += [f"![](results_{data}.png)", "", *pictures_section(data, results["pictures"])]
     lines += transfer_section(runs)

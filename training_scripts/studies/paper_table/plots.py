@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.lines import Line2D
+
 from common.intervals import Interval, t_interval
 from common.plots import plot_panels
-from matplotlib.lines import Line2D
 from trials.columns import read
 
 from .claims import MEMORIZATION, QUALITY, Runs, runs_by_row
@@ -71,9 +72,7 @@ def plot_sweep(trials: Path, file: Path) -> None:
     figure, panels = plot_panels((2 * PANEL[0], PANEL[1]), 2)
     for axes, column, label in zip(panels, (MEMORIZATION, QUALITY), ("membership AUC, loss ↓", "fid ↓")):
         for rate, at_rate in runs.groupby("learning_rate"):
-            axes.scatter(
-                at_rate["trainable_parameters"], at_rate[column], s=12, label=f"learning rate {rate:g}"
-            )
+            axes.scatter(at_rate["trainable_parameters"], at_rate[column], s=12, label=f"learning rate {rate:g}")
         axes.set(xlabel="trainable parameters", ylabel=label)
     panels[0].legend()
     figure.savefig(file)

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from common.audits import audit_trainer, best_attack, canaries_caught
-from common.pieces import Job, Pieces
-from common.trainers import demo_trainer
 from datasets import DatasetDict
 from PIL import Image as PILImage
 
+from common.audits import audit_trainer, best_attack, canaries_caught
+from common.pieces import Job, Pieces
+from common.trainers import demo_trainer
 from memcontrol_hf import MemControlTrainer, select_run
 from memcontrol_hf.data import first_rows
 from memcontrol_hf.flags import METHODS, ScriptArguments

@@ -1,4 +1,4 @@
-"""Size alone: memorization and quality against the trainable parameters, over the masks of the table of real trials."""
+"""Size alone: memorization and quality against the trainable parameters, over the masks of the real trials."""
 
 from pathlib import Path
 from typing import Any

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from common.pages import table
 from common.plots import plot_panels
 

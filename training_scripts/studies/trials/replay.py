@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import optuna
 import pandas as pd
-from common.intervals import bootstrap_median
 
+from common.intervals import bootstrap_median
 from memcontrol_hf.search import SAMPLERS, SeededSampler
 
 from .columns import OBJECTIVES, masks
