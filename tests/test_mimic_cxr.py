@@ -12,13 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+import mimic_cxr
 from memcontrol_hf.data import load_images
 from memcontrol_hf.encoders import Encoder, XRayFeatures, load_encoder
-
-ROOT = Path(__file__).parent.parent
-SPEC = importlib.util.spec_from_file_location("mimic_cxr", ROOT / "training_scripts" / "mimic_cxr.py")
-mimic_cxr = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(mimic_cxr)
 
 REPORT = """                                 FINAL REPORT
  EXAMINATION:  CHEST (PA AND LAT)
