@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import audit_controls
 from common.pages import read_results, table
 from render_pages import PAGES
 
@@ -14,6 +15,14 @@ DOCS = Path(__file__).parents[1] / "docs"
 def test_a_committed_page_is_rendered_from_the_committed_figures(name):
     page = (DOCS / f"{name}.md").read_text(encoding="utf-8")
     assert page == PAGES[name](read_results(DOCS / f"{name}.json"))
+
+
+def test_the_finished_controls_are_taken_up_and_the_same_results_are_written(tmp_path):
+    committed, results = DOCS / "audit_controls.json", tmp_path / "audit_controls.json"
+    results.write_bytes(committed.read_bytes())
+    audit_controls.main(["--results", str(results), "--output_dir", str(tmp_path / "out")])
+    assert results.read_bytes() == committed.read_bytes()
+    assert results.with_suffix(".md").read_bytes() == committed.with_suffix(".md").read_bytes()
 
 
 def test_every_generated_figure_has_a_page():

@@ -113,6 +113,7 @@ class Pieces:
             busy = False
             for job in left:
                 if failed & set(job.needs):
+                    busy = True
                     failed.add(job.piece)
                 elif all(need in self for need in job.needs):
                     with self.claim(job.piece) as mine:
