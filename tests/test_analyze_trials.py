@@ -36,11 +36,11 @@ def test_rewards_are_ranked_as_scipy_ranks_them(tmp_path):
     expected = spearmanr(trained["noise_norm_500_auc"], trained["audit_membership_auc_clid"]).statistic
     assert found["rho"] == pytest.approx(expected) and found["low"] < expected < found["high"]
     for within_rates in (False, True):
-        of = correlations(runs, within_rates)
-        assert of["membership_auc"]["audit_membership_auc_clid"]["rho"] == pytest.approx(1)
-        assert of["noise_norm"]["audit_membership_auc_clid"]["rho"] == pytest.approx(-1)
-        assert of["stage0_membership_auc"]["audit_membership_auc_clid"] is None  # the same in all runs
-        assert of["membership_auc"]["audit_copy_share"] is None
+        found = correlations(runs, within_rates)
+        assert found["membership_auc"]["audit_membership_auc_clid"]["rho"] == pytest.approx(1)
+        assert found["noise_norm"]["audit_membership_auc_clid"]["rho"] == pytest.approx(-1)
+        assert found["stage0_membership_auc"]["audit_membership_auc_clid"] is None  # the same in all runs
+        assert found["membership_auc"]["audit_copy_share"] is None
     by_size = [correlations(runs, w)["trainable_parameters"]["audit_nearest_share"]["rho"] for w in (True, False)]
     assert by_size[0] > by_size[1]  # the rate hides what the mask does
 
@@ -104,8 +104,8 @@ def test_the_page_says_what_was_found_and_a_table_with_holes_is_not_replayed(tmp
     page = (tmp_path / "all" / "trials.md").read_text()
     assert result["runs"] == result["runs_in_all"] == 15
     assert (tmp_path / "all" / "trials_replay.png").stat().st_size > 10_000
-    for name, of in result["replay"]["samplers"].items():
-        assert f"| {name} | {of['searches']} | {of['share']['4']['median']:.3f} (" in page
+    for name, found in result["replay"]["samplers"].items():
+        assert f"| {name} | {found['searches']} | {found['share']['4']['median']:.3f} (" in page
     analyze_trials.main(
         ["--table", str(tmp_path / "some.parquet"), "--output_dir", str(tmp_path / "some"), *arguments]
     )

@@ -199,8 +199,8 @@ def test_the_size_sweep_is_read_from_the_table_of_trials_and_left_out_without(tm
     assert sweep_of(file) is None and "not run yet: it is read from the table" in render(results())
     made_up_trials().to_parquet(file)
     content = results() | {"sweep": sweep_of(file)}
-    of = content["sweep"]["correlations"]["audit_membership_auc_loss"]
-    assert content["sweep"]["runs"] == 14 and 0 < of["low"] <= of["rho"] <= of["high"] <= 1
+    ranked = content["sweep"]["correlations"]["audit_membership_auc_loss"]
+    assert content["sweep"]["runs"] == 14 and 0 < ranked["low"] <= ranked["rho"] <= ranked["high"] <= 1
     assert "14 runs of [the table of real trials](trial_table.parquet)" in render(content)
     plot(content, file, tmp_path)
     assert {plot.name for plot in tmp_path.glob("*.png")} == {
@@ -266,10 +266,10 @@ def test_what_fails_is_told_and_left_out_while_the_rest_goes_on(tmp_path, monkey
     with pytest.raises(SystemExit) as stopped:
         command = ["--rows", "base", "svdiff", "--seed", "0", "--output_dir", str(tmp_path / "out")]
         reproduce_table.main([*command, "--docs_dir", str(tmp_path / "docs")])
-    said = capsys.readouterr()
+    error = capsys.readouterr().err
     assert stopped.value.code == 1
-    assert "no learning rate is finite" in said.err
-    assert "missing, see above: rate demo svdiff 1000; run demo svdiff 0" in said.err
+    assert "no learning rate is finite" in error
+    assert "missing, see above: rate demo svdiff 1000; run demo svdiff 0" in error
     runs = json.loads((tmp_path / "docs" / "results.json").read_text(encoding="utf-8"))["runs"]
     assert [(run["data"], run["row"]) for run in runs] == [("demo", "base"), ("elpv", "base"), ("elpv", "svdiff")]
 

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import audit_controls
+import trial_table
 from common.pages import read_results, table
 from render_pages import PAGES
 
@@ -23,6 +25,14 @@ def test_the_finished_controls_are_taken_up_and_the_same_results_are_written(tmp
     audit_controls.main(["--results", str(results), "--output_dir", str(tmp_path / "out")])
     assert results.read_bytes() == committed.read_bytes()
     assert results.with_suffix(".md").read_bytes() == committed.with_suffix(".md").read_bytes()
+
+
+def test_the_finished_trials_are_taken_up_and_the_same_table_is_written(tmp_path):
+    committed, results = DOCS / "trial_table.parquet", tmp_path / "trial_table.parquet"
+    results.write_bytes(committed.read_bytes())
+    trial_table.main(["--collect", "--results", str(results), "--output_dir", str(tmp_path / "out")])
+    pd.testing.assert_frame_equal(pd.read_parquet(results), pd.read_parquet(committed))
+    assert len(list((tmp_path / "out").glob("*.json"))) == len(pd.read_parquet(committed))
 
 
 def test_every_generated_figure_has_a_page():
