@@ -103,7 +103,8 @@ def train_unet(
 ) -> tuple[UNet2DConditionModel, CLIPTextModel, CLIPTokenizer]:
     """Train UNet and text encoder on Noto emoji: epsilon loss with min-SNR weights, and 10 % empty captions.
 
-    The weights are those of huggingface.co/papers/2303.09556.
+    The weights are those of huggingface.co/papers/2303.09556. The function is long because it is one loop, to be read
+    from top to bottom.
 
     Args:
         parts: Emoji by part; `noto` is trained on, `noto_held_out` is measured.
