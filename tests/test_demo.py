@@ -1,6 +1,7 @@
 """The demo in the package is complete, small, readable by the stock loaders, and its splits do not touch."""
 
 import hashlib
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from demo_base import emoji
 from memcontrol_hf.demo import DEMO_ENCODER, DEMO_PIPELINE, demo_dataset, demo_pipeline
 
 DEMO = Path(DEMO_PIPELINE).parent
@@ -81,6 +83,15 @@ def test_splits_are_disjoint_and_only_train_repeats(data):
     assert sum((Counter(set(counts)) for counts in hashes.values()), Counter()).most_common(1)[0][1] == 1
     assert Counter(hashes["train"].values()) == {1: 80, 4: 12}
     assert set(hashes["validation"].values()) == set(hashes["held_out"].values()) == {1}
+
+
+def test_families_of_look_alikes_are_dealt_whole():
+    rows = [{"category": "AB"[i // 2 % 2]} for i in range(1200)]
+    families = [rows[i : i + 2] for i in range(0, len(rows), 2)]
+    parts = emoji.deal(families, random.Random(0))
+    assert {name: len(parts[name]) for name in emoji.SPLITS} == emoji.SPLITS and sum(map(len, parts.values())) == 1200
+    placed = [{id(row) for row in part} for part in parts.values()]
+    assert all(any({id(row) for row in family} <= part for part in placed) for family in families)
 
 
 def test_repeated_images_have_one_caption(data):

@@ -1,19 +1,13 @@
 """The solar cells of ELPV, which come with a package of the test extra."""
 
-import importlib.util
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
+import elpv
 from memcontrol_hf import demo_pipeline
 from memcontrol_hf.data import check_near_duplicates, load_images
-
-ROOT = Path(__file__).parent.parent
-SPEC = importlib.util.spec_from_file_location("elpv", ROOT / "training_scripts" / "elpv.py")
-elpv = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(elpv)
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+import mimic_cxr
 from memcontrol_hf.data import load_images
 from memcontrol_hf.encoders import Encoder, XRayFeatures, load_encoder
 
-ROOT = Path(__file__).parent.parent
-SPEC = importlib.util.spec_from_file_location("mimic_cxr", ROOT / "training_scripts" / "mimic_cxr.py")
-mimic_cxr = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(mimic_cxr)
-
+PART = "AbstractText"  # a section of a report in the package
 REPORT = """                                 FINAL REPORT
  EXAMINATION:  CHEST (PA AND LAT)
 
@@ -49,7 +46,10 @@ def reports():
     with tarfile.open(Path(package.origin).parent / "data" / "NLMCXR_reports.tgz") as archive:
         files = [archive.extractfile(file) for file in archive if file.name.endswith(".xml")]
         return [
-            {of.get("Label"): " ".join((of.text or "").split()) for of in ElementTree.parse(file).iter("AbstractText")}
+            {
+                part.get("Label"): " ".join((part.text or "").split())
+                for part in ElementTree.parse(file).iter("AbstractText")
+            }
             for file in files
         ]
 
@@ -78,9 +78,9 @@ def mimic(tmp_path, radiograph):
 
 def test_images_and_reports_become_a_folder_that_is_split_by_patient(mimic, tmp_path, capsys):
     mimic_cxr.main(["--mimic_dir", str(mimic), "--output_dir", str(tmp_path / "out"), "--resolution", "64"])
-    said = capsys.readouterr()
-    assert "12 images of 6 patients; 0 left out" in said.out
-    assert "blank (___) in 6" in said.err
+    printed = capsys.readouterr()
+    assert "12 images of 6 patients; 0 left out" in printed.out
+    assert "blank (___) in 6" in printed.err
     data = load_images(train_data_dir=str(tmp_path / "out"), group_column="subject_id")
     patients = [set(split["group"]) for split in data.values()]
     assert all(patients) and sum(map(len, patients)) == len(set.union(*patients)) == 6
@@ -98,9 +98,9 @@ def test_the_captions_are_what_real_reports_conclude(reports, mimic, tmp_path, c
         file.write_text(as_in_mimic(report))
     mimic_cxr.main(["--mimic_dir", str(mimic), "--output_dir", str(tmp_path / "out"), "--resolution", "32"])
     taken = [caption for caption in captions[: len(files)] if caption]
-    said = capsys.readouterr()
-    assert f"{len(taken)} images of 6 patients" in said.out
-    assert f"redaction (XXXX) in {sum('XXX' in caption for caption in taken)}" in said.err
+    printed = capsys.readouterr()
+    assert f"{len(taken)} images of 6 patients" in printed.out
+    assert f"redaction (XXXX) in {sum('XXX' in caption for caption in taken)}" in printed.err
     data = load_images(train_data_dir=str(tmp_path / "out"), group_column="subject_id")
     assert sorted(text for split in data.values() for text in split["text"]) == sorted(taken)
 

@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from memcontrol_hf import MemControlConfig
+from memcontrol_hf.adapters import _count
 from memcontrol_hf.encoders import load_encoder
+from memcontrol_hf.evaluation import METRICS
 from memcontrol_hf.families import family_of
 from memcontrol_hf.randomness import seeded_generator
-from memcontrol_hf.trainer import _TRAIN_IMAGES, METRICS, MemControlTrainer, _count
+from memcontrol_hf.trainer import MemControlTrainer
 
 SITE = "mid_block.attentions.0"
 

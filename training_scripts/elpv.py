@@ -1,13 +1,14 @@
-"""Real grayscale images with splits: solar cells in electroluminescence (ELPV), as X-ray-like as a package gets.
+"""Real grayscale images with splits: solar cells in electroluminescence (ELPV), which resemble X-ray images.
 
     pip install elpv-dataset==1.0.0.post1
     python training_scripts/elpv.py --output_dir data/elpv
     accelerate launch training_scripts/train_memcontrol.py --train_data_dir data/elpv
 
-Writes `data/elpv/{train,validation,held_out}/*.png`, 64 pixels a side, each with a `metadata.jsonl`. Sizes are those
-of the demo's data: 80 training images once and 12 four times (the ones to be memorized), 192 for validation, 256 held
-out. Cells look alike: of the 2,624 images 1,194 are a near-duplicate of another, so near-duplicates are left out. The
-images are CC-BY-NC-SA-4.0 (Buerhop-Lutz et al. 2018, Deitsch et al. 2019) and never a part of this repository.
+Writes `data/elpv/{train,validation,held_out}/*.png`, 64 pixels a side, and a `metadata.jsonl` for each split. The
+splits have the sizes of the demo's data set: 80 training images occur once and 12 four times (these may be memorized),
+192 images are for validation and 256 are held out. Cells look alike: 1,194 of the 2,624 images are a near-duplicate of
+another image, so near-duplicates are left out. The images are licensed CC-BY-NC-SA-4.0 (Buerhop-Lutz et al. 2018,
+Deitsch et al. 2019) and are no part of this repository.
 """
 
 import argparse
@@ -31,13 +32,16 @@ INSTALL = "pip install elpv-dataset==1.0.0.post1"
 
 
 def elpv_dataset(seed: int = 0) -> DatasetDict:
-    """The splits, as [`~memcontrol_hf.demo_dataset`] gives them: columns `image` and `text`.
+    """The splits, in the form of [`~memcontrol_hf.demo_dataset`]: columns `image` and `text`.
 
-    No two of the different images are near-duplicates (see [`~memcontrol_hf.metrics.near_duplicates`]), in one split
-    or in two: they are drawn in a seeded order, and one that is too like an earlier one is left out.
+    No two different images are near-duplicates (see [`~memcontrol_hf.images.near_duplicates`]), neither within a split
+    nor across splits: images are drawn in a seeded order, and an image that resembles an earlier one is left out.
+
+    Args:
+        seed: Random seed of the order.
 
     Raises:
-        ImportError: says how to install the package, where it is missing.
+        ImportError: The package with the images is missing; the message says how to install it.
     """
     try:
         from elpv_dataset.utils import load_dataset
@@ -62,12 +66,21 @@ def elpv_dataset(seed: int = 0) -> DatasetDict:
 
 
 def caption(kind: str, probability: float) -> str:
-    """One of eight. Short, because the demo's small vocabulary has room for 14 tokens and this is 14 of them."""
+    """One of eight captions. A caption has 14 tokens, which is the most that the demo's text encoder reads.
+
+    Args:
+        kind: `mono` or `poly`.
+        probability: Probability of a defect.
+    """
     return f"{kind} solar cell, defect {probability:.2f}"
 
 
 def distinct(images: Dataset, count: int, seed: int) -> list[int]:
-    """The first `count` rows in a seeded order of which no two are near-duplicates."""
+    """The first `count` rows, in a seeded order, of which no two are near-duplicates.
+
+    Raises:
+        ValueError: There are fewer such rows.
+    """
     like: dict[int, set[int]] = {row: set() for row in range(len(images))}
     for one, other in near_duplicates(thumbnails(images, range(len(images))), None, NEAR_DUPLICATES):
         like[one].add(other)
@@ -84,7 +97,7 @@ def distinct(images: Dataset, count: int, seed: int) -> list[int]:
 
 
 def write(data: DatasetDict, output_dir: Path) -> None:
-    """A folder for each split that `load_images(train_data_dir=...)` reads: a file for each row."""
+    """Write a folder for each split, with a file for each row, as `load_images(train_data_dir=...)` reads it."""
     for name, images in data.items():
         folder = output_dir / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,8 +111,8 @@ def write(data: DatasetDict, output_dir: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Write the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("data/elpv"), help="for the images")
-    parser.add_argument("--seed", type=int, default=0, help="of the splits")
+    parser.add_argument("--output_dir", type=Path, default=Path("data/elpv"), help="folder of the images")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the splits (default: 0)")
     args = parser.parse_args(argv)
     if args.output_dir.exists() and any(args.output_dir.iterdir()):
         print(f"error: {args.output_dir} is not empty: give another --output_dir, or remove it", file=sys.stderr)

@@ -1,12 +1,12 @@
-"""One's own copy of MIMIC-CXR as a folder of images with captions, for train_memcontrol.py.
+"""Turn your own copy of MIMIC-CXR into a folder of images with captions, for train_memcontrol.py.
 
     python training_scripts/mimic_cxr.py --mimic_dir DIR --output_dir data/mimic_cxr
 
-`DIR` is laid out as PhysioNet distributes it: images `files/p10/p10000032/s50414267/<dicom_id>.jpg` (MIMIC-CXR-JPG)
-or `.dcm` (MIMIC-CXR, needs `pip install pydicom`), and reports `files/p10/p10000032/s50414267.txt`, of
-mimic-cxr-reports.zip; where these lie elsewhere, give `--reports_dir`. Each image is written as a grayscale PNG, with
-a line in `metadata.jsonl`: columns `text`, `subject_id` and `study_id`. Train with `--group_column subject_id`, so
-that no patient is in two splits. What is written is as confidential as what was read.
+`DIR` has the layout in which PhysioNet distributes the data. Images are `files/p10/p10000032/s50414267/<dicom_id>.jpg`
+(MIMIC-CXR-JPG) or `.dcm` (MIMIC-CXR, needs `pip install pydicom`). Reports are `files/p10/p10000032/s50414267.txt`,
+from mimic-cxr-reports.zip; give `--reports_dir` when they are in another folder. Each image is written as a grayscale
+PNG, with a line in `metadata.jsonl`: columns `text`, `subject_id` and `study_id`. Train with `--group_column
+subject_id`, so that no patient is in two splits. The folder that is written is as confidential as the data.
 """
 
 import argparse
@@ -29,27 +29,35 @@ METADATA = ("mimic-cxr-2.0.0-metadata.csv.gz", "mimic-cxr-2.0.0-metadata.csv")
 
 
 def sections(report: str) -> dict[str, str]:
-    """The sections of a report by their headings in lower case, their lines joined; empty ones are left out."""
+    """The sections of a report: heading in lower case -> text in one line. Empty sections are left out."""
     headings = list(_HEADING.finditer(report))
     ends = [heading.start() for heading in headings[1:]] + [len(report)]
-    of = {h[1].strip().lower(): " ".join(report[h.end() : end].split()) for h, end in zip(headings, ends, strict=True)}
-    return {name: text for name, text in of.items() if text}
+    texts = {
+        heading[1].strip().lower(): " ".join(report[heading.end() : end].split())
+        for heading, end in zip(headings, ends, strict=True)
+    }
+    return {name: text for name, text in texts.items() if text}
 
 
 def caption_of(report: str, wanted: Sequence[str]) -> str | None:
-    """The first of the wanted sections that a report has; `findings+impression` joins those that it has of two."""
-    of = sections(report)
+    """The first wanted section that a report has, or `None`.
+
+    Args:
+        report: Text of a report.
+        wanted: Names of sections; `findings+impression` joins the sections of the two that the report has.
+    """
+    available = sections(report)
     for choice in wanted:
-        if text := " ".join(of[name] for name in choice.split("+") if name in of):
+        if text := " ".join(available[name] for name in choice.split("+") if name in available):
             return text
     return None
 
 
 def read_image(path: Path) -> Image.Image:
-    """A radiograph in gray, as a person is shown it.
+    """A radiograph in gray, as a viewer shows it.
 
     Raises:
-        ImportError: says how to install pydicom, for a DICOM file without it.
+        ImportError: The file is a DICOM file and pydicom is missing; the message says how to install it.
     """
     if path.suffix.lower() != ".dcm":
         return Image.open(path).convert("L")
@@ -61,32 +69,41 @@ def read_image(path: Path) -> Image.Image:
     dicom = dcmread(path)
     pixels = apply_voi_lut(apply_modality_lut(dicom.pixel_array, dicom), dicom)
     pixels = apply_presentation_lut(pixels, dicom).astype(np.float32)
-    told = "PresentationLUTShape" in dicom or "PresentationLUTSequence" in dicom
-    if dicom.PhotometricInterpretation == "MONOCHROME1" and not told:  # low values are bright, and nothing inverted it
+    has_lut = "PresentationLUTShape" in dicom or "PresentationLUTSequence" in dicom
+    if dicom.PhotometricInterpretation == "MONOCHROME1" and not has_lut:  # low values are bright and still are here
         pixels = pixels.max() - pixels
     low, high = pixels.min(), pixels.max()
     return Image.fromarray(((pixels - low) / max(high - low, 1e-6) * 255).round().astype(np.uint8))
 
 
 def small(image: Image.Image, resolution: int) -> Image.Image:
-    """The shorter side resized; what is trained on is its centre."""
+    """The image with its shorter side resized; training crops the centre.
+
+    Args:
+        image: A radiograph.
+        resolution: Shorter side of the result in pixels.
+    """
     scale = resolution / min(image.size)
     return image.resize(tuple(round(side * scale) for side in image.size), Image.Resampling.LANCZOS)
 
 
 def studies(mimic_dir: Path, views: Sequence[str]) -> Iterator[tuple[Path, re.Match]]:
-    """The images, in a fixed order; only of some views where wanted.
+    """The images in a fixed order, with the match of each path.
+
+    Args:
+        mimic_dir: Folder that holds `files/`.
+        views: View positions that are wanted; all views when empty.
 
     Raises:
-        ValueError: when there is no image in that layout, or no table that says the views.
+        ValueError: There is no image in that layout, or no table of the views.
     """
     wanted = None
     if views:
         table = next((mimic_dir / name for name in METADATA if (mimic_dir / name).is_file()), None)
         if table is None:
             raise ValueError(f"--views needs {METADATA[0]} in {mimic_dir}: it comes with MIMIC-CXR-JPG")
-        of = pd.read_csv(table, usecols=["dicom_id", "ViewPosition"])
-        wanted = set(of["dicom_id"][of["ViewPosition"].isin(views)])
+        metadata = pd.read_csv(table, usecols=["dicom_id", "ViewPosition"])
+        wanted = set(metadata["dicom_id"][metadata["ViewPosition"].isin(views)])
     found = False
     for path in sorted((mimic_dir / "files").glob("p*/p*/s*/*")):
         match = _STUDY.match("/".join(path.parts[-3:]))
@@ -101,7 +118,14 @@ def studies(mimic_dir: Path, views: Sequence[str]) -> Iterator[tuple[Path, re.Ma
 
 
 def write(args: argparse.Namespace) -> tuple[list[dict[str, str]], int]:
-    """Images and `metadata.jsonl`: its lines, and how many images had no report with a wanted section."""
+    """Write the images and `metadata.jsonl`.
+
+    Returns:
+        The lines of `metadata.jsonl`, and the number of images without a report that has a wanted section.
+
+    Raises:
+        ValueError: No image has such a report.
+    """
     lines, without = [], 0
     for path, study in studies(args.mimic_dir, args.views):
         subject = f"p{study['subject']}"
@@ -125,19 +149,29 @@ def write(args: argparse.Namespace) -> tuple[list[dict[str, str]], int]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write the folder, and say what is in the captions that should not be."""
+    """Write the folder, and warn of traces of de-identification in the captions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mimic_dir", type=Path, required=True, help="folder that holds files/")
-    parser.add_argument("--reports_dir", type=Path, help="folder that holds files/ with the reports, if another")
-    parser.add_argument("--output_dir", type=Path, required=True, help="for the images and metadata.jsonl")
-    parser.add_argument("--resolution", type=int, default=224, help="shorter side of the images in pixels")
+    parser.add_argument(
+        "--reports_dir", type=Path, help="folder that holds files/ with the reports (default: --mimic_dir)"
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the images and of metadata.jsonl")
+    parser.add_argument(
+        "--resolution", type=int, default=224, help="shorter side of the images in pixels (default: 224)"
+    )
     parser.add_argument(
         "--sections",
         nargs="+",
         default=["impression", "findings"],
-        help="sections of the report: the first that there is becomes the caption; findings+impression joins both",
+        help="sections of the report, the first that a report has becomes the caption; findings+impression joins both "
+        "(default: impression findings)",
     )
-    parser.add_argument("--views", nargs="+", default=[], help=f"only of these views, PA AP say; needs {METADATA[0]}")
+    parser.add_argument(
+        "--views",
+        nargs="+",
+        default=[],
+        help=f"view positions that are taken, such as PA AP; needs {METADATA[0]} (default: all)",
+    )
     args = parser.parse_args(argv)
     try:
         if args.output_dir.exists() and any(args.output_dir.iterdir()):
@@ -151,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     if markers := caption_markers([line["text"] for line in lines]):
         found = ", ".join(f"{name} in {count}" for name, count in markers.items())
         print(
-            f"warning: captions hold what de-identification leaves, which is memorized most: {found}", file=sys.stderr
+            f"warning: captions hold traces of de-identification, which are memorized most: {found}", file=sys.stderr
         )
 
 

@@ -1,0 +1,49 @@
+"""The committed pages of the studies are what their committed figures say."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import audit_controls
+import trial_table
+from common.pages import read_results, table
+from render_pages import PAGES
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_committed_page_is_rendered_from_the_committed_figures(name):
+    page = (DOCS / f"{name}.md").read_text(encoding="utf-8")
+    assert page == PAGES[name](read_results(DOCS / f"{name}.json"))
+
+
+def test_the_finished_controls_are_taken_up_and_the_same_results_are_written(tmp_path):
+    committed, results = DOCS / "audit_controls.json", tmp_path / "audit_controls.json"
+    results.write_bytes(committed.read_bytes())
+    audit_controls.main(["--results", str(results), "--output_dir", str(tmp_path / "out")])
+    assert results.read_bytes() == committed.read_bytes()
+    assert results.with_suffix(".md").read_bytes() == committed.with_suffix(".md").read_bytes()
+
+
+def test_the_finished_trials_are_taken_up_and_the_same_table_is_written(tmp_path):
+    committed, results = DOCS / "trial_table.parquet", tmp_path / "trial_table.parquet"
+    results.write_bytes(committed.read_bytes())
+    trial_table.main(["--collect", "--results", str(results), "--output_dir", str(tmp_path / "out")])
+    pd.testing.assert_frame_equal(pd.read_parquet(results), pd.read_parquet(committed))
+    assert len(list((tmp_path / "out").glob("*.json"))) == len(pd.read_parquet(committed))
+
+
+def test_every_generated_figure_has_a_page():
+    mask = {"demo_mask"}  # not figures, but the mask that compare_mitigations.py tunes
+    assert {file.stem for file in DOCS.glob("*.json")} - mask == set(PAGES)
+
+
+def test_a_table_of_numbers_is_aligned_to_the_right():
+    assert table(["work", "seconds"], [["all", "1.5"]], numbers=True) == [
+        "| work | seconds |",
+        "|---|---:|",
+        "| all | 1.5 |",
+        "",
+    ]

@@ -1,0 +1,34 @@
+"""The audit of a trained model, and the figures that the studies keep of an audit."""
+
+from typing import Any
+
+from datasets import Dataset
+
+from memcontrol_hf import MemControlTrainer, audit_memorization
+from memcontrol_hf.audit import AuditSettings
+from memcontrol_hf.sampling import denoiser_in_place
+
+
+def audit_trainer(
+    trainer: MemControlTrainer, train: Dataset, held_out: Dataset, settings: AuditSettings
+) -> dict[str, Any]:
+    """Attack the model of a trainer, without the same attacks on its frozen base.
+
+    Returns:
+        The field `audit` of the memorization report.
+    """
+    with denoiser_in_place(trainer.pipeline, trainer.model):
+        return audit_memorization(
+            train, held_out, trainer.pipeline, encoder=trainer.encoder, settings=settings, control=False
+        ).audit
+
+
+def canaries_caught(audit: dict[str, Any]) -> dict[str, int]:
+    """The columns `canaries_<attack>`: how many of the repeated training images each attack caught."""
+    return {f"canaries_{name}": counts["caught"] for name, counts in audit["canaries"]["caught"].items()}
+
+
+def best_attack(audit: dict[str, Any]) -> float:
+    """The percentage of its canaries that the best attack of an audit caught; NaN without canaries."""
+    shares = [100 * counts["caught"] / counts["of"] for counts in audit["canaries"]["caught"].values() if counts["of"]]
+    return max(shares, default=float("nan"))

@@ -1,0 +1,57 @@
+"""Confidence intervals of means, of paired differences and of medians."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import bootstrap
+from scipy.stats import t as student
+
+
+class Interval(NamedTuple):
+    """A mean over seeds with the ends of its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+    @property
+    def half(self) -> float:
+        """Half of the width of a symmetric interval."""
+        return self.high - self.mean
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3g} ({self.low:+.3g} to {self.high:+.3g})"
+
+
+def student_quantile(seeds: int) -> float:
+    """The factor of the standard error in a 95 % t interval of so many values."""
+    return float(student.ppf(0.975, seeds - 1))
+
+
+def t_interval(values: Sequence[float]) -> Interval | None:
+    """The mean with its 95 % t interval; `None` for fewer than two values."""
+    if len(values) < 2:
+        return None
+    mean = statistics.fmean(values)
+    half = student_quantile(len(values)) * (statistics.stdev(values) / len(values) ** 0.5)
+    return Interval(mean, mean - half, mean + half, len(values))
+
+
+def paired_difference(one: Mapping[int, float | None], other: Mapping[int, float | None]) -> Interval | None:
+    """The mean of `one` minus `other` with its 95 % t interval, over the seeds that have both values.
+
+    Args:
+        one, other: A value for each seed; `None` where there is no value.
+    """
+    pairs = [(one[seed], other[seed]) for seed in sorted(one.keys() & other.keys())]
+    return t_interval([a - b for a, b in pairs if a is not None and b is not None])
+
+
+def bootstrap_median(values: np.ndarray) -> dict[str, float]:
+    """The median of values `[N]` with its 95 % bootstrap interval: `median`, `low`, `high`."""
+    drawn = bootstrap((values,), np.median, n_resamples=999, method="percentile", rng=0)
+    low, high = drawn.confidence_interval
+    return {"median": float(np.median(values)), "low": float(low), "high": float(high)}

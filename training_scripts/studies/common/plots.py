@@ -1,0 +1,20 @@
+"""The set-up of the studies' plots."""
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def plot_panels(size: tuple[float, float], count: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure with panels side by side.
+
+    Args:
+        size: Width and height of the figure in inches.
+        count: Number of panels.
+    """
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = [figure.add_subplot(1, count, i + 1) for i in range(count)]
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    return figure, panels

@@ -1,0 +1,42 @@
+"""Render all pages of the studies again from the committed figures, after a change of their wording. Runs no study.
+
+    python training_scripts/studies/render_pages.py
+
+`reproduce_table.py --collect` draws the plots and writes the tables on the cards, too.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import audit_controls
+import benchmark_attacks
+import benchmark_workers
+import compare_mitigations
+import paper_table.page
+import trials.page
+from common.pages import read_results, write_results
+
+PAGES: dict[str, Callable[[dict], str]] = {
+    "results": paper_table.page.render,
+    "trials": trials.page.render,
+    "mitigations_comparison": compare_mitigations.render,
+    "audit_controls": audit_controls.render,
+    "attack_cost": benchmark_attacks.render,
+    "workers": benchmark_workers.render,
+}
+
+
+def main() -> None:
+    """Render the pages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--docs_dir", type=Path, default=Path("docs"), help="folder of the figures and the pages")
+    args = parser.parse_args()
+    for name, render in PAGES.items():
+        file = args.docs_dir / f"{name}.json"
+        results = read_results(file)
+        write_results(file, results, render(results))
+
+
+if __name__ == "__main__":
+    main()
