@@ -134,7 +134,7 @@ class Evaluator:
             norms.append(
                 metrics.trajectory_noise_norms(
                     self.denoiser,
-                    self._condition(data, batch),
+                    self.condition_of(data, batch),
                     self.null,
                     self.family,
                     shape,
@@ -183,7 +183,7 @@ class Evaluator:
     def training_latents_and_conditions(self) -> tuple[torch.Tensor, Condition]:
         """Latents `[N, C, h, w]` and conditions of all training rows, for mitigations that keep away from them."""
         data = self.training_images
-        return data.encoded["latents"][:], self._condition(data, range(len(data)))
+        return data.encoded["latents"][:], self.condition_of(data, range(len(data)))
 
     def sampled(self, data: EncodedImages, purpose: Purpose, count: int) -> list[int]:
         """Which of the distinct images have their captions sampled, at most `count`: places among the distinct."""
@@ -233,23 +233,29 @@ class Evaluator:
             figures["fid"] = metrics.fid(generated, others.features(encoder()))
         if "amd" in wanted:
             generated = self.generated_features(train, Purpose.TRAINING_CAPTIONS, num_images, encoder())
-            # Beside as many held-out images as training images, since a larger set has nearer neighbours.
-            to_train, to_held_out = metrics.distances_to_both(
-                generated,
-                train.features(encoder()),
-                others.features(encoder()),
-                seed=(self.seed, Purpose.TRIAL_ROWS),
-                own=self.sampled(train, Purpose.TRAINING_CAPTIONS, num_images),
-            )
-            figures["amd"], figures["amd_held_out"] = to_train.mean().item(), to_held_out.mean().item()
+            own = self.sampled(train, Purpose.TRAINING_CAPTIONS, num_images)
+            figures |= self.amd(generated, own, train.features(encoder()), others.features(encoder()))
         return figures
+
+    def amd(
+        self, generated: torch.Tensor, own: Sequence[int], train: torch.Tensor, others: torch.Tensor
+    ) -> dict[str, float]:
+        """`amd`, beside the same distance to as many held-out images: a larger set has nearer neighbours.
+
+        Args:
+            generated, train, others (`torch.Tensor`): features `[M, D]`, `[N, D]`, `[L, D]`.
+            own (list of `int`): for each generated image, the row in `train` of the image whose caption it is of.
+        """
+        seed = (self.seed, Purpose.TRIAL_ROWS)
+        to_train, to_held_out = metrics.distances_to_both(generated, train, others, seed, own=own)
+        return {"amd": to_train.mean().item(), "amd_held_out": to_held_out.mean().item()}
 
     # ---- rows, in batches and over processes ----
 
     def _keys(self, data: EncodedImages, rows: Sequence[int], purpose: Purpose) -> list[tuple[int, ...]]:
         return row_keys(self.seed, purpose, (data.numbers[row] for row in rows))
 
-    def _condition(self, data: EncodedImages, rows: Sequence[int]) -> Condition:
+    def condition_of(self, data: EncodedImages, rows: Sequence[int]) -> Condition:
         """The conditions of some rows: the cached ones, unless a text encoder is tuned."""
         if self.encode_captions:
             return self.family.encode_prompts(data.captions(rows))
@@ -262,7 +268,7 @@ class Evaluator:
             values = []
             for start in range(0, len(rows), self.batch_size):
                 batch = rows[start : start + self.batch_size]
-                latents, condition = data.encoded["latents"][batch], self._condition(data, batch)
+                latents, condition = data.encoded["latents"][batch], self.condition_of(data, batch)
                 values.append(measure(latents, condition, self.timesteps, self._keys(data, batch, purpose)))
             return torch.cat(values)
 

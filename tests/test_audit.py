@@ -20,7 +20,8 @@ from memcontrol_hf import (
     demo_dataset,
     demo_pipeline,
 )
-from memcontrol_hf.audit import AuditSettings, _adapted, caption_markers, load_adapter
+from memcontrol_hf.adapters import adapter_in_place, load_adapter
+from memcontrol_hf.audit import AuditSettings, caption_markers
 from memcontrol_hf.cli import main
 from memcontrol_hf.data import weights_digest
 from memcontrol_hf.images import to_pixels
@@ -190,7 +191,7 @@ def test_an_adapter_leaves_the_pipeline_as_it_was(tmp_path, kind):
     pipeline, x, c, outputs = tiny_pipeline(), torch.randn(1, 4, 8, 8), torch.randn(1, 8, 8), []
     before = tiny_pipeline().unet.state_dict()
     for _ in range(2):
-        with torch.no_grad(), pytest.raises(KeyError), _adapted(pipeline, tmp_path / kind):
+        with torch.no_grad(), pytest.raises(KeyError), adapter_in_place(pipeline, tmp_path / kind):
             outputs.append(pipeline.unet(x, 5, c).sample)
             raise KeyError
         after = pipeline.unet.state_dict()
@@ -202,19 +203,19 @@ def test_copies_are_found_in_a_training_set_that_is_larger_than_the_held_out_one
     train, others = images_of(60, seed=1), images_of(12, seed=2)
     pixels = to_pixels(train["image"], RESOLUTION)
     monkeypatch.setattr(
-        "memcontrol_hf.audit.audit.generate", lambda pipe, prompts, keys, *_: pixels[[k[2] for k in keys]]
+        "memcontrol_hf.evaluation.generate", lambda pipe, prompts, keys, *_: pixels[[k[2] for k in keys]]
     )
     report = audit(train=train, held_out=others, pipeline=tiny_pipeline(), control=False)
     assert value(report, "nearest_share") == 1 and value(report, "amd") == pytest.approx(0, abs=1e-6)
 
 
-def test_weights_are_digested_once_for_each_run_of_the_attacks(monkeypatch):
+def test_weights_are_digested_once_for_each_model_that_is_attacked(monkeypatch):
     digested = []
     monkeypatch.setattr("memcontrol_hf.audit.audit.weights_digest", lambda m: digested.append(m) or weights_digest(m))
     monkeypatch.setattr("memcontrol_hf.data.encoded.weights_digest", lambda m: pytest.fail("digested again"))
     pipeline = tiny_pipeline()
     audit(pipeline=pipeline, settings=dataclasses.replace(SETTINGS, num_prompts=2, num_quality_images=2))
-    assert digested == 2 * [pipeline.vae, pipeline.text_encoder]
+    assert digested == [pipeline.vae, pipeline.text_encoder]
 
 
 @pytest.mark.parametrize("content", [None, "{}", "no json"])
@@ -262,7 +263,7 @@ def test_a_bad_adapter_or_resolution_costs_nothing(tmp_path, monkeypatch):
     def sample(*args, **kwargs):
         raise AssertionError("the long work began")
 
-    monkeypatch.setattr("memcontrol_hf.audit.audit.generate", sample)
+    monkeypatch.setattr("memcontrol_hf.evaluation.generate", sample)
     with pytest.raises(ValueError, match="cannot load the adapter"):
         audit(pipeline=tiny_pipeline(), adapter=tmp_path)
     with pytest.raises(ValueError, match="resolution 17 is not"):

@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 from PIL import Image
 
 from memcontrol_hf import cli
-from memcontrol_hf.data import check_near_duplicates, encode, load_images, plant_canaries, split, unique_rows
+from memcontrol_hf.data import EncodedImages, check_near_duplicates, encode, load_images, plant_canaries, split
 from memcontrol_hf.families import family_of
 from memcontrol_hf.images import to_pixels
 from memcontrol_hf.sampling import generate
@@ -221,7 +221,8 @@ def test_other_weights_are_encoded_anew(pipeline, train_images):
 
 def test_repeats_count_once(pipeline, train_images):
     repeated = Dataset.from_list([row for row in train_images for _ in range(2)])
-    assert unique_rows(encode(repeated, family_of(pipeline), RESOLUTION)) == list(range(0, 20, 2))
+    images = EncodedImages(repeated, RESOLUTION).encoded_by(family_of(pipeline))
+    assert images.distinct == list(range(0, 20, 2))
 
 
 def test_the_ends_of_long_captions_are_not_logged(pipeline, caplog, capfd):

@@ -24,11 +24,11 @@ from tiny_families import PIPELINES, ddpm, dit, sd3, sdxl
 from memcontrol_hf import MemControlConfig, SearchSpace, audit_memorization, demo_pipeline, metrics
 from memcontrol_hf.audit import AuditSettings
 from memcontrol_hf.data import encode
+from memcontrol_hf.evaluation import METRICS
 from memcontrol_hf.families import family_of
 from memcontrol_hf.randomness import seeded_generator
 from memcontrol_hf.report import load_gate
 from memcontrol_hf.sampling import generate
-from memcontrol_hf.trainer import METRICS
 
 TUNERS = {
     "svdiff": MemControlConfig(method="svdiff"),

@@ -256,7 +256,7 @@ def test_adapters_of_text_encoders_are_pushed_and_found_in_their_folders(hub, tm
     assert sorted(hub.repos["tester/with-text"].files) == sorted([*PUSHED, *inside])
     tiny_pipeline().save_pretrained(tmp_path / "base")
     code = (
-        "import sys; from diffusers import StableDiffusionPipeline; from memcontrol_hf.audit import load_adapter\n"
+        "import sys; from diffusers import StableDiffusionPipeline; from memcontrol_hf.adapters import load_adapter\n"
         "pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1]); load_adapter(pipe, sys.argv[2])\n"
         "for part in (pipe.unet, pipe.text_encoder):\n"
         "    print(sum(p.double().sum() for n, p in part.named_parameters() if 'memcontrol_' in n).item())"

@@ -17,7 +17,8 @@ KEYS = [(1, i) for i in range(3)]
 
 
 def images(pipeline, batch_size=3, prompt_embedding=None) -> torch.Tensor:
-    return generate(pipeline, PROMPTS, KEYS, RESOLUTION, 4, 3.0, batch_size, prompt_embedding)
+    adjust = [prompt_embedding.inputs] if prompt_embedding else []
+    return generate(pipeline, PROMPTS, KEYS, RESOLUTION, 4, 3.0, batch_size, adjust)
 
 
 def test_they_alone_are_marked_as_no_protection_of_published_weights():

@@ -9,7 +9,7 @@ from test_dry_run import ARCHITECTURES
 from tiny_families import PIPELINES, dit
 
 from memcontrol_hf import MemControlConfig, metrics
-from memcontrol_hf.audit import _unload_adapter, load_adapter
+from memcontrol_hf.adapters import load_adapter, unload_adapter
 from memcontrol_hf.dry_run import load_architecture, plan
 from memcontrol_hf.families import family_of
 from memcontrol_hf.sampling import denoiser_in_place, generate
@@ -82,7 +82,7 @@ def test_one_text_block_is_trained_saved_loaded_and_attacked(tmp_path, name, tun
     family, rows = family_of(pipeline), [0, 1]
     with torch.no_grad():  # another kernel computes attention when there is a graph
         condition = family.encode_prompts(trainer.train_dataset.images["text"][rows])
-        ours = trainer._condition(trainer.train_dataset, rows)
+        ours = trainer.evaluator().condition_of(trainer.train_dataset, rows)
     torch.testing.assert_close(condition, ours, atol=1e-6, rtol=1e-5)
     cached = trainer.train_dataset.encoded[rows]
     torch.testing.assert_close(condition, ours, atol=1e-5, rtol=1e-5)
@@ -124,7 +124,7 @@ def test_both_parts_are_resumed_and_attacked_as_they_were_saved(tmp_path):
     load_adapter(pipeline, tmp_path / "whole")
     with denoiser_in_place(trainer.pipeline, trainer.model):
         torch.testing.assert_close(sampled(pipeline), sampled(trainer.pipeline), atol=1e-6, rtol=1e-5)
-    _unload_adapter(pipeline)
+    unload_adapter(pipeline)
     assert torch.equal(sampled(pipeline), plain)
 
 

@@ -20,13 +20,14 @@ from huggingface_hub import ModelCard, constants
 from mini_hub import TOKEN, MiniHub, serve
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import ResNetConfig, ResNetModel, ViTImageProcessorPil
+from transformers import HfArgumentParser, ResNetConfig, ResNetModel, ViTImageProcessorPil
 
-from memcontrol_hf import MemorizationReport, audit_memorization, cli
+from memcontrol_hf import MemControlTrainer, MemorizationReport, audit_memorization, cli, workflow
 from memcontrol_hf.adapter_folder import PUBLIC_FILES
 from memcontrol_hf.audit import AuditSettings
 from memcontrol_hf.data import load_images, plant_canaries
 from memcontrol_hf.flags import ScriptArguments, public_flags
+from memcontrol_hf.from_flags import make_trainer, mask_from
 from memcontrol_hf.masks import block_map
 from memcontrol_hf.publish.hub import push_mask
 from memcontrol_hf.sampling import denoiser_in_place, generate
@@ -228,7 +229,7 @@ def draw(pipeline) -> torch.Tensor:
 
 def test_the_same_command_again_repeats_no_trial(script, assets, finished, monkeypatch):
     before = (finished / "memorization_report.json").read_text()
-    monkeypatch.setattr(script.MemControlTrainer, "train_and_evaluate", lambda self: pytest.fail("a trial was run"))
+    monkeypatch.setattr(MemControlTrainer, "train_and_evaluate", lambda self: pytest.fail("a trial was run"))
     same = {"validation_prompt": 'a "quoted" prompt', "canaries": 1, "canary_repeats": 3}
     script.main(flags(assets, finished, **same))
     assert (finished / "memorization_report.json").read_text() == before
@@ -277,14 +278,14 @@ def test_final_fine_tune_resumes_from_a_checkpoint(script, assets, finished, tmp
         parts = load_file(tmp_path / "parts" / "adapter_model.safetensors")
         assert all(torch.equal(whole[name], parts[name]) for name in whole), start
     other = {**given, "learning_rate": 0.02, "resume_from_checkpoint": "latest"}
-    monkeypatch.setattr(script, "fine_tune_and_measure", lambda *_: pytest.fail("a fine-tune was begun"))
+    monkeypatch.setattr(workflow, "fine_tune_and_measure", lambda *_: pytest.fail("a fine-tune was begun"))
     with pytest.raises(SystemExit):
         script.main(flags(assets, tmp_path / "parts", **other))
     assert "checkpoint-4 is of another run: the learning rate was 0.01 and is 0.02" in capsys.readouterr().err
 
 
 def test_a_control_that_diverges_costs_nothing_else(script, assets, finished, tmp_path, monkeypatch):
-    measure, calls = script.fine_tune_and_measure, []
+    measure, calls = workflow.fine_tune_and_measure, []
 
     def diverging(trainer, *args):
         calls.append(trainer.mask)
@@ -292,7 +293,7 @@ def test_a_control_that_diverges_costs_nothing_else(script, assets, finished, tm
             raise ValueError("member_scores: 10 of 10 are not finite")
         return measure(trainer, *args)
 
-    monkeypatch.setattr(script, "fine_tune_and_measure", diverging)
+    monkeypatch.setattr(workflow, "fine_tune_and_measure", diverging)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "pareto_front.png").write_bytes(b"of an earlier search")
     script.main(flags(assets, tmp_path / "out", mask_from=finished, learning_rate=0.01))
@@ -304,8 +305,9 @@ def test_a_control_that_diverges_costs_nothing_else(script, assets, finished, tm
 
 
 def test_other_images_are_another_study(script, assets, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(script, "fine_tune_and_measure", lambda *_: {})
-    monkeypatch.setattr(script, "save", lambda *_: None)
+    monkeypatch.setattr(workflow, "fine_tune_and_measure", lambda *_: {})
+    for call in ("save", "audit", "write_card"):
+        monkeypatch.setattr(workflow, call, lambda *_, **__: MemorizationReport())
     images = tmp_path / "images"
     shutil.copytree(assets / "images", images)
     arguments = flags(assets, tmp_path / "out", train_data_dir=images, n_trials=1)
@@ -315,7 +317,7 @@ def test_other_images_are_another_study(script, assets, tmp_path, capsys, monkey
     with pytest.raises(SystemExit) as stopped:
         script.main(arguments)
     assert stopped.value.code == 2
-    assert re.search("made with other settings: images was '[0-9a-f]{16}' and is", capsys.readouterr().err)
+    assert re.search("made with other settings: images was 'v2:[0-9a-f]{16}' and is", capsys.readouterr().err)
 
 
 def test_the_command_to_repeat_has_all_that_is_not_a_default_of_this_pipeline(script):
@@ -342,7 +344,7 @@ def test_a_folder_that_is_called_as_a_method_does_not_hide_the_method(script, tm
 def test_a_mask_file_that_is_no_object_is_said_to_hold_none(script, tmp_path):
     (tmp_path / "mask.json").write_text("[1, 0, 1]")
     with pytest.raises(ValueError, match="holds no mask, which is an object of block names and booleans"):
-        script.mask_from(str(tmp_path / "mask.json"))
+        mask_from(str(tmp_path / "mask.json"))
 
 
 @pytest.mark.parametrize(
@@ -391,7 +393,7 @@ def test_a_mask_file_that_is_no_object_is_said_to_hold_none(script, tmp_path):
     ],
 )
 def test_wrong_use_is_one_line_before_any_training(script, assets, tmp_path, capsys, monkeypatch, changes, message):
-    monkeypatch.setattr(script.MemControlTrainer, "train", lambda self, **kwargs: pytest.fail("training began"))
+    monkeypatch.setattr(MemControlTrainer, "train", lambda self, **kwargs: pytest.fail("training began"))
     with pytest.raises(SystemExit) as stopped:
         script.main(flags(assets, tmp_path / "out", **changes))
     assert stopped.value.code == 2
@@ -657,9 +659,9 @@ def test_a_shared_mask_is_taken_by_its_repository(script, published, tmp_path, m
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     push_mask(published.folder, "tester/mask")
     report = MemorizationReport.from_json(published.folder / "memorization_report.json")
-    assert script.mask_from("tester/mask") == report.mask
+    assert mask_from("tester/mask") == report.mask
     with pytest.raises(ValueError, match="--mask_from 'tester/unknown' cannot be read"):
-        script.mask_from("tester/unknown")
+        mask_from("tester/unknown")
 
 
 def test_a_failed_gate_is_not_pushed(script, assets, finished, tmp_path, capsys, monkeypatch):
@@ -676,7 +678,7 @@ def test_a_failed_gate_is_not_pushed(script, assets, finished, tmp_path, capsys,
 
 
 def test_a_refused_token_is_said_before_the_long_work(script, assets, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(script.MemControlTrainer, "train", lambda self, **kwargs: pytest.fail("training began"))
+    monkeypatch.setattr(MemControlTrainer, "train", lambda self, **kwargs: pytest.fail("training began"))
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with serve() as (_, address), pytest.raises(SystemExit) as stopped:
         monkeypatch.setattr(constants, "ENDPOINT", address)
@@ -708,7 +710,9 @@ torch.save({"base": base, "tuned": tuned, "merged": generate(pipe)}, sys.argv[2]
 def test_an_adapter_of_the_demo_generates_in_a_new_process_what_the_trainer_generates(script, tmp_path):
     (tmp_path / "mask.json").write_text(json.dumps({"mid_block.attentions.0": True, "up_blocks.3.attentions.2": True}))
     arguments = ["--mask_from", str(tmp_path / "mask.json"), "--max_train_steps", "3"]
-    _, trainer, *_ = script.prepare([*arguments, "--output_dir", str(tmp_path / "out"), "--learning_rate", "0.1"])
+    arguments += ["--output_dir", str(tmp_path / "out"), "--learning_rate", "0.1"]
+    (args,) = HfArgumentParser(ScriptArguments).parse_args_into_dataclasses(arguments)
+    trainer, *_ = make_trainer(args)
     trainer.train()
     trainer.save_model()
     with denoiser_in_place(trainer.pipeline, trainer.model):

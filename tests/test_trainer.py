@@ -17,7 +17,7 @@ from memcontrol_hf.adapters import _count
 from memcontrol_hf.encoders import load_encoder
 from memcontrol_hf.evaluation import METRICS
 from memcontrol_hf.families import family_of
-from memcontrol_hf.randomness import seeded_generator
+from memcontrol_hf.randomness import Purpose, seeded_generator
 from memcontrol_hf.trainer import MemControlTrainer
 
 SITE = "mid_block.attentions.0"
@@ -165,15 +165,16 @@ def test_figures_compare_with_the_images_that_are_given(tmp_path):
 def test_copies_of_the_prompts_own_images_are_seen_in_a_larger_training_set(tmp_path):
     trainer = tiny_trainer(tmp_path, train=images_of(60, seed=1), eval_num_images=20)
     train, validation = trainer.train_dataset, trainer.encode(trainer.eval_dataset)
-    copies = trainer.real_features(train)[trainer._drawn(train, _TRAIN_IMAGES)]
-    figures = trainer._amd(copies, train, validation)
+    evaluator, features = trainer.evaluator(), train.features(trainer.encoder)
+    own = evaluator.sampled(train, Purpose.TRAINING_CAPTIONS, 20)
+    figures = evaluator.amd(features[own], own, features, validation.features(trainer.encoder))
     assert figures["amd"] == pytest.approx(0, abs=1e-6) and figures["amd_held_out"] > 0.001
 
 
 def test_repeats_of_an_image_are_one_member(tmp_path):
     once = images_of(10, seed=1)
     repeated = once.select([*range(10), 0, 0, 0])
-    counts = [len(tiny_trainer(tmp_path, train=data).train_dataset.unique) for data in (once, repeated)]
+    counts = [len(tiny_trainer(tmp_path, train=data).train_dataset.distinct) for data in (once, repeated)]
     assert counts == [10, 10]
 
 

@@ -256,7 +256,7 @@ def _groups(data: DatasetDict) -> dict[str, list[int]]:
 
     These are exact copies of an image, the rows of one group, and what is joined through several of these.
     """
-    pixels = [pixel_digest(row["image"]).hex() for dataset in data.values() for row in dataset]
+    pixels = [pixel_digest(row["image"]) for dataset in data.values() for row in dataset]
     named = ["group" in dataset.column_names for dataset in data.values()]
     names = [str(group) for dataset in data.values() for group in dataset["group"]] if all(named) else pixels
     images = np.unique(pixels, return_inverse=True)[1]
