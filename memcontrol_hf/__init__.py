@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from wrapt import when_imported
 
 if TYPE_CHECKING:
-    from . import demo, metrics, search, tuners
+    from . import metrics
     from .audit import audit_memorization
     from .demo import demo_dataset, demo_pipeline
     from .report import MemorizationReport

@@ -1,6 +1,7 @@
-"""Importing the package registers its PEFT method, and loads no heavy library before one is needed; in new processes."""
+"""Importing the package, in new processes: it registers the PEFT method, and loads no heavy library before its time."""
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -59,8 +60,6 @@ def test_peft_knows_the_method_whatever_is_imported_first(tmp_path, imports):
 
 
 def test_peft_knows_the_method_in_a_process_that_only_unpickles_a_config(tmp_path):
-    import pickle
-
     (tmp_path / "config.pickle").write_bytes(pickle.dumps(MemControlConfig(method="norm")))
     MemControlConfig(method="norm").save_pretrained(tmp_path)
     unpickle = "import pickle, pathlib; pickle.loads(pathlib.Path(sys.argv[1], 'config.pickle').read_bytes())"
