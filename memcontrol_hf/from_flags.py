@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import DatasetDict
-from huggingface_hub import HfApi
 from peft import PeftConfig
 
-from .adapter_folder import MASK, REPORT
+from .adapter_folder import CONFIG, read_mask
 from .audit import AuditSettings
 from .data import check_near_duplicates, load_images, plant_canaries
 from .demo import demo_dataset
@@ -104,7 +103,7 @@ def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[
 
 def peft_config_from(path: str) -> PeftConfig:
     """A PEFT config from a JSON file or an adapter folder."""
-    file = Path(path) / "adapter_config.json" if Path(path).is_dir() else Path(path)
+    file = Path(path) / CONFIG if Path(path).is_dir() else Path(path)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         return PeftConfig.from_peft_type(**content)
@@ -113,22 +112,11 @@ def peft_config_from(path: str) -> PeftConfig:
 
 
 def mask_from(path: str) -> dict[str, bool]:
-    """The mask in an adapter's folder, in a JSON file, or of a mask's repository on the Hub."""
-    file, names = Path(path), (MASK, REPORT, "adapter_config.json")
+    """The mask of `--mask_from`; see [`~memcontrol_hf.adapter_folder.read_mask`]."""
     try:
-        if file.is_dir():
-            file = next((file / name for name in names if (file / name).exists()), file)
-        elif not file.exists() and path.count("/") == 1 and not file.is_absolute():
-            file = Path(HfApi().hf_hub_download(path, MASK))
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"--mask_from {path!r} cannot be read: {str(error).splitlines()[0]}") from None
-    mask = content.get("mask", content) if isinstance(content, dict) else content
-    if not isinstance(mask, dict) or not all(isinstance(value, bool) for value in mask.values()):
-        raise ValueError(f"--mask_from {path!r} holds no mask, which is an object of block names and booleans")
-    if not any(mask.values()):
-        raise ValueError(f"--mask_from {path!r} selects no block: the frozen base has nothing to train")
-    return mask
+        return read_mask(path)
+    except ValueError as error:
+        raise ValueError(f"--mask_from {error}") from None
 
 
 def settings_with_images(args: ScriptArguments, trainer: MemControlTrainer) -> dict[str, Any]:

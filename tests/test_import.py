@@ -1,4 +1,4 @@
-"""Importing the package, in new processes: it registers the PEFT method, and loads no heavy library before its time."""
+"""Importing the package in a new process: it registers the PEFT method, and loads no heavy library too early."""
 
 import json
 import pickle

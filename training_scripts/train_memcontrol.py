@@ -275,7 +275,7 @@ def save(
     report.to_json(folder / REPORT)
     if study is not None:
         distances = report.audit and report.audit["distances"]
-        plot_search(study, trainer.args.objectives, folder / PLOT, selected, distances)
+        plot_search(report.search, report.mask, folder / PLOT, selected, distances)
     write_card(folder)
     log_report(report, folder)
     print("\n" + report.summary() + f"\n\nadapter, card and report: {args.output_dir}")
