@@ -52,7 +52,7 @@ def read_mask(source: str | Path) -> dict[str, bool]:
     """
     try:
         content = json.loads(_mask_file(str(source)).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # no such file, no JSON, or no name of a repository
         raise ValueError(f"{str(source)!r} cannot be read: {str(error).splitlines()[0]}") from None
     mask = content.get("mask", content) if isinstance(content, dict) else content
     if not isinstance(mask, dict) or not all(isinstance(value, bool) for value in mask.values()):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers import HfArgumentParser
 from transformers import logging as transformers_logging
 from transformers.trainer_utils import BestRun, get_last_checkpoint
@@ -51,13 +51,15 @@ from memcontrol_hf.from_flags import (
 )
 from memcontrol_hf.mitigations import MITIGATIONS
 from memcontrol_hf.publish.hub import GateFailed, PushError, push
+from memcontrol_hf.publish.wandb_report import log_images, log_report, prompt_seeds
 from memcontrol_hf.report import ALL_ON, DEFAULT_GATE, FROZEN_BASE, SELECTED, load_gate
 from memcontrol_hf.report.card import write_card
 from memcontrol_hf.report.plots import plot_search
 from memcontrol_hf.report.search_summary import search_summary
+from memcontrol_hf.sampling import denoiser_in_place, generate
 from memcontrol_hf.search import claim_final, known_masks, public_address, repeat_runs
 from memcontrol_hf.search.front import rank_runs
-from memcontrol_hf.tracking import log_images, log_push, log_report, run_url, start_tracking
+from memcontrol_hf.tracking import log_push, run_url, start_tracking
 from memcontrol_hf.trainer import METRICS
 
 logger = logging.getLogger("memcontrol_hf.script")
@@ -227,7 +229,8 @@ def save(
     for stale in (PLOT, LORA):  # of an earlier command with this folder
         (folder / stale).unlink(missing_ok=True)
     trainer.save_model(args.output_dir)
-    log_images(trainer, data["held_out"], args.validation_prompt, args.log_images)
+    if args.log_images:
+        show_images(args, trainer, data["held_out"])
     sampling = [m for m in args.mitigation if not MITIGATIONS[m.partition(":")[0]].guards_weights]
     report = MemorizationReport(
         base_model=model_name(args),
@@ -293,6 +296,22 @@ def save(
         except (GateFailed, PushError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(3 if isinstance(error, GateFailed) else 1) from None
+
+
+def show_images(args: ScriptArguments, trainer: MemControlTrainer, held_out: Dataset) -> None:
+    """Show what the tuned model makes of the validation prompt in the tracker, without what may be a copy."""
+    with denoiser_in_place(trainer.pipeline, trainer.model):
+        images = generate(
+            trainer.pipeline,
+            [args.validation_prompt] * args.log_images,
+            prompt_seeds(trainer.args.seed, args.log_images),
+            args.resolution,
+            args.eval_inference_steps,
+            args.eval_guidance_scale,
+            args.eval_batch_size,
+        )
+    train, others = (trainer.real_features(data) for data in (trainer.train_dataset, trainer.encode(held_out)))
+    log_images(images, args.validation_prompt, trainer.encoder(images), train, others)
 
 
 def card_facts(args: ScriptArguments, trainer: MemControlTrainer) -> dict[str, Any]:
