@@ -16,7 +16,7 @@ from .adapter_folder import CONFIG, read_mask
 from .audit import AuditSettings
 from .data import check_near_duplicates, load_images, plant_canaries
 from .demo import demo_dataset
-from .dry_run import load_architecture, measured_speed, plan
+from .dry_run import load_architecture, plan
 from .evaluation import check_objectives
 from .families import DTYPES, QUANTIZATIONS, family_of, load_pipeline
 from .flags import _SEEN_LATER, METHODS, ScriptArguments, on_demo_data, settings
@@ -230,9 +230,9 @@ def training_arguments(args: ScriptArguments) -> MemControlTrainingArguments:
 
 
 def dry_run(args: ScriptArguments) -> str:
-    """What the search would take, to print."""
+    """What the search needs, to print; see [`~memcontrol_hf.dry_run.plan`]."""
     config, _, _ = check(args)
-    trainer_args = training_arguments(args)
+    optimizer = training_arguments(args).optim
     weight_bytes = DTYPES[args.dtype or "float32"].itemsize
     if args.quantization is not None:
         weight_bytes = QUANTIZATIONS[args.quantization][1]
@@ -243,17 +243,11 @@ def dry_run(args: ScriptArguments) -> str:
         args.text_encoder_blocks,
         resolution=args.resolution,
         batch_size=args.train_batch_size,
-        n_trials=args.n_trials,
-        steps=args.search_max_steps * args.gradient_accumulation_steps,
-        num_images=args.eval_num_images,
-        inference_steps=args.eval_inference_steps,
-        guidance=args.eval_guidance_scale > 1,
-        eval_samplings=len({"fid", "amd"} & {*args.objectives}),
         weight_bytes=weight_bytes,
-        optimizer_bytes=2 if "8bit" in trainer_args.optim else 8,
+        optimizer_bytes=2 if "8bit" in optimizer else 8,
         low_precision=args.mixed_precision != "no" or args.dtype in ("float16", "bfloat16"),
     )
-    return planned.text(measured_speed(trainer_args.device))
+    return planned.text()
 
 
 def granularity_of(args: ScriptArguments) -> str | list[str]:
