@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .training_arguments import MemControlTrainingArguments
     from .tuners import MemControlConfig
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0.dev0"  # what the package is built with
 
 __all__ = [
     "MemControlConfig",

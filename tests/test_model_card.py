@@ -21,6 +21,8 @@ from memcontrol_hf.demo import DEMO_PIPELINE
 from memcontrol_hf.masks import block_map
 from memcontrol_hf.report import REPORT_SCHEMA
 from memcontrol_hf.report.card import write_card
+from memcontrol_hf.report.loading_snippet import _OUR_METHODS
+from memcontrol_hf.tuners import METHODS
 
 MODEL_CARDS = Path(__file__).parent.parent / "model_cards"
 HOSTILE = (
@@ -269,3 +271,7 @@ def test_the_plot_of_a_search_is_drawn_from_the_report_alone(tmp_path):
     result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert result.stdout.strip() == "set()", result.stderr
     assert Image.open(tmp_path / "plot.png").size == Image.open(folder / "pareto_front.png").size
+
+
+def test_the_snippet_registers_every_method_that_peft_lacks():
+    assert {*_OUR_METHODS} == {*METHODS, "attention"}, "attention is what the training script also calls weights"
