@@ -27,6 +27,7 @@ from memcontrol_hf.adapter_folder import PUBLIC_FILES
 from memcontrol_hf.audit import AuditSettings
 from memcontrol_hf.data import load_images, plant_canaries
 from memcontrol_hf.flags import ScriptArguments, public_flags
+from memcontrol_hf.from_flags import mask_from
 from memcontrol_hf.masks import block_map
 from memcontrol_hf.publish.hub import push_mask
 from memcontrol_hf.sampling import denoiser_in_place, generate
@@ -339,10 +340,10 @@ def test_a_folder_that_is_called_as_a_method_does_not_hide_the_method(script, tm
     assert "--method lora" in words
 
 
-def test_a_mask_file_that_is_no_object_is_said_to_hold_none(script, tmp_path):
+def test_a_mask_file_that_is_no_object_is_said_to_hold_none(tmp_path):
     (tmp_path / "mask.json").write_text("[1, 0, 1]")
     with pytest.raises(ValueError, match="holds no mask, which is an object of block names and booleans"):
-        script.mask_from(str(tmp_path / "mask.json"))
+        mask_from(str(tmp_path / "mask.json"))
 
 
 @pytest.mark.parametrize(
@@ -643,7 +644,7 @@ def test_the_pushed_card_agrees_with_the_pushed_report(published):
     assert '(pipe.unet, "tester/adapter")' in card.text and card.data.datasets is None
 
 
-def test_a_shared_mask_is_taken_by_its_repository(script, published, tmp_path, monkeypatch):
+def test_a_shared_mask_is_taken_by_its_repository(published, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     address = published.environment["HF_ENDPOINT"]
     files = address + "/{repo_id}/resolve/{revision}/{filename}"
@@ -653,9 +654,9 @@ def test_a_shared_mask_is_taken_by_its_repository(script, published, tmp_path, m
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     push_mask(published.folder, "tester/mask")
     report = MemorizationReport.from_json(published.folder / "memorization_report.json")
-    assert script.mask_from("tester/mask") == report.mask
+    assert mask_from("tester/mask") == report.mask
     with pytest.raises(ValueError, match="--mask_from 'tester/unknown' cannot be read"):
-        script.mask_from("tester/unknown")
+        mask_from("tester/unknown")
 
 
 def test_a_failed_gate_is_not_pushed(script, assets, finished, tmp_path, capsys, monkeypatch):
