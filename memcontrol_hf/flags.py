@@ -239,8 +239,8 @@ class ScriptArguments:
     dry_run: bool = field(
         default=False,
         metadata={
-            "help": "Read nothing but the model's configs; print blocks, trainable parameters, adapter size, memory "
-            "and time of the search, and stop."
+            "help": "Read nothing but the model's configs; print blocks, trainable parameters, adapter size and "
+            "memory, and stop."
         },
     )
     seed: int = field(default=0, metadata={"help": "Of everything."})

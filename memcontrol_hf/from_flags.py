@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from datasets import DatasetDict
-from huggingface_hub import HfApi
 from peft import PeftConfig
 from transformers.trainer_utils import get_last_checkpoint
 
-from .adapter_folder import MASK, REPORT
+from .adapter_folder import CONFIG, read_mask
 from .audit import LEAST_IMAGES, AuditSettings
 from .data import check_near_duplicates, images_digest, load_images, plant_canaries
 from .demo import demo_dataset
-from .dry_run import load_architecture, measured_speed, plan
+from .dry_run import load_architecture, plan
 from .encoders import encoder_name, load_encoder
 from .evaluation import check_objectives
 from .families import DTYPES, QUANTIZATIONS, family_of, load_pipeline
@@ -113,7 +112,7 @@ def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[
 
 def peft_config_from(path: str) -> PeftConfig:
     """A PEFT config from a JSON file or an adapter folder."""
-    file = Path(path) / "adapter_config.json" if Path(path).is_dir() else Path(path)
+    file = Path(path) / CONFIG if Path(path).is_dir() else Path(path)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         return PeftConfig.from_peft_type(**content)
@@ -122,22 +121,11 @@ def peft_config_from(path: str) -> PeftConfig:
 
 
 def mask_from(path: str) -> dict[str, bool]:
-    """The mask in an adapter's folder, in a JSON file, or of a mask's repository on the Hub."""
-    file, names = Path(path), (MASK, REPORT, "adapter_config.json")
+    """The mask of `--mask_from`; see [`~memcontrol_hf.adapter_folder.read_mask`]."""
     try:
-        if file.is_dir():
-            file = next((file / name for name in names if (file / name).exists()), file)
-        elif not file.exists() and path.count("/") == 1 and not file.is_absolute():
-            file = Path(HfApi().hf_hub_download(path, MASK))
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"--mask_from {path!r} cannot be read: {str(error).splitlines()[0]}") from None
-    mask = content.get("mask", content) if isinstance(content, dict) else content
-    if not isinstance(mask, dict) or not all(isinstance(value, bool) for value in mask.values()):
-        raise ValueError(f"--mask_from {path!r} holds no mask, which is an object of block names and booleans")
-    if not any(mask.values()):
-        raise ValueError(f"--mask_from {path!r} selects no block: the frozen base has nothing to train")
-    return mask
+        return read_mask(path)
+    except ValueError as error:
+        raise ValueError(f"--mask_from {error}") from None
 
 
 def settings_with_images(args: ScriptArguments, trainer: MemControlTrainer) -> dict[str, Any]:
@@ -249,9 +237,9 @@ def training_arguments(args: ScriptArguments) -> MemControlTrainingArguments:
 
 
 def dry_run(args: ScriptArguments) -> str:
-    """What the search would take, to print."""
+    """What the search needs, to print; see [`~memcontrol_hf.dry_run.plan`]."""
     config, _, _ = check(args)
-    trainer_args = training_arguments(args)
+    optimizer = training_arguments(args).optim
     weight_bytes = DTYPES[args.dtype or "float32"].itemsize
     if args.quantization is not None:
         weight_bytes = QUANTIZATIONS[args.quantization][1]
@@ -262,17 +250,11 @@ def dry_run(args: ScriptArguments) -> str:
         args.text_encoder_blocks,
         resolution=args.resolution,
         batch_size=args.train_batch_size,
-        n_trials=args.n_trials,
-        steps=args.search_max_steps * args.gradient_accumulation_steps,
-        num_images=args.eval_num_images,
-        inference_steps=args.eval_inference_steps,
-        guidance=args.eval_guidance_scale > 1,
-        eval_samplings=len({"fid", "amd"} & {*args.objectives}),
         weight_bytes=weight_bytes,
-        optimizer_bytes=2 if "8bit" in trainer_args.optim else 8,
+        optimizer_bytes=2 if "8bit" in optimizer else 8,
         low_precision=args.mixed_precision != "no" or args.dtype in ("float16", "bfloat16"),
     )
-    return planned.text(measured_speed(trainer_args.device))
+    return planned.text()
 
 
 def granularity_of(args: ScriptArguments) -> str | list[str]:

@@ -1,11 +1,19 @@
-"""A mask `{block name: bool}` as it is shown to people."""
+"""A mask over blocks, `{block name: bool}`, as it is shown to people."""
 
 import re
 from collections.abc import Mapping
 
 
 def block_map(mask: Mapping[str, bool]) -> list[tuple[str, str]]:
-    """A mask to look at: for each part of the model its blocks in order, ■ for on and □ for off."""
+    """A mask as rows of a table: each part of the model with its blocks in order, ■ for on and □ for off.
+
+    Args:
+        mask (`dict[str, bool]`): For each block whether it is trained, in the order of the model.
+
+    Returns:
+        list of `tuple[str, str]`: Name of the part (`down_blocks.0`, `transformer_blocks`, ...) and one square for
+        each block. A block whose name has no such part is a part of its own.
+    """
     rows: dict[str, str] = {}
     for name, on in mask.items():
         part = re.match(r"(.+?)\.attentions\.\d+|(.*transformer_blocks|text_encoder.*\.(?:layers|block))\.\d+$", name)

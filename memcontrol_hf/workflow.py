@@ -24,10 +24,12 @@ from .audit import AuditSettings, audit_memorization
 from .encoders import encoder_name
 from .evaluation import METRICS
 from .mitigations import MITIGATIONS
-from .publish.wandb_report import log_report
+from .publish.wandb_report import log_images, log_report
+from .randomness import Purpose, row_keys
 from .report import ALL_ON, DEFAULT_GATE, FROZEN_BASE, SELECTED, MemorizationReport, load_gate
 from .report.card import write_card as render_card
 from .report.plots import plot_search
+from .sampling import denoiser_in_place, generate
 from .search import claim_final, rank_runs, repeat_runs, search_summary, select_run
 from .tracking import start_tracking
 from .trainer import MemControlTrainer
@@ -317,12 +319,36 @@ def write_card(trainer: MemControlTrainer, report: MemorizationReport, choice: C
         `Path`: of the card.
     """
     folder = Path(trainer.args.output_dir)
-    if choice.study is not None:
+    if report.search is not None:
         distances = report.audit and report.audit["distances"]
-        plot_search(choice.study, trainer.args.objectives, folder / PLOT, choice.trial, distances)
+        plot_search(report.search, report.mask, folder / PLOT, choice.trial, distances)
     card = render_card(folder)
     log_report(report, folder)
     return card
+
+
+def show_images(trainer: MemControlTrainer, held_out: Dataset, prompt: str, count: int) -> None:
+    """Show images of a prompt in the tracker's run, without those that may be copies of training images.
+
+    Args:
+        trainer ([`MemControlTrainer`]): holds the model of the chosen mask.
+        held_out (`Dataset`): columns `image`, `text`; real images that nothing was trained on.
+        prompt (`str`): a prompt that may be published.
+        count (`int`): number of images to generate.
+    """
+    args = trainer.args
+    with denoiser_in_place(trainer.pipeline, trainer.model):
+        images = generate(
+            trainer.pipeline,
+            [prompt] * count,
+            row_keys(args.seed, Purpose.TRACKED_IMAGES, range(count)),
+            args.resolution,
+            args.eval_inference_steps,
+            args.eval_guidance_scale,
+            args.per_device_eval_batch_size,
+        )
+    train, others = (data.features(trainer.encoder) for data in (trainer.train_dataset, trainer.encode(held_out)))
+    log_images(images, prompt, trainer.encoder(images), train, others)
 
 
 def count_images(trainer: MemControlTrainer, data: DatasetDict) -> dict[str, int]:

@@ -9,8 +9,15 @@ from conftest import RESOLUTION, images_of, tiny_pipeline
 from datasets import Dataset, DatasetDict
 from PIL import Image
 
-from memcontrol_hf import cli
-from memcontrol_hf.data import EncodedImages, check_near_duplicates, encode, load_images, plant_canaries, split
+from memcontrol_hf.data import (
+    EncodedImages,
+    check_near_duplicates,
+    encode,
+    load_image_folder,
+    load_images,
+    plant_canaries,
+    split,
+)
 from memcontrol_hf.families import family_of
 from memcontrol_hf.images import to_pixels
 from memcontrol_hf.sampling import generate
@@ -188,7 +195,7 @@ def test_names_of_files_are_no_splits(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     data = load_images(train_data_dir=str(tmp_path))
     assert sum(map(len, data.values())) == 12
-    assert len(cli._images(str(tmp_path), "train", "text")) == 12
+    assert len(load_image_folder(str(tmp_path), "train", "text")) == 12
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""What a search would take, and loading a pipeline in other ways than the plain one."""
+"""What a search needs, and loading a pipeline in other ways than the plain one."""
 
 import importlib.util
 import json
@@ -11,8 +11,6 @@ from conftest import RESOLUTION, adapter_of, images_of, tiny_pipeline, tiny_trai
 from original_layout import save_original
 from safetensors.torch import load_file
 from tiny_families import PIPELINES, sd3
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from memcontrol_hf import MemControlConfig, SearchSpace, demo_pipeline
 from memcontrol_hf.demo import DEMO_PIPELINE
@@ -47,7 +45,7 @@ def test_the_large_models_have_their_known_sizes(name, resolution, parameters, b
     assert len(planned.blocks) == blocks and all(planned.blocks.values())
     assert sum(planned.blocks.values()) == planned.trainable == planned.adapter_bytes // 4
     assert planned.memory["frozen denoiser"] == 4 * parameters
-    assert f"{parameters:,} parameters, {blocks} blocks" in planned.text(1e14)
+    assert f"{parameters:,} parameters, {blocks} blocks" in planned.text()
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -81,15 +79,6 @@ def test_the_adapter_is_as_large_as_planned_and_single_blocks_add_up(tmp_path):
     assert sum(planned.blocks.values()) == planned.trainable
 
 
-def test_the_operations_are_those_of_a_real_call(tmp_path):
-    planned = plan(load_architecture(str(without_weights(sd3(), tmp_path))), LORA, resolution=RESOLUTION)
-    family, counter = family_of(sd3()), FlopCounterMode(display=False)
-    condition = family.encode_prompts(["a"])
-    with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
-        family.denoise(family.denoiser, torch.zeros(1, 4, 8, 8), torch.zeros(1), condition)
-    assert planned.forward_flops == counter.get_total_flops()
-
-
 def test_activations_grow_with_the_batch_and_shrink_with_precision(tmp_path):
     folder = str(without_weights(tiny_pipeline(), tmp_path))
     sizes = [
@@ -118,7 +107,8 @@ def test_the_script_plans_from_configs_alone(tmp_path, script, capsys):
         )
     assert not ended.value.code
     printed = capsys.readouterr().out
-    assert "SD3Transformer2DModel" in printed and "transformer_blocks.1" in printed and "hours" in printed
+    assert "SD3Transformer2DModel" in printed and "transformer_blocks.1" in printed
+    assert "memory of a training step, about: " in printed
     assert not (tmp_path / "out").exists(), "nothing is written"
 
 

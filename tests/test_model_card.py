@@ -4,6 +4,8 @@ import ast
 import json
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,12 +14,15 @@ import pytest
 from conftest import adapter_folder, small_report
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from PIL import Image
 
 from memcontrol_hf import MemorizationReport, cli
 from memcontrol_hf.demo import DEMO_PIPELINE
 from memcontrol_hf.masks import block_map
 from memcontrol_hf.report import REPORT_SCHEMA
 from memcontrol_hf.report.card import write_card
+from memcontrol_hf.report.loading_snippet import _OUR_METHODS
+from memcontrol_hf.tuners import METHODS
 
 MODEL_CARDS = Path(__file__).parent.parent / "model_cards"
 HOSTILE = (
@@ -250,3 +255,23 @@ def test_the_card_of_the_demos_pipeline_is_what_the_code_renders(tmp_path):
         "render it again: memcontrol card memcontrol_hf/demo/pipeline"
     )
     assert card.data.library_name == "diffusers" and card.data.license == "apache-2.0"
+
+
+def test_the_plot_of_a_search_is_drawn_from_the_report_alone(tmp_path):
+    folder = MODEL_CARDS / "demo-svdiff"
+    trial = json.loads((folder / "adapter_config.json").read_text())["search"]["trial"]
+    code = (
+        "import sys; from memcontrol_hf.report import MemorizationReport\n"
+        "from memcontrol_hf.report.plots import plot_search\n"
+        "report = MemorizationReport.from_json(sys.argv[1])\n"
+        "plot_search(report.search, report.mask, sys.argv[2], int(sys.argv[3]), report.audit['distances'])\n"
+        "print({'torch', 'optuna'} & set(sys.modules))"
+    )
+    arguments = [str(folder / "memorization_report.json"), str(tmp_path / "plot.png"), str(trial)]
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert result.stdout.strip() == "set()", result.stderr
+    assert Image.open(tmp_path / "plot.png").size == Image.open(folder / "pareto_front.png").size
+
+
+def test_the_snippet_registers_every_method_that_peft_lacks():
+    assert {*_OUR_METHODS} == {*METHODS, "attention"}, "attention is what the training script also calls weights"

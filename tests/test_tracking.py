@@ -14,7 +14,7 @@ from conftest import adapter_folder, tiny_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from memcontrol_hf import MemorizationReport
-from memcontrol_hf.publish.wandb_report import clear_of_copies, log_report
+from memcontrol_hf.publish.wandb_report import clear_of_copies, log_images, log_report, prompt_seeds
 from memcontrol_hf.tracking import log_push, run_url, start_tracking
 
 
@@ -23,6 +23,26 @@ def test_copies_are_withheld_and_other_images_are_shown():
     copies = train[:10] + 0.01 * others[:10]
     assert not clear_of_copies(copies, train, others).any()
     assert clear_of_copies(fresh, train, others).float().mean() > 0.9
+
+
+def test_the_run_shows_the_images_that_are_no_copies_and_counts_the_others(tmp_path, monkeypatch):
+    import wandb
+
+    train, others, fresh = torch.randn(3, 40, 16, generator=torch.Generator().manual_seed(0))
+    features = torch.cat([train[:3], fresh[:2]])
+    images = torch.rand(len(features), 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with wandb.init(dir=tmp_path, project="memcontrol") as run:
+        log_images(images, "a public prompt", features, train, others)
+        assert run.summary["generated_withheld"] == 3
+        assert (
+            run.summary["generated"]["count"] == 2 and run.summary["generated"]["captions"] == ["a public prompt"] * 2
+        )
+    log_images(images, "a public prompt", features, train, others)  # no run: nothing happens
+
+
+def test_shown_images_have_seeds_of_their_own():
+    assert prompt_seeds(7, 2) == [(7, 200, 0), (7, 200, 1)]
 
 
 @pytest.fixture

@@ -341,7 +341,7 @@ def test_a_folder_that_is_called_as_a_method_does_not_hide_the_method(script, tm
     assert "--method lora" in words
 
 
-def test_a_mask_file_that_is_no_object_is_said_to_hold_none(script, tmp_path):
+def test_a_mask_file_that_is_no_object_is_said_to_hold_none(tmp_path):
     (tmp_path / "mask.json").write_text("[1, 0, 1]")
     with pytest.raises(ValueError, match="holds no mask, which is an object of block names and booleans"):
         mask_from(str(tmp_path / "mask.json"))
@@ -649,7 +649,7 @@ def test_the_pushed_card_agrees_with_the_pushed_report(published):
     assert '(pipe.unet, "tester/adapter")' in card.text and card.data.datasets is None
 
 
-def test_a_shared_mask_is_taken_by_its_repository(script, published, tmp_path, monkeypatch):
+def test_a_shared_mask_is_taken_by_its_repository(published, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     address = published.environment["HF_ENDPOINT"]
     files = address + "/{repo_id}/resolve/{revision}/{filename}"

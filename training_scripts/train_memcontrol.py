@@ -35,7 +35,6 @@ from memcontrol_hf.from_flags import (
     search_options,
 )
 from memcontrol_hf.publish.hub import GateFailed, push
-from memcontrol_hf.publish.wandb_report import log_images
 from memcontrol_hf.report import DEFAULT_GATE
 from memcontrol_hf.search import public_address
 from memcontrol_hf.tracking import log_push
@@ -75,7 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     if not trainer.is_world_process_zero():
         return
 
-    log_images(trainer, data["held_out"], args.validation_prompt, args.log_images)
+    if args.log_images:
+        workflow.show_images(trainer, data["held_out"], args.validation_prompt, args.log_images)
     report = workflow.save(trainer, choice, tuned, data, **report_facts(args, trainer))
     workflow.audit(trainer, report, data, audit_settings(args), args.gate or DEFAULT_GATE)
     workflow.write_card(trainer, report, choice)

@@ -86,6 +86,39 @@ def load_images(
     return split(DatasetDict(splits), seed)
 
 
+def load_image_folder(folder: str, split_name: str, caption_column: str | None = None) -> Dataset:
+    """Load all images of a folder as one set, whatever the names of its files and subfolders are.
+
+    Args:
+        folder (`str`): Folder of images; captions lie in a `metadata.jsonl` (or `.csv`) beside the files.
+        split_name (`str`): Name of the set, for messages.
+        caption_column (`str`, *optional*): Column of the metadata with the captions.
+
+    Returns:
+        `Dataset`: Column `image`, and `text` where a caption column is given.
+
+    Raises:
+        ValueError: For a missing folder, a folder without images, an image that cannot be read, and a missing column.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder!r} is no folder")
+    try:
+        # Without data_files="**", `datasets` would find splits in the names of files.
+        data = load_dataset("imagefolder", data_dir=folder, data_files={"train": "**"}, split="train")
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{folder!r} holds no images: {str(error).splitlines()[0]}") from None
+    check_readable(data, split_name)
+    if caption_column is None:
+        return data.select_columns(["image"])
+    if caption_column not in data.column_names:
+        raise ValueError(
+            f"{folder!r} has no column {caption_column!r}; it has: {', '.join(data.column_names)}. "
+            "Captions are read from a metadata.jsonl beside the images; choose their column with --caption_column"
+        )
+    data = data.select_columns(["image", caption_column])
+    return data if caption_column == "text" else data.rename_column(caption_column, "text")
+
+
 def _columns(
     dataset: Dataset,
     split_name: str,

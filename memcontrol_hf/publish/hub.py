@@ -1,4 +1,4 @@
-"""The push of what may be published: one commit of an allowlist of files, to a private repository by default."""
+"""Pushes to the Hub: one commit of an allowlist of files, to a private repository by default."""
 
 import json
 import logging
@@ -19,12 +19,22 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from ..adapter_folder import ADAPTER, CARD, LORA, MASK, PUBLIC_FILES, REPORT, adapter_digests, adapter_parts
+from ..adapter_folder import (
+    ADAPTER,
+    CARD,
+    CONFIG,
+    LORA,
+    MASK,
+    PUBLIC_FILES,
+    REPORT,
+    adapter_digests,
+    adapter_parts,
+)
 from ..report import MemorizationReport
 from ..report.card import write_card
 
 WAITS = (1.0, 2.0, 4.0, 8.0)
-"""Seconds before each further try when the Hub is busy, fails or hangs up."""
+"""Seconds before each further try, when the Hub is busy, fails or closes the connection."""
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +44,7 @@ class GateFailed(ValueError):
 
 
 class PushError(RuntimeError):
-    """The Hub did not take the push; says how to try again."""
+    """The Hub did not take the push. The message holds the command that tries again."""
 
 
 def push(
@@ -48,23 +58,26 @@ def push(
 ) -> str:
     """Upload the public files of an adapter's folder in one commit, the card rendered last.
 
-    The token is the Hub login's own. The folder keeps all of its files whatever happens; the card and the report in it
-    then say the repository's name.
+    The token is that of `hf auth login`. The folder keeps all of its files whatever happens; its card and its report
+    then name the repository. An adapter that was never audited can be pushed; its card says so.
 
     Args:
-        folder (`str`): with `memorization_report.json` and the adapter.
-        repo_id (`str`, *optional*): `name` or `owner/name`; where it was pushed before, or the folder's name.
-        revision (`str`, *optional*): branch, made when it does not exist.
-        public (`bool`): make a new repository public, and allow one that is public already.
-        allow_failed_gate (`bool`): push although the release gate failed; the card says so first.
+        folder (`str`): Folder with `memorization_report.json` and the adapter.
+        repo_id (`str`, *optional*): Repository, `name` or `owner/name`; by default the repository of the last push,
+            or else the folder's name.
+        revision (`str`, *optional*): Branch, which is made when it does not exist.
+        public (`bool`): Whether a new repository is made public, and an existing one may be public.
+        allow_failed_gate (`bool`): Whether to push although the release gate failed; the card says so first.
+        commit_message (`str`): Message of the commit.
 
     Returns:
-        `str`: the address of the commit.
+        `str`: The address of the commit.
 
     Raises:
-        ValueError: for a folder without an adapter, and a public repository that was not allowed.
-        GateFailed: when the gate failed and that was not allowed.
-        PushError: when the Hub refuses the token or the commit, or does not answer in several tries.
+        ValueError: For a folder without an adapter, other weights than the report was measured on, and a public
+            repository that was not allowed.
+        GateFailed: When the gate failed and a failed gate was not allowed.
+        PushError: When the Hub refuses the token or the commit, or does not answer in several tries.
     """
     folder = Path(folder)
     report = _checked(folder, allow_failed_gate)
@@ -84,15 +97,17 @@ def push_mask(folder: str | Path, repo_id: str, *, revision: str | None = None, 
     """Share the mask of an adapter's folder alone: `mask.json` and a card, without weights.
 
     Args:
-        folder (`str`): of an adapter, or with a `mask.json`.
-        repo_id, revision, public: as of [`push`].
+        folder (`str`): Folder of an adapter, or with a `mask.json`.
+        repo_id (`str`): Repository, `name` or `owner/name`.
+        revision (`str`, *optional*): Branch, which is made when it does not exist.
+        public (`bool`): Whether a new repository is made public, and an existing one may be public.
 
     Returns:
-        `str`: the address of the commit.
+        `str`: The address of the commit.
 
     Raises:
-        ValueError: for a folder without a mask.
-        PushError: as of [`push`].
+        ValueError: For a folder without a mask, and a public repository that was not allowed.
+        PushError: When the Hub refuses the token or the commit, or does not answer in several tries.
     """
     content = mask_content(folder)
     again = shlex.join(["memcontrol", "push-mask", str(folder), repo_id, *_options(revision, public)])
@@ -108,7 +123,11 @@ def push_mask(folder: str | Path, repo_id: str, *, revision: str | None = None, 
 
 
 def mask_content(folder: str | Path) -> dict[str, Any]:
-    """What a `mask.json` holds: the mask, and of the report how it was found and what it gave."""
+    """The content of a `mask.json`: the mask, and from the report how the mask was found and which figures it gave.
+
+    Raises:
+        ValueError: For a folder without a mask.
+    """
     folder = Path(folder)
     if (folder / MASK).is_file():
         return json.loads((folder / MASK).read_text(encoding="utf-8"))
@@ -124,12 +143,16 @@ def mask_content(folder: str | Path) -> dict[str, Any]:
 
 
 def check_login(repo_id: str, public: bool = False) -> None:
-    """See before long work that a push can be: that somebody is logged in, and no public repository is in the way.
+    """Check before long work that a push can succeed: a user is logged in, and the repository is not public.
 
-    A Hub that does not answer now is left to the push itself.
+    A Hub that does not answer now is only warned of; the push itself tries again.
+
+    Args:
+        repo_id (`str`): Repository, `name` or `owner/name`.
+        public (`bool`): Whether the repository may be public.
 
     Raises:
-        ValueError: says what to do.
+        ValueError: When the push would fail; the message says what to do.
     """
     try:
         _private_or_allowed(HfApi(), repo_id, public)
@@ -149,7 +172,7 @@ def push_command(
     public: bool = False,
     allow_failed_gate: bool = False,
 ) -> str:
-    """The command that pushes a folder."""
+    """The command line that pushes a folder."""
     words = ["memcontrol", "push", str(folder)] + (["--hub_model_id", repo_id] if repo_id else [])
     return shlex.join([*words, *_options(revision, public), *(["--allow_failed_gate"] if allow_failed_gate else [])])
 
@@ -159,20 +182,24 @@ def _options(revision: str | None, public: bool) -> list[str]:
 
 
 def _checked(folder: Path, allow_failed_gate: bool) -> MemorizationReport:
-    """The report of a folder that may be pushed."""
+    """The report of a folder, once the folder is known to hold what a push needs and the gate allows the push."""
     if not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is no folder")
     if not (folder / REPORT).is_file():
         raise ValueError(f"{str(folder)!r} holds no {REPORT}: give the folder that a fine-tune left")
     if not adapter_parts(folder) and not (folder / LORA).is_file():
-        raise ValueError(f"{str(folder)!r} holds no adapter: {ADAPTER} with adapter_config.json, or {LORA}")
+        raise ValueError(f"{str(folder)!r} holds no adapter: {ADAPTER} with {CONFIG}, or {LORA}")
     report = MemorizationReport.from_json(folder / REPORT)
     if report.weights and report.weights != adapter_digests(folder):
-        raise ValueError(f"the weights in {str(folder)!r} are not those that {REPORT} was measured on: measure them")
+        raise ValueError(
+            f"the weights in {str(folder)!r} are not those that {REPORT} was measured on: run the "
+            "training again, which measures what it saves"
+        )
     if report.gate is not None and not report.gate["passed"] and not allow_failed_gate:
         raise GateFailed(
             f"the release gate failed ({len(report.gate['failures'])} limits, see {folder / REPORT}), so nothing is "
-            "pushed. To push it all the same, with a card that says so first, add --allow_failed_gate"
+            "pushed. To push the adapter all the same, with a card that begins with the failure, add "
+            "--allow_failed_gate"
         )
     return report
 
@@ -187,7 +214,12 @@ def _upload(
     message: str,
     again: str,
 ) -> str:
-    """Commit the files; once more after each of `WAITS` while the Hub is busy, fails or hangs up."""
+    """Commit the files, and try again after each of `WAITS` while the Hub is busy, fails or closes the connection.
+
+    Args:
+        prepare (`Callable`): Called with the full name of the repository before the files are read.
+        again (`str`): Command that tries again, for the error message.
+    """
     api = HfApi()
     for wait in (*WAITS, None):
         try:
@@ -214,14 +246,18 @@ def _upload(
 
 
 def _private_or_allowed(api: HfApi, repo_id: str, public: bool) -> str:
-    """The full name of the repository, which is not there yet, is private, or may be public."""
+    """The full name of a repository that does not exist yet, is private, or may be public.
+
+    Raises:
+        ValueError: When the repository is public and may not be.
+    """
     owner = api.whoami()["name"]
     full_id = repo_id if "/" in repo_id else f"{owner}/{repo_id}"
     try:
         if not api.model_info(full_id).private and not public:
             raise ValueError(
-                f"the repository {full_id!r} is public: push to another one, or add --hub_public if everybody may "
-                "have the adapter"
+                f"the repository {full_id!r} is public: push to another repository, or add --hub_public if everybody "
+                "may have the adapter"
             )
     except RepositoryNotFoundError:
         pass
@@ -229,14 +265,14 @@ def _private_or_allowed(api: HfApi, repo_id: str, public: bool) -> str:
 
 
 def _transient(error: Exception) -> bool:
-    """Whether trying again can help."""
+    """Whether another try can succeed."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in (408, 429) or error.response.status_code >= 500
     return isinstance(error, (httpx2.TransportError, json.JSONDecodeError))
 
 
 def _reason(error: Exception) -> str:
-    """One line, and what to do where that is known."""
+    """The reason of a failure in one line, with what to do about it where that is known."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status == 401 or isinstance(error, LocalTokenNotFoundError):
         return "the Hub does not know your token: log in with `hf auth login`."

@@ -1,36 +1,28 @@
-"""The report, the plot and sample images in a run of Weights & Biases."""
+"""The report, the plot and sample images in the current run of Weights & Biases."""
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..adapter_folder import PLOT, PUBLIC_FILES, REPORT
 from ..masks import block_map
 from ..metrics import nearest_distances
-from ..sampling import denoiser_in_place, generate
+from ..report import MemorizationReport
 from ..tracking import current_run
 
-if TYPE_CHECKING:
-    from datasets import Dataset
 
-    from ..report import MemorizationReport
-    from ..trainer import MemControlTrainer
+def log_report(report: MemorizationReport, folder: str | Path) -> None:
+    """Put a report into the current run, if there is one.
 
-
-_SHOWN = 200  # the purpose of these images' seeds; the trainer's own are below 100, the audit's below 200
-
-
-def log_report(report: "MemorizationReport", folder: str | Path) -> None:
-    """Put the report into the current run, if there is one.
-
-    The front and what each block does are tables and a plot there, the block map a table, and the report an artifact.
-    With `WANDB_LOG_MODEL` set, as the Trainer's own callback reads it, the files that may be published are an artifact
-    too.
+    The run gets the trials of the search with the front, the effects of the blocks and the block map as tables, the
+    plot as an image, and the report as an artifact. With `WANDB_LOG_MODEL` set, as the Trainer's own callback reads
+    this variable, the files that may be published are an artifact too, if the release gate passed.
 
     Args:
-        folder (`str`): that the report was written to.
+        report ([`MemorizationReport`]): Report of the adapter.
+        folder (`str`): Folder that the report was written to.
     """
     folder, run = Path(folder), current_run()
     if run is None:
@@ -38,14 +30,14 @@ def log_report(report: "MemorizationReport", folder: str | Path) -> None:
     import wandb
 
     logged: dict[str, Any] = {
-        "block_map": wandb.Table(["part", "blocks"], data=[list(r) for r in block_map(report.mask)])
+        "block_map": wandb.Table(["part", "blocks"], data=[list(row) for row in block_map(report.mask)])
     }
     if report.search:
         objectives = report.search["objectives"]
         columns = ["trial", *objectives, "learning_rate", "blocks", "trainable_percent", "on_front"]
         rows = [
-            [t["number"], *t["values"], *(t[name] for name in columns[1 + len(objectives) :])]
-            for t in report.search["trials"]
+            [trial["number"], *trial["values"], *(trial[name] for name in columns[1 + len(objectives) :])]
+            for trial in report.search["trials"]
         ]
         logged["front"] = wandb.Table(columns, data=rows)
         effects = [[block, report.mask[block], *values] for block, values in report.search["block_effects"].items()]
@@ -65,47 +57,46 @@ def log_report(report: "MemorizationReport", folder: str | Path) -> None:
         run.log_artifact(artifact)
 
 
-def log_images(trainer: "MemControlTrainer", held_out: "Dataset", prompt: str, count: int) -> None:
-    """Show what the model makes of a prompt in the current run, if there is one, without what may be a copy.
+def log_images(
+    images: torch.Tensor,
+    prompt: str,
+    features: torch.Tensor,
+    train_features: torch.Tensor,
+    held_out_features: torch.Tensor,
+) -> None:
+    """Show generated images in the current run, if there is one, without those that may be copies.
 
-    An image is withheld unless [`clear_of_copies`] clears it.
+    An image is withheld unless [`clear_of_copies`] clears it; the run's summary says how many were withheld.
 
     Args:
-        held_out (`Dataset`): real images of the domain that nothing was trained on.
-        prompt (`str`): one that may be published.
-        count (`int`): images to generate.
+        images (`torch.Tensor`): Images `[M, 3, H, W]` in [0, 1] that the tuned model made of the prompt.
+        prompt (`str`): Prompt that may be published.
+        features, train_features, held_out_features (`torch.Tensor`): Features of these images `[M, D]`, of the
+            training images `[N, D]`, and of real images that nothing was trained on `[K, D]`.
     """
     run = current_run()
-    if run is None or not count:
+    if run is None:
         return
     import wandb
 
-    args = trainer.args
-    with denoiser_in_place(trainer.pipeline, trainer.model):
-        images = generate(
-            trainer.pipeline,
-            [prompt] * count,
-            [(args.seed, _SHOWN, i) for i in range(count)],
-            args.resolution,
-            args.eval_inference_steps,
-            args.eval_guidance_scale,
-            args.per_device_eval_batch_size,
-        )
-    train, others = (trainer.real_features(data) for data in (trainer.train_dataset, trainer.encode(held_out)))
-    cleared = images[clear_of_copies(trainer.encoder(images), train, others)]
+    cleared = images[clear_of_copies(features, train_features, held_out_features)]
     pixels = (cleared * 255).round().byte().permute(0, 2, 3, 1)
     if len(cleared):
         run.log({"generated": [wandb.Image(image.numpy(), caption=prompt) for image in pixels]})
-    run.summary["generated_withheld"] = count - len(cleared)
+    run.summary["generated_withheld"] = len(images) - len(cleared)
 
 
-def clear_of_copies(generated: torch.Tensor, train: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+def clear_of_copies(
+    features: torch.Tensor, train_features: torch.Tensor, held_out_features: torch.Tensor
+) -> torch.Tensor:
     """Which generated images are no nearer to a training image than 99 % of other real images are.
 
     Args:
-        generated, train, others (`torch.Tensor`): features `[M, D]`, `[N, D]`, `[K, D]`.
+        features, train_features, held_out_features (`torch.Tensor`): Features of the generated images `[M, D]`, of
+            the training images `[N, D]`, and of real images that nothing was trained on `[K, D]`.
 
     Returns:
         `torch.Tensor`: bool `[M]`.
     """
-    return nearest_distances(generated, train) > torch.quantile(nearest_distances(others, train), 0.01)
+    limit = torch.quantile(nearest_distances(held_out_features, train_features), 0.01)
+    return nearest_distances(features, train_features) > limit

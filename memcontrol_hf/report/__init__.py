@@ -1,6 +1,7 @@
 """The memorization report, the release gate, the plots and the cards.
 
-Reading and rendering a report needs neither PyTorch nor Optuna; `plots`, which does, is imported by its own name.
+Reading and rendering a report needs neither PyTorch nor Optuna. The cards (`card`) and the plots (`plots`, which load
+Matplotlib) are imported by their own names.
 """
 
 from .gate import DEFAULT_GATE, LIMITS, MEASURES, NOT_APPLICABLE, load_gate

@@ -1,4 +1,4 @@
-"""Escaping for Markdown: whatever a template prints is text, unless one of these filters makes it code or a link."""
+"""Rendering of templates: whatever a template prints is escaped as text, unless a filter makes it code or a link."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ def _line(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """As Markdown text: no markup, no HTML, no links come out of it."""
+    """Any value as Markdown text that holds no markup, no HTML and no link."""
     if isinstance(value, Markup):
         return value
     text = _line(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -24,9 +24,9 @@ def _text(value: Any) -> str:
 
 
 def _code(value: Any) -> Markup:
-    """As inline code, also within a table."""
+    """Any value as inline code, also within a table."""
     text = _line(value).strip()
-    if "|" in text:  # it ends a table's cell within backticks too, and outside of tables nothing escapes it there
+    if "|" in text:  # a bar ends a table's cell within backticks too, and outside of tables nothing escapes it there
         return Markup(f"<code>{_text(text)}</code>")
     ticks = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
     pad = " " if text.startswith("`") or text.endswith("`") else ""
@@ -34,24 +34,31 @@ def _code(value: Any) -> Markup:
 
 
 def _fence(value: Any, language: str) -> Markup:
-    """As a block of code."""
+    """Any value as a block of code."""
     text = str(value).strip("\n")
     ticks = "`" * max(3, max(map(len, re.findall("`+", text)), default=0) + 1)
     return Markup(f"{ticks}{language}\n{text}\n{ticks}")
 
 
 def _url(value: Any) -> Markup:
-    """An address for a Markdown link; nowhere for what is none."""
+    """The address of a Markdown link: an http or https address, or `#` in the place of anything else."""
     text = _line(value).strip()
     return Markup(quote(text, safe=":/?#@!$&'*+,;=%~") if re.match("https?://", text) else "#")
 
 
-def _bytes(value: int) -> str:
+def readable_bytes(value: int) -> str:
+    """A size in bytes with three digits and a unit."""
     power = min((len(str(value)) - 1) // 3, 3)
     return f"{value / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB')[power]}"
 
 
 def render_template(template: str, **variables: Any) -> str:
+    """Render a template of this package.
+
+    Args:
+        template (`str`): File name in the folder `templates`.
+        **variables: What the template names. A missing variable is an error, and a value is printed as text.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         undefined=StrictUndefined,
@@ -60,5 +67,5 @@ def render_template(template: str, **variables: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"code": _code, "fence": _fence, "bytes": _bytes, "url": _url}
+    environment.filters |= {"code": _code, "fence": _fence, "bytes": readable_bytes, "url": _url}
     return environment.get_template(template).render(**variables)

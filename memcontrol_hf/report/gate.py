@@ -1,4 +1,4 @@
-"""The release gate: limits for the audit's measures, and what violates them."""
+"""The release gate: limits for the measures of an audit, and what violates these limits."""
 
 import math
 from collections.abc import Mapping
@@ -8,12 +8,13 @@ from typing import Any
 import yaml
 
 NOT_APPLICABLE = "not applicable"
-"""How the note of a measure begins that has no meaning for a model; a gate passes over it."""
+"""First words of a measure's note when the measure has no meaning for a model; a gate passes over that measure."""
 
 DEFAULT_GATE = Path(__file__).with_name("gate.yaml")
+"""The package's own gate."""
 
 LIMITS = ("max", "min", "max_above_frozen_base", "max_above_held_out_as_train")
-"""Kinds of limits; each on the bad end of the model's interval."""
+"""Kinds of limits. Each limit holds for the bad end of the model's 95 % interval."""
 
 MEASURES = (
     *(f"membership_{kind}_{by}" for by in ("loss", "secmi", "pia", "clid") for kind in ("auc", "tpr", "tpr_strict")),
@@ -35,21 +36,28 @@ MEASURES = (
     "recall",
     "clip_score",
 )
-"""What an audit can measure, and a gate can limit."""
+"""Names of what an audit can measure and a gate can limit."""
 
 
 def load_gate(path: str | Path = DEFAULT_GATE) -> dict[str, dict[str, float]]:
-    """Read a gate file: YAML, for each measure of the audit its limits.
+    """Read a gate file.
+
+    Args:
+        path (`str`): YAML file that names measures, each with one or more limits: `extraction_rate: {max: 0.05}`.
+
+    Returns:
+        `dict[str, dict[str, float]]`: For each measure of `MEASURES` the bound of each kind of `LIMITS`.
 
     Raises:
-        ValueError: for what is no gate, an unknown measure or kind of limit, or a limit that is no finite number.
+        ValueError: When the file cannot be read or is no gate, and for an unknown measure, an unknown kind of limit,
+            or a bound that is no finite number.
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read the gate {str(path)!r}: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict) or not content or not all(isinstance(limit, dict) for limit in content.values()):
-        raise ValueError(f"{str(path)!r} is no gate: it must name measures, each with limits such as {{max: 0.05}}")
+        raise ValueError(f"{str(path)!r} is no gate: a gate names measures, each with limits such as {{max: 0.05}}")
     for name, limit in content.items():
         if name not in MEASURES:
             raise ValueError(f"unknown measure {name!r} in {str(path)!r}: use some of {', '.join(MEASURES)}")
@@ -62,7 +70,14 @@ def load_gate(path: str | Path = DEFAULT_GATE) -> dict[str, dict[str, float]]:
 
 
 def violation(name: str, kind: str, bound: float, figures: Mapping[str, Any]) -> str | None:
-    """What is wrong, in one line."""
+    """Why a measure violates a limit, in one line; `None` when the measure keeps the limit.
+
+    Args:
+        name (`str`): Name of the measure.
+        kind (`str`): Kind of the limit, one of `LIMITS`.
+        bound (`float`): Bound of the limit.
+        figures (`dict`): What the audit found: for the `model` and for each control its `value`, `low` and `high`.
+    """
     model = figures.get("model")
     if model and (model.get("note") or "").startswith(NOT_APPLICABLE):
         return None

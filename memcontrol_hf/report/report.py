@@ -1,6 +1,6 @@
-"""The memorization report: figures of the tuned model beside those of the frozen base and of the all-on mask.
+"""The memorization report: figures of the tuned model beside those of the frozen base and of all blocks.
 
-It holds aggregates only: no image, caption, file name or id of the data.
+A report holds aggregates only: no image, caption, file name or id of the data.
 """
 
 import json
@@ -15,7 +15,9 @@ from .gate import NOT_APPLICABLE, violation
 SCHEMA_VERSION = 2
 REPORT_SCHEMA = Path(__file__).with_name("report_schema.json")
 """The JSON Schema of a report."""
+
 FROZEN_BASE, ALL_ON, SELECTED = "frozen base", "all blocks", "selected mask"
+_CONTROLS = ("frozen_base", "held_out_as_train")
 _PACKAGES = ("memcontrol_hf", "torch", "diffusers", "transformers", "peft", "optuna")
 
 
@@ -23,31 +25,33 @@ _PACKAGES = ("memcontrol_hf", "torch", "diffusers", "transformers", "peft", "opt
 class MemorizationReport:
     """What was tuned, how it was found, what was measured, and what the attacks found.
 
-    A fine-tune fills all of it; an audit of somebody else's model fills `audit` alone.
+    A fine-tune fills every field; an audit of somebody else's model fills `audit` alone.
 
     Args:
-        base_model (`str`): name of the pipeline that was tuned.
-        method (`str`): the PEFT method.
-        mask (`dict[str, bool]`): of the selected blocks.
+        base_model (`str`): Name of the pipeline that was tuned.
+        method (`str`): The PEFT method.
+        mask (`dict[str, bool]`): The selected mask: for each block whether it was trained.
         figures (`dict[str, dict[str, float]]`):
             For `"frozen base"`, `"all blocks"` and `"selected mask"`, each trained equally long: `trainable_percent`,
             `trainable_parameters`, and what [`MemControlTrainer.evaluate`] returns, against held-out images.
-        training (`dict`): learning rate, steps, batch size, resolution, seed, ...; `mitigations`, and where there are
-            any `sampling_mitigations`, `stopped_at_step` (of each run that was stopped early) and `dp_sgd` (what
-            [`MemControlTrainer.privacy`] says of the selected mask's run).
-        images (`dict[str, int]`): rows and different images of each split.
-        encoder (`str`): whose features `fid` and `amd` use.
-        search (`dict`, *optional*): the study; `None` when the mask was given.
-        audit (`dict`, *optional*): what [`audit_memorization`] found.
-        gate (`dict`, *optional*): what [`MemorizationReport.judge`] decided.
-        command (`str`, *optional*): that made it, without what names a place or a person's data.
+        training (`dict`): Learning rate, steps, batch size, resolution, seed and other settings of the training;
+            `mitigations`; and where there are any `sampling_mitigations`, `stopped_at_step` (of each run that was
+            stopped early) and `dp_sgd` (what [`MemControlTrainer.privacy`] says about the selected mask's run).
+        images (`dict[str, int]`): Number of rows and of different images of each split.
+        encoder (`str`): Image encoder whose features `fid` and `amd` use.
+        search (`dict`, *optional*): Summary of the search; `None` when the mask was given.
+        audit (`dict`, *optional*): What [`audit_memorization`] found.
+        gate (`dict`, *optional*): What [`MemorizationReport.judge`] decided.
+        command (`str`, *optional*): Command that made the report, without what names a place or a person's data.
+        weights (`dict[str, str]`): SHA-256 of each file of weights that was measured.
         card (`dict`):
-            What the card says beside that, each where it is known: `base_revision` of the base model, `hub_model_id`
-            and `revision` of a push, else the `location` of the folder in the loading snippet, `denoiser` (the
-            pipeline's attribute), `example_inputs` of the pipeline (`prompt`, `class_labels` or `batch_size`),
-            `license`, `datasets` (public ones), `run_url` (of the tracker), and `export` (what
+            What the card says beside the figures, each where it is known: `base_revision` of the base model,
+            `hub_model_id` and `revision` of a push, else the `location` of the folder in the loading snippet,
+            `denoiser` (the pipeline's attribute), `example_inputs` of the pipeline (`prompt`, `class_labels` or
+            `batch_size`), `license`, `datasets` (public ones), `run_url` (address in the tracker), and `export` (what
             [`~memcontrol_hf.publish.export.export`] made of the adapter).
-        versions (`dict[str, str]`): of the packages.
+        versions (`dict[str, str]`): Versions of the packages that measured.
+        schema_version (`int`): Version of the report's format; see `REPORT_SCHEMA`.
     """
 
     base_model: str = ""
@@ -67,7 +71,11 @@ class MemorizationReport:
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self, path: str | Path) -> None:
-        """Write the report."""
+        """Write the report as JSON.
+
+        Raises:
+            ValueError: When a figure is not finite.
+        """
         content = json.dumps(asdict(self), indent=2, allow_nan=False)
         Path(path).write_text(content + "\n", encoding="utf-8")
 
@@ -76,7 +84,7 @@ class MemorizationReport:
         """Read a report.
 
         Raises:
-            ValueError: when the file holds a report of another version, or none.
+            ValueError: When the file holds no report, or a report of another version.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -91,10 +99,13 @@ class MemorizationReport:
         """Apply a release gate to the audit, and keep the verdict in `gate`.
 
         Args:
-            limits (`dict`): as [`load_gate`] reads them.
+            limits (`dict`): Limits for each measure, as [`load_gate`] reads them.
 
         Returns:
-            `bool`: whether every limit is kept. What could not be measured is not kept.
+            `bool`: Whether every limit is kept. A limit for what could not be measured is not kept.
+
+        Raises:
+            ValueError: When the report holds no audit.
         """
         if self.audit is None:
             raise ValueError("there is no audit to judge: run audit_memorization first")
@@ -109,8 +120,13 @@ class MemorizationReport:
         self.gate["passed"] = not self.gate["failures"]
         return self.gate["passed"]
 
+    def guarantee(self) -> dict[str, Any] | None:
+        """The spent `epsilon` and `delta` of a differentially private training, if they guarantee anything."""
+        spent = self.training.get("dp_sgd")
+        return spent if spent and spent["says_something"] else None
+
     def privacy(self) -> str | None:
-        """What the differentially private training guarantees, in words; `None` without one."""
+        """What the differentially private training guarantees, in words; `None` after any other training."""
         spent = self.training.get("dp_sgd")
         if spent is None:
             return None
@@ -133,34 +149,34 @@ class MemorizationReport:
         )
 
     def table(self) -> list[list[str]]:
-        """The figures as rows of text, the head first."""
+        """The figures against held-out images as rows of text, the head first."""
         head = ["", "trainable %", "fid ↓", "amd ↑ (held-out)", "membership AUC ↓ (95 %)", "noise norm (held-out)"]
         rows = [
             [
                 name,
-                f"{f['trainable_percent']:.3g}",
-                f"{f['fid']:.2f}",
-                f"{f['amd']:.4f} ({f['amd_held_out']:.4f})",
-                f"{f['membership_auc']:.3f} ({f['membership_auc_low']:.3f} to {f['membership_auc_high']:.3f})",
-                f"{f['noise_norm']:.3f} ({f['noise_norm_held_out']:.3f})" if "noise_norm" in f else NOT_APPLICABLE,
+                f"{figures['trainable_percent']:.3g}",
+                f"{figures['fid']:.2f}",
+                f"{figures['amd']:.4f} ({figures['amd_held_out']:.4f})",
+                _with_interval(*(figures["membership_auc" + end] for end in ("", "_low", "_high"))),
+                f"{figures['noise_norm']:.3f} ({figures['noise_norm_held_out']:.3f})"
+                if "noise_norm" in figures
+                else NOT_APPLICABLE,
             ]
-            for name, f in self.figures.items()
+            for name, figures in self.figures.items()
         ]
         return [head, *rows]
 
     def audit_table(self) -> list[list[str]]:
-        """The audit's measures as rows of text, the head first."""
+        """The measures of the audit as rows of text, the head first."""
         head = ["", "model (95 %)", "frozen base", "held-out as train"]
-        return [
-            head,
-            *(
-                [name, *(_cell(of.get(who), who == "model") for who in ("model", "frozen_base", "held_out_as_train"))]
-                for name, of in self.audit["measures"].items()
-            ),
+        rows = [
+            [name, _cell(figures.get("model")), *(_cell(figures.get(control), False) for control in _CONTROLS)]
+            for name, figures in self.audit["measures"].items()
         ]
+        return [head, *rows]
 
     def summary(self) -> str:
-        """What was measured as aligned tables, with the canaries and the verdict."""
+        """What was measured, to print: aligned tables, the guarantee, the canaries and the verdict."""
         parts = []
         if self.figures:
             parts.append(_aligned(self.table()))
@@ -186,13 +202,16 @@ def _aligned(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def _cell(figure: Mapping[str, Any] | None, interval: bool) -> str:
+def _cell(figure: Mapping[str, Any] | None, interval: bool = True) -> str:
+    """A figure of the audit (`value`, `low`, `high`, `note`) as a cell of a table."""
     if figure is None:
         return "not measured"
     if figure["value"] is None:
         return NOT_APPLICABLE if (figure.get("note") or "").startswith(NOT_APPLICABLE) else "not estimable"
-    text = f"{figure['value']:.3f}"
-    return f"{text} ({figure['low']:.3f} to {figure['high']:.3f})" if interval and figure["low"] is not None else text
+    if not interval or figure["low"] is None:
+        return f"{figure['value']:.3f}"
+    return _with_interval(figure["value"], figure["low"], figure["high"])
 
 
-# ---- the release gate ----
+def _with_interval(value: float, low: float, high: float) -> str:
+    return f"{value:.3f} ({low:.3f} to {high:.3f})"

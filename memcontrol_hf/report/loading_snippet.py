@@ -1,0 +1,73 @@
+"""The Python on a card that loads an adapter or an export and generates an image."""
+
+import json
+from collections.abc import Sequence
+
+from .report import MemorizationReport
+
+# `attention` is what the training script calls `weights`. Their adapters need this package; PEFT reads all others.
+_OUR_METHODS = ("svdiff", "difffit", "attention", "weights", "norm", "bias")
+
+
+def loading_snippet(report: MemorizationReport, location: str, export_format: str | None, parts: Sequence[str]) -> str:
+    """The lines that load the pipeline with the adapter and generate an image.
+
+    Args:
+        report ([`MemorizationReport`]): Report of the adapter. Its `card` names the denoiser, the revisions and the
+            inputs of the example.
+        location (`str`): Folder or Hub id of the adapter or of the export.
+        export_format (`str`, *optional*): `merged`, `lora` or `peft` for an export; `None` for what a fine-tune left.
+        parts (list of `str`): Folders that hold an adapter: `""` for the denoiser, or the name of a text encoder.
+    """
+    from_demo = report.base_model == "demo" and export_format != "merged"
+    as_adapter = export_format in (None, "peft")
+    registers = report.method in _OUR_METHODS and as_adapter
+    lines = []
+    if registers:
+        lines.append("import memcontrol_hf  # registers the PEFT method")
+    elif from_demo:
+        lines.append("import memcontrol_hf")
+    if not from_demo:
+        lines.append("from diffusers import DiffusionPipeline")
+    if as_adapter:
+        lines.append("from peft import PeftModel")
+    lines.append("")
+    place = _python(location) + _revision(report.card.get("revision"))
+    if export_format == "merged":
+        lines.append(f"pipe = DiffusionPipeline.from_pretrained({place})")
+    else:
+        base = _python(report.base_model) + _revision(report.card.get("base_revision"))
+        lines.append(f"pipe = {_load_base(base, from_demo)}")
+    if export_format == "lora":
+        lines.append(f"pipe.load_lora_weights({place})")
+    if as_adapter:
+        lines += [_load_adapter(report, location, part) for part in parts]
+    return "\n".join([*lines, f"image = pipe({_example_inputs(report)}).images[0]"])
+
+
+def _load_base(base: str, from_demo: bool) -> str:
+    return "memcontrol_hf.demo_pipeline()" if from_demo else f"DiffusionPipeline.from_pretrained({base})"
+
+
+def _load_adapter(report: MemorizationReport, location: str, part: str) -> str:
+    """The line that puts the adapter of the denoiser or of a text encoder in its place."""
+    name = part or report.card.get("denoiser", "unet")
+    subfolder = f", subfolder={_python(part)}" if part else ""
+    revision = _revision(report.card.get("revision"))
+    return f"pipe.{name} = PeftModel.from_pretrained(pipe.{name}, {_python(location)}{subfolder}{revision})"
+
+
+def _example_inputs(report: MemorizationReport) -> str:
+    inputs = report.card.get("example_inputs") or {"prompt": [""]}
+    if "prompt" in inputs:
+        return _python(inputs["prompt"][0])
+    return ", ".join(f"{name}={_python(value)}" for name, value in inputs.items())
+
+
+def _revision(revision: str | None) -> str:
+    return f", revision={_python(revision)}" if revision else ""
+
+
+def _python(value: str | int | list[int]) -> str:
+    """A string, number or list as Python source, strings in double quotes."""
+    return json.dumps(value, ensure_ascii=False)

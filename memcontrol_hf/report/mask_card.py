@@ -1,0 +1,60 @@
+"""The card of a mask that is shared without its adapter."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from ..adapter_folder import MASK
+from ..masks import block_map, selected_blocks
+from .card_metadata import as_yaml, base_metadata, last_part, readable_base
+from .escaping import render_template
+from .report import MemorizationReport
+
+
+@dataclass(frozen=True)
+class MaskCard:
+    """What `mask_card_template.md` says, apart from its own words.
+
+    Args:
+        content (`dict`): Content of `mask.json`: `mask`, and where they are known `base_model`, `method`, `search`,
+            `figures` (of the frozen base, of all blocks and of the mask), `hub_model_id` and `license`.
+        location (`str`): Folder or Hub id of the mask.
+    """
+
+    content: dict[str, Any]
+    location: str
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "MaskCard":
+        """Read the folder of a mask."""
+        content = json.loads((folder / MASK).read_text(encoding="utf-8"))
+        return cls(content, content.get("hub_model_id") or folder.resolve().name)
+
+    def render(self) -> str:
+        """The text of the card."""
+        content, mask = self.content, self.content["mask"]
+        base, method = content.get("base_model", ""), content.get("method")
+        report = MemorizationReport(figures=content.get("figures", {}), versions={})
+        data = ModelCardData(
+            **base_metadata(base, "adapter"),
+            license=content.get("license"),
+            tags=["memcontrol", "memcontrol-mask", *([method] if method else []), "diffusers", "memorization"],
+        )
+        return render_template(
+            "mask_card_template.md",
+            metadata=as_yaml(data),
+            name=last_part(self.location),
+            location=self.location,
+            base=readable_base(base),
+            base_argument=base,
+            method=method,
+            block_map=block_map(mask),
+            blocks_on=len(selected_blocks(mask)),
+            block_count=len(mask),
+            tunes_text=any(name.startswith("text_encoder") for name in mask),
+            search=content.get("search"),
+            table=report.table() if report.figures else [],
+        )
