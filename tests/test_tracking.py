@@ -41,9 +41,6 @@ def test_the_run_shows_the_images_that_are_no_copies_and_counts_the_others(tmp_p
     log_images(images, "a public prompt", features, train, others)  # no run: nothing happens
 
 
-def test_shown_images_have_seeds_of_their_own():
-
-
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """A W&B server on the loopback interface."""
