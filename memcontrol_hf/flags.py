@@ -1,12 +1,14 @@
-"""The flags of `training_scripts/train_memcontrol.py`: their help, their defaults, and what of them is published."""
+"""The flags of `training_scripts/train_memcontrol.py`: their help, their defaults, and what becomes of their values.
 
-import dataclasses
+Each flag says by itself whether a study depends on it and whether its value may be published.
+"""
+
 import hashlib
 import os
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import peft
 from huggingface_hub import HfApi
@@ -15,12 +17,12 @@ from peft import PeftConfig
 from .evaluation import METRICS
 from .families import DTYPES, QUANTIZATIONS
 from .mitigations import MITIGATIONS
+from .search import SAMPLERS
 from .tuners import MemControlConfig
 
-# the projections of attention layers: of denoisers, of CLIP, of T5
+# The projections of attention layers in denoisers, in CLIP and in T5.
 ATTENTION = [*("to_q", "to_k", "to_v", "to_out.0"), *("q_proj", "k_proj", "v_proj", "out_proj"), *("q", "k", "v", "o")]
 
-# method -> its config, and the learning rates that are searched
 METHODS: dict[str, tuple[PeftConfig, tuple[float, float]]] = {
     "svdiff": (MemControlConfig(method="svdiff"), (1e-2, 1e-1)),
     "difffit": (MemControlConfig(method="difffit"), (3e-4, 3e-2)),
@@ -28,13 +30,11 @@ METHODS: dict[str, tuple[PeftConfig, tuple[float, float]]] = {
     "weights": (MemControlConfig(method="weights"), (1e-5, 1e-3)),
     "norm": (MemControlConfig(method="norm"), (3e-4, 3e-2)),
     "bias": (MemControlConfig(method="bias"), (3e-4, 3e-2)),
-    "lora": (
-        peft.LoraConfig(r=4, lora_alpha=4, target_modules=ATTENTION),
-        (1e-4, 1e-2),
-    ),
+    "lora": (peft.LoraConfig(r=4, lora_alpha=4, target_modules=ATTENTION), (1e-4, 1e-2)),
 }
+"""Values of `--method`, each with its PEFT config and the learning rates that are searched. `attention`, the paper's
+name, is accepted for `weights`."""
 
-# what a flag is when it is not given: for the demo's pipeline, which shall be done in minutes on two cores, and others
 DEMO = {
     "resolution": 64,
     "train_batch_size": 32,
@@ -47,7 +47,7 @@ DEMO = {
     "audit_num_prompts": 92,
     "audit_images_per_prompt": 4,
 }
-
+"""Defaults for the demo's pipeline, which runs in minutes on two cores."""
 OTHER = {
     "resolution": 512,
     "train_batch_size": 4,
@@ -60,214 +60,311 @@ OTHER = {
     "audit_num_prompts": 100,
     "audit_images_per_prompt": 10,
 }
+"""Defaults for any other pipeline."""
 
 
-def _by_pipeline(name: str, text: str) -> Any:
+def _flag(
+    default: Any,
+    text: str,
+    *,
+    study: bool | str,
+    publish: Literal["yes", "unless_path", "placeholder", "never"],
+    **metadata: Any,
+) -> Any:
+    """A flag.
+
+    Args:
+        default: default value; a list is copied for each use.
+        text (`str`): help text.
+        study (`bool` or `str`):
+            Whether a study depends on the flag, so that going on with another value is refused. The name of a flag
+            says: only where that flag is set.
+        publish (`str`):
+            What the published command holds. `"yes"`: the value. `"unless_path"`: the value, but `YOUR_NAME` in the
+            place of a path on this machine. `"placeholder"`: always `YOUR_NAME`, since the value names a place or a
+            person's data. `"never"`: nothing, since others do not need the flag to repeat the run.
+        **metadata: further metadata for `HfArgumentParser`.
+    """
+    given = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(**given, metadata={"help": text, "study": study, "publish": publish, **metadata})
+
+
+def _by_pipeline(name: str, text: str, *, study: bool) -> Any:
     """A flag whose default depends on the pipeline."""
-    return field(default=None, metadata={"help": f"{text} {DEMO[name]} for the demo's pipeline, else {OTHER[name]}."})
+    text = f"{text} {DEMO[name]} for the demo's pipeline, else {OTHER[name]}."
+    return _flag(None, text, study=study, publish="yes")
 
 
 @dataclass
 class ScriptArguments:
     """What is tuned, on which images, how it is searched, and where the result goes."""
 
-    pretrained_model_name_or_path: str = field(
-        default="demo",
-        metadata={
-            "help": "Pipeline to tune: a Hub id, a folder or a .safetensors file. `demo`: the one in the package."
-        },
+    # ---- model and images ----
+    pretrained_model_name_or_path: str = _flag(
+        "demo",
+        "Pipeline to tune: a Hub id, a folder or a .safetensors file. `demo`: the pipeline in the package.",
+        study=True,
+        publish="unless_path",
     )
-    revision: str | None = field(default=None, metadata={"help": "Of the pipeline on the Hub."})
-    variant: str | None = field(default=None, metadata={"help": "Of the pipeline's weights, say fp16."})
-    dtype: str | None = field(
-        default=None, metadata={"help": f"Of the frozen weights: {', '.join(DTYPES)}. float32 if not given."}
+    revision: str | None = _flag(None, "Revision of the pipeline on the Hub.", study=True, publish="unless_path")
+    variant: str | None = _flag(
+        None, "Variant of the pipeline's weights, such as fp16.", study=True, publish="unless_path"
     )
-    quantization: str | None = field(
-        default=None,
-        metadata={"help": f"Of the frozen denoiser, for --method lora: {', '.join(QUANTIZATIONS)}."},
+    dtype: str | None = _flag(
+        None, f"Precision of the frozen weights: {', '.join(DTYPES)}; float32 if not given.", study=True, publish="yes"
     )
-    single_file_config: str | None = field(
-        default=None,
-        metadata={"help": "For a .safetensors file: a Hub id or folder of a pipeline that is built alike."},
+    quantization: str | None = _flag(
+        None,
+        f"Quantization of the frozen denoiser, for --method lora: {', '.join(QUANTIZATIONS)}.",
+        study=True,
+        publish="yes",
     )
-    dataset_name: str = field(
-        default="demo",
-        metadata={"help": "Images: a Hub id or a folder that `load_dataset` reads. `demo`: those in the package."},
+    single_file_config: str | None = _flag(
+        None,
+        "Hub id or folder of a pipeline with the same architecture as the .safetensors file.",
+        study=True,
+        publish="placeholder",
     )
-    train_data_dir: str | None = field(
-        default=None, metadata={"help": "Images instead: a folder with a metadata.jsonl beside the files."}
+    dataset_name: str = _flag(
+        "demo",
+        "Images: a Hub id or a folder that `load_dataset` reads. `demo`: the images in the package.",
+        study=True,
+        publish="placeholder",
     )
-    image_column: str = field(default="image", metadata={"help": "Column with the images."})
-    caption_column: str = field(default="text", metadata={"help": "Column with the captions."})
-    group_column: str | None = field(
-        default=None, metadata={"help": "Column that must not be torn apart by the splits: a patient's id, say."}
+    train_data_dir: str | None = _flag(
+        None,
+        "Images, instead of --dataset_name: a folder with a metadata.jsonl beside the files.",
+        study=True,
+        publish="placeholder",
     )
-    canaries: int = field(
-        default=0,
-        metadata={"help": "Training images that are repeated, to see whether the audit's attacks find them."},
+    image_column: str = _flag("image", "Column with the images.", study=True, publish="unless_path")
+    caption_column: str = _flag("text", "Column with the captions.", study=True, publish="unless_path")
+    group_column: str | None = _flag(
+        None,
+        "Column whose values the splits keep together, such as a patient's id.",
+        study=True,
+        publish="unless_path",
     )
-    canary_repeats: int = field(default=4, metadata={"help": "How often each canary occurs."})
-    near_duplicates: float = field(
-        default=0.05,
-        metadata={"help": "How unlike images of different splits must be, 0 to 1; see metrics.near_duplicates."},
+    canaries: int = _flag(
+        0,
+        "Number of training images to repeat, which shows whether the audit's attacks find them.",
+        study="canaries",
+        publish="yes",
     )
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Where the result goes. outputs/quickstart for the demo."}
+    canary_repeats: int = _flag(4, "How often each canary occurs.", study="canaries", publish="yes")
+    near_duplicates: float = _flag(
+        0.05,
+        "Least difference between images of different splits, 0 to 1; see metrics.near_duplicates.",
+        study=False,
+        publish="yes",
     )
-
-    method: str = field(
-        default="svdiff",
-        metadata={
-            "help": f"What is tuned in a selected block: {', '.join(METHODS)} (weights is attention's other name)."
-        },
-    )
-    peft_config: str | None = field(
-        default=None,
-        metadata={"help": "Any other PEFT method: a JSON file as save_pretrained writes it (adapter_config.json)."},
-    )
-    granularity: list[str] = field(
-        default_factory=lambda: ["block"],
-        metadata={
-            "help": "What a bit of the mask stands for: block, site (attn1, attn2, ff), or regular expressions over "
-            "the denoiser's module names, one for each bit."
-        },
-    )
-    text_encoder_blocks: bool = field(
-        default=False,
-        metadata={"help": "Layers of the text encoders are blocks, too; captions are then encoded in each step."},
-    )
-    mask_from: str | None = field(
-        default=None,
-        metadata={
-            "help": "Take the mask of this adapter folder, JSON file or Hub repository instead of searching; with "
-            "--n_trials it is the third trial of a search."
-        },
+    output_dir: str | None = _flag(
+        None,
+        "Folder for the result; outputs/quickstart for the demo, else outputs/memcontrol.",
+        study=False,
+        publish="never",
     )
 
-    n_trials: int | None = field(
-        default=None, metadata={"help": "Trials of the search, all in all: 8, or none with --mask_from."}
+    # ---- what is tuned ----
+    method: str = _flag(
+        "svdiff",
+        f"PEFT method of a selected block: {', '.join(METHODS)} (attention is another name of weights).",
+        study=True,
+        publish="yes",
     )
-    objectives: list[str] = field(
-        default_factory=lambda: ["fid", "membership_auc"],
-        metadata={"help": f"Out of {', '.join(METRICS)}; quality first, memorization second."},
+    peft_config: str | None = _flag(
+        None,
+        "Any other PEFT method: a JSON file as save_pretrained writes it (adapter_config.json).",
+        study=True,
+        publish="placeholder",
     )
-    memorization_budget: float | None = field(
-        default=None,
-        metadata={
-            "help": "Worst second objective that is allowed, a constraint of the search. Without it: the front's knee."
-        },
+    granularity: list[str] = _flag(
+        ["block"],
+        "What a bit of the mask stands for: block, site (attn1, attn2, ff), or regular expressions over the "
+        "denoiser's module names, one for each bit.",
+        study=True,
+        publish="yes",
     )
-    max_trainable_percent: float | None = field(
-        default=None, metadata={"help": "Masks that train more of the parameters are not tried."}
+    text_encoder_blocks: bool = _flag(
+        False,
+        "Make the layers of the text encoders blocks, too; captions are then encoded in each step.",
+        study=True,
+        publish="yes",
+    )
+    mask_from: str | None = _flag(
+        None,
+        "Mask to use instead of a search: an adapter folder, a JSON file or a Hub repository; with --n_trials it is "
+        "the third trial of the search.",
+        study=False,
+        publish="placeholder",
+    )
+
+    # ---- search ----
+    n_trials: int | None = _flag(
+        None,
+        "Number of trials that the study holds in the end: 8, or none with --mask_from.",
+        study=False,
+        publish="yes",
+    )
+    objectives: list[str] = _flag(
+        ["fid", "membership_auc"],
+        f"Objectives, the quality first and the memorization second: {', '.join(METRICS)}.",
+        study=True,
+        publish="yes",
+    )
+    memorization_budget: float | None = _flag(
+        None,
+        "Worst value of the second objective that is allowed, a constraint of the search. Without it, the knee of the "
+        "front is chosen.",
+        study=False,
+        publish="yes",
+    )
+    max_trainable_percent: float | None = _flag(
+        None, "Largest share of trained parameters; larger masks are not tried.", study=False, publish="yes"
     )
     n_finalists: int | None = _by_pipeline(
-        "n_finalists", "Runs of the front that are repeated with new seeds before one is chosen by the repeats."
+        "n_finalists", "Number of runs of the front that are repeated before one is chosen.", study=False
     )
-    finalist_repeats: int = field(default=1, metadata={"help": "How often each of them is repeated."})
-    trial_timeout: float | None = field(
-        default=None, metadata={"help": "Seconds after which a trial's training is stopped; it has failed then."}
+    finalist_repeats: int = _flag(1, "How often each of these runs is repeated.", study=False, publish="yes")
+    trial_timeout: float | None = _flag(
+        None,
+        "Seconds after which the training of a trial is stopped; the trial has failed then.",
+        study=False,
+        publish="yes",
     )
-    prune_at: float | None = field(
-        default=None,
-        metadata={"help": "Share of a trial's steps after which it is stopped if two others dominate it there."},
+    prune_at: float | None = _flag(
+        None,
+        "Share of a trial's steps after which the trial is stopped if two others dominate it there.",
+        study=True,
+        publish="yes",
     )
-    sampler: str = field(default="tpe", metadata={"help": "Of the search: tpe, nsga2, gp, random."})
-    search_fraction: float = field(default=1.0, metadata={"help": "Share of the training rows in a trial."})
-    search_max_steps: int | None = _by_pipeline("search_max_steps", "Steps of a trial of the search.")
-    storage: str | None = field(
-        default=None,
-        metadata={
-            "help": "Of the study, which any number of processes share: a journal file, a database's address, or "
-            "grpc://host:port. See docs/search.md."
-        },
+    sampler: str = _flag("tpe", f"Sampler of the search: {', '.join(SAMPLERS)}.", study=True, publish="yes")
+    search_fraction: float = _flag(1.0, "Share of the training rows in a trial.", study=True, publish="yes")
+    search_max_steps: int | None = _by_pipeline("search_max_steps", "Steps of a trial.", study=True)
+    storage: str | None = _flag(
+        None,
+        "Storage of the study, which any number of processes share: a journal file, a database's address, or "
+        "grpc://host:port. See docs/search.md.",
+        study=False,
+        publish="never",
     )
-    study_name: str = field(default="memcontrol", metadata={"help": "Name of the study in its storage."})
-    backend: str = field(
-        default="optuna",
-        metadata={"help": "optuna: the trials run in this process. ray: in workers that Ray places on its cluster."},
+    study_name: str = _flag("memcontrol", "Name of the study in its storage.", study=False, publish="unless_path")
+    backend: str = _flag(
+        "optuna",
+        "Where trials run. optuna: in this process. ray: in workers that Ray places on its cluster.",
+        study=False,
+        publish="yes",
     )
-    num_workers: int | None = field(
-        default=None,
-        metadata={"help": "Workers of --backend ray, each with a CPU and a GPU if there are any: 2."},
-    )
-
-    resolution: int | None = _by_pipeline("resolution", "Side of the images in pixels.")
-    train_batch_size: int | None = _by_pipeline("train_batch_size", "Images a step on each device.")
-    eval_batch_size: int = field(default=32, metadata={"help": "Images at once in measuring and sampling."})
-    max_train_steps: int | None = _by_pipeline("max_train_steps", "Steps of the final fine-tune.")
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches for one step."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Less memory for more time."})
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "A fixed learning rate. Without it, it is searched with the mask."}
-    )
-    lr_scheduler: str = field(default="constant", metadata={"help": "As transformers calls it: cosine, ..."})
-    lr_warmup_steps: int = field(default=0, metadata={"help": "Steps until the full learning rate."})
-    snr_gamma: float | None = field(default=None, metadata={"help": "Min-SNR weighting of the loss; 5 is usual."})
-    caption_dropout: float = field(default=0.1, metadata={"help": "Share of captions replaced by the empty one."})
-    mitigation: list[str] = field(
-        default_factory=list,
-        metadata={
-            "action": "extend",
-            "help": f"Further means against memorization, NAME[:arguments]: {', '.join(MITIGATIONS)}. Several "
-            "combine: rwa:n=4 threshold:q=0.9. See docs/mitigations.md.",
-        },
-    )
-    mixed_precision: str = field(default="no", metadata={"help": "no, fp16 or bf16."})
-    trainer_args: str = field(
-        default="{}",
-        metadata={"help": 'Any other argument of transformers\' Trainer as JSON: {"optim": "adamw_bnb_8bit"}.'},
+    num_workers: int | None = _flag(
+        None,
+        "Number of workers of --backend ray, each with a CPU and a GPU if there are any: 2.",
+        study=False,
+        publish="yes",
     )
 
-    encoder: str = field(
-        default="demo",
-        metadata={
-            "help": "Image encoder of fid and amd: demo, a Hub id or folder of a model, or xrv:densenet121-res224-all."
-        },
+    # ---- training ----
+    resolution: int | None = _by_pipeline("resolution", "Side of the images in pixels.", study=True)
+    train_batch_size: int | None = _by_pipeline("train_batch_size", "Images a step on each device.", study=True)
+    eval_batch_size: int = _flag(32, "Images at once in measuring and sampling.", study=False, publish="yes")
+    max_train_steps: int | None = _by_pipeline("max_train_steps", "Steps of the final fine-tune.", study=False)
+    gradient_accumulation_steps: int = _flag(1, "Number of batches for one step.", study=True, publish="yes")
+    gradient_checkpointing: bool = _flag(False, "Use less memory and more time.", study=False, publish="yes")
+    learning_rate: float | None = _flag(
+        None,
+        "Fixed learning rate. Without it, the learning rate is searched with the mask.",
+        study=True,
+        publish="yes",
     )
-    eval_num_images: int | None = _by_pipeline("eval_num_images", "Images generated for fid and for amd.")
-    eval_inference_steps: int | None = _by_pipeline("eval_inference_steps", "Sampling steps of these images.")
-    eval_guidance_scale: float | None = _by_pipeline("eval_guidance_scale", "Guidance scale of these images.")
-    audit_num_prompts: int | None = _by_pipeline("audit_num_prompts", "Training captions that the audit samples.")
-    audit_images_per_prompt: int | None = _by_pipeline("audit_images_per_prompt", "Images for each of them.")
-    gate: str | None = field(
-        default=None, metadata={"help": "Gate file of the audit: limits for its measures. The package's by default."}
+    lr_scheduler: str = _flag(
+        "constant", "Schedule of the learning rate, as transformers names it: cosine, ...", study=True, publish="yes"
     )
-    validation_prompt: str | None = field(
-        default=None, metadata={"help": "Prompt in the card's loading snippet. It is published."}
+    lr_warmup_steps: int = _flag(0, "Steps until the full learning rate.", study=True, publish="yes")
+    snr_gamma: float | None = _flag(None, "Min-SNR weighting of the loss; 5 is usual.", study=True, publish="yes")
+    caption_dropout: float = _flag(0.1, "Share of captions replaced by the empty one.", study=True, publish="yes")
+    mitigation: list[str] = _flag(
+        [],
+        f"Further means against memorization, NAME[:arguments]: {', '.join(MITIGATIONS)}. Several combine: rwa:n=4 "
+        "threshold:q=0.9. See docs/mitigations.md.",
+        study=True,
+        publish="yes",
+        action="extend",
+    )
+    mixed_precision: str = _flag("no", "Mixed precision of the training: no, fp16 or bf16.", study=True, publish="yes")
+    trainer_args: str = _flag(
+        "{}",
+        'Other arguments of transformers\' Trainer as JSON: {"optim": "adamw_bnb_8bit"}.',
+        study=True,
+        publish="placeholder",
     )
 
-    dry_run: bool = field(
-        default=False,
-        metadata={
-            "help": "Read nothing but the model's configs; print blocks, trainable parameters, adapter size and "
-            "memory, and stop."
-        },
+    # ---- measures and audit ----
+    encoder: str = _flag(
+        "demo",
+        "Image encoder of fid and amd: demo, a Hub id or folder of a model, or xrv:densenet121-res224-all.",
+        study=True,
+        publish="unless_path",
     )
-    seed: int = field(default=0, metadata={"help": "Of everything."})
-    checkpointing_steps: int | None = field(
-        default=None, metadata={"help": "Save the state of the final fine-tune each so many steps."}
+    eval_num_images: int | None = _by_pipeline("eval_num_images", "Images generated for fid and for amd.", study=True)
+    eval_inference_steps: int | None = _by_pipeline("eval_inference_steps", "Sampling steps of images.", study=True)
+    eval_guidance_scale: float | None = _by_pipeline("eval_guidance_scale", "Guidance scale of images.", study=True)
+    audit_num_prompts: int | None = _by_pipeline(
+        "audit_num_prompts", "Number of training captions that the audit samples.", study=False
     )
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "Go on with the final fine-tune: a checkpoint's folder, or latest."}
+    audit_images_per_prompt: int | None = _by_pipeline(
+        "audit_images_per_prompt", "Number of images that the audit generates for each caption.", study=False
     )
-    report_to: str = field(default="none", metadata={"help": "wandb, tensorboard, trackio, all or none."})
-    log_images: int = field(
-        default=0,
-        metadata={"help": "Images of --validation_prompt to show in wandb, without those that may be copies."},
+    gate: str | None = _flag(
+        None,
+        "Gate file of the audit: limits for its measures. The package's own by default.",
+        study=False,
+        publish="never",
     )
-    push_to_hub: bool = field(default=False, metadata={"help": "Upload the public files, to a private repository."})
-    hub_model_id: str | None = field(
-        default=None, metadata={"help": "The repository; the folder's name if not given."}
+    validation_prompt: str | None = _flag(
+        None, "Prompt in the card's loading snippet. It is published.", study=False, publish="unless_path"
     )
-    hub_revision: str | None = field(default=None, metadata={"help": "Branch to push to."})
-    hub_public: bool = field(
-        default=False, metadata={"help": "Make a new repository public, or push to one that is public."}
+
+    # ---- the run ----
+    dry_run: bool = _flag(
+        False,
+        "Read nothing but the model's configs; print blocks, trainable parameters, adapter size and memory, and stop.",
+        study=False,
+        publish="never",
     )
-    allow_failed_gate: bool = field(
-        default=False, metadata={"help": "Push although the release gate failed; the card says so first."}
+    seed: int = _flag(0, "Random seed of data split, search and training.", study=True, publish="yes")
+    checkpointing_steps: int | None = _flag(
+        None, "Steps between two checkpoints of the final fine-tune.", study=False, publish="yes"
     )
-    license: str | None = field(
-        default=None, metadata={"help": "Of the adapter, as the Hub writes it: apache-2.0, ... It is on the card."}
+    resume_from_checkpoint: str | None = _flag(
+        None,
+        "Checkpoint of the final fine-tune to go on with: a folder, or latest.",
+        study=False,
+        publish="never",
+    )
+    report_to: str = _flag("none", "Trackers: wandb, tensorboard, trackio, all or none.", study=False, publish="never")
+    log_images: int = _flag(
+        0,
+        "Number of images of --validation_prompt to show in wandb, without those that may be copies.",
+        study=False,
+        publish="never",
+    )
+
+    # ---- publishing ----
+    push_to_hub: bool = _flag(False, "Upload the public files, to a private repository.", study=False, publish="never")
+    hub_model_id: str | None = _flag(
+        None, "Repository to push to; the folder's name if not given.", study=False, publish="never"
+    )
+    hub_revision: str | None = _flag(None, "Branch to push to.", study=False, publish="never")
+    hub_public: bool = _flag(
+        False, "Make a new repository public, or push to one that is public.", study=False, publish="never"
+    )
+    allow_failed_gate: bool = _flag(
+        False, "Push although the release gate failed; the card says so first.", study=False, publish="never"
+    )
+    license: str | None = _flag(
+        None,
+        "License of the adapter on the card, as the Hub writes it: apache-2.0, ...",
+        study=False,
+        publish="unless_path",
     )
 
     def __post_init__(self) -> None:
@@ -279,32 +376,25 @@ class ScriptArguments:
                 setattr(self, name, value)
 
 
-_SEEN_LATER = ("images", "world_size")
+SEEN_LATER = ("images", "world_size")
+"""Settings of a study that are not flags, and not known before the images are read."""
 
 
 def settings(args: ScriptArguments) -> dict[str, Any]:
-    """What a study depends on: going on with another value is refused."""
-    depends_on = (
-        *("pretrained_model_name_or_path", "revision", "variant", "dtype", "quantization", "single_file_config"),
-        *("dataset_name", "train_data_dir", "image_column"),
-        *("caption_column", "group_column", "method", "peft_config", "granularity", "objectives", "sampler"),
-        *("search_fraction", "search_max_steps", "resolution", "train_batch_size", "gradient_accumulation_steps"),
-        *("learning_rate", "lr_scheduler", "lr_warmup_steps", "snr_gamma", "caption_dropout", "mixed_precision"),
-        *("trainer_args", "encoder", "eval_num_images", "eval_inference_steps", "eval_guidance_scale", "seed"),
-    )
-    values = {name: without_place(getattr(args, name)) for name in depends_on}
-    if args.text_encoder_blocks:
-        values["text_encoder_blocks"] = True
-    if args.prune_at is not None:
-        values["prune_at"] = args.prune_at
-    if args.canaries:
-        values |= {"canaries": args.canaries, "canary_repeats": args.canary_repeats}
-    return values | ({"mitigation": sorted(args.mitigation)} if args.mitigation else {})
+    """The flags that a study depends on: going on with another value is refused."""
+
+    def counts(flag: Field) -> bool:
+        study = flag.metadata["study"]
+        return study is True or (isinstance(study, str) and bool(getattr(args, study)))
+
+    values = {flag.name: without_place(getattr(args, flag.name)) for flag in fields(args) if counts(flag)}
+    values["mitigation"] = sorted(args.mitigation)  # they apply in one order, however they are given
+    return {name: value for name, value in values.items() if value is not None and value is not False and value != []}
 
 
 def without_place(value: Any) -> Any:
-    """A path of this machine as its last part and a digest of the whole; anything else as it is."""
-    if not isinstance(value, str) or not os.path.exists(value):  # of a text that is too long for a path: False
+    """A path on this machine as its last part and a digest of the whole; anything else as it is."""
+    if not isinstance(value, str) or not os.path.exists(value):  # False for a text that is too long for a path
         return value
     path = Path(value).resolve()
     return f"{path.name} ({hashlib.sha256(str(path).encode()).hexdigest()[:8]})"
@@ -313,6 +403,11 @@ def without_place(value: Any) -> Any:
 def on_demo_data(args: ScriptArguments) -> bool:
     """Whether the images are those in the package."""
     return args.train_data_dir is None and args.dataset_name == "demo"
+
+
+def on_demo(args: ScriptArguments) -> bool:
+    """Whether both the images and the pipeline are those in the package."""
+    return on_demo_data(args) and args.pretrained_model_name_or_path == "demo"
 
 
 def public_datasets(args: ScriptArguments) -> list[str]:
@@ -325,34 +420,23 @@ def public_datasets(args: ScriptArguments) -> list[str]:
         return []
 
 
-# Flags whose values are words of this script, and no folder that happens to have such a name.
-CHOICES = ("method", "sampler", "backend", "dtype", "quantization", "mixed_precision", "lr_scheduler")
-
-
 def public_flags(args: ScriptArguments) -> str:
-    """The flags that differ from the defaults; a place, or a person's data, as `YOUR_...`, or left out."""
-    private = {"train_data_dir", "dataset_name", "output_dir", "storage", "mask_from", "peft_config", "trainer_args",
-               "resume_from_checkpoint", "gate", "pretrained_model_name_or_path", "single_file_config", "hub_model_id",
-               "push_to_hub", "hub_revision", "hub_public", "allow_failed_gate", "report_to",
-               "log_images"}  # fmt: skip
-    needed = {"train_data_dir", "dataset_name", "pretrained_model_name_or_path", "single_file_config", "mask_from",
-              "peft_config", "trainer_args"}  # fmt: skip
-    if not os.path.exists(args.pretrained_model_name_or_path):
-        private.remove("pretrained_model_name_or_path")
+    """The flags that differ from the defaults, as far as they may be published; see [`_flag`]."""
+    publish = {flag.name: flag.metadata["publish"] for flag in fields(args)}
     if public_datasets(args):
-        private.remove("dataset_name")
+        publish["dataset_name"] = "yes"
+    if on_demo(args) and not Path(args.output_dir).is_absolute():
+        publish["output_dir"] = "yes"
     default = ScriptArguments(pretrained_model_name_or_path=args.pretrained_model_name_or_path)
     default.pretrained_model_name_or_path = ScriptArguments().pretrained_model_name_or_path
-    if on_demo_data(args) and args.pretrained_model_name_or_path == "demo":
-        private -= {"output_dir"} if not Path(args.output_dir).is_absolute() else set()
-    flags = []
-    for name, value in dataclasses.asdict(args).items():
-        place = name not in ("output_dir", *CHOICES) and without_place(value) != value
-        if value == getattr(default, name):
+    words: list[str] = []
+    for name, how in publish.items():
+        value = getattr(args, name)
+        if value == getattr(default, name) or how == "never":
             continue
-        if name in private or place:
-            flags += [f"--{name} YOUR_{name.upper()}"] if name in needed else []
-            continue
-        words = [] if value is True else value if isinstance(value, list) else [value]
-        flags.append(shlex.join([f"--{name}", *map(str, words)]))
-    return " ".join(flags)
+        if how == "placeholder" or (how == "unless_path" and without_place(value) != value):
+            words.append(f"--{name} YOUR_{name.upper()}")
+        else:
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words.append(shlex.join([f"--{name}", *map(str, values)]))
+    return " ".join(words)

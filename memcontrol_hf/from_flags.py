@@ -21,7 +21,7 @@ from .dry_run import load_architecture, plan
 from .encoders import encoder_name, load_encoder
 from .evaluation import check_objectives
 from .families import DTYPES, QUANTIZATIONS, family_of, load_pipeline
-from .flags import _SEEN_LATER, METHODS, ScriptArguments, on_demo_data, public_datasets, public_flags, settings
+from .flags import METHODS, SEEN_LATER, ScriptArguments, on_demo_data, public_datasets, public_flags, settings
 from .mitigations import parse_mitigations
 from .publish.hub import check_login
 from .report import DEFAULT_GATE, load_gate
@@ -106,7 +106,7 @@ def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[
         raise ValueError("give --dataset_name or --train_data_dir, not both")
     mask = mask_from(args.mask_from) if args.mask_from else None
     if args.n_trials:
-        check_own_study(args, settings(args), later=_SEEN_LATER)
+        check_own_study(args, settings(args), later=SEEN_LATER)
     return config, rates, mask
 
 

@@ -9,8 +9,41 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
-from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback
+from transformers import ProgressCallback, Trainer
+from transformers.integrations.integration_utils import (
+    TensorBoardCallback,
+    TrackioCallback,
+    WandbCallback,
+    WandbLogModel,
+)
+
+
+class _LossProgressCallback(ProgressCallback):
+    """The Trainer's progress bar with the loss in it, instead of a printed line for each log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=logs["loss"])
+
+
+class _TensorBoardCallback(TensorBoardCallback):
+    """The Trainer's own, without the model's config, which it can read from a transformers model only."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control)
+
+
+def adjust_trackers(trainer: Trainer) -> None:
+    """Fit the Trainer's own trackers and progress bar to models of diffusers."""
+    for callback in trainer.callback_handler.callbacks:
+        # With WANDB_LOG_MODEL it would upload the arguments too, and it cannot read a denoiser's config.
+        if isinstance(callback, WandbCallback):
+            callback._log_model = WandbLogModel.FALSE
+    if (tensorboard := trainer.pop_callback(TensorBoardCallback)) is not None:
+        trainer.add_callback(_TensorBoardCallback(tensorboard.tb_writer))
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_LossProgressCallback)
 
 
 def start_tracking(trainer: Trainer, study_name: str, name: str, job_type: str, config: Mapping[str, Any]) -> None:

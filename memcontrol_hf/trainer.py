@@ -1,6 +1,7 @@
 """The inner level: a `transformers.Trainer` that fine-tunes the selected blocks of a denoiser and measures the result.
 
-The loop, checkpoints, resuming, mixed precision, distribution, schedulers and trackers are the Trainer's own.
+The loop, checkpoints, resuming, mixed precision, distribution, schedulers and trackers are the Trainer's own. This is
+one file of some length because the Trainer is extended by overriding its methods, in one class.
 """
 
 import math
@@ -14,8 +15,7 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftType
 from torch import nn
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState
-from transformers.integrations.integration_utils import TensorBoardCallback, WandbCallback, WandbLogModel
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, BestRun, TrainOutput, get_last_checkpoint
 
@@ -25,15 +25,17 @@ from .data import EncodedImages, weights_digest
 from .demo import DEMO_PIPELINE
 from .encoders import Encoder, load_encoder
 from .evaluation import METRICS, Evaluator, check_objectives
-from .families import Condition, family_of, null_like
-from .mitigations import PrivateTraining, TrainingConditions, parse_mitigations
+from .families import Condition, family_of
+from .mitigations import PrivateTraining, parse_mitigations
 from .publish.hub import push
 from .randomness import Purpose, seeded_generator
 from .report import MemorizationReport
 from .search import run_search
 from .search.ray import run_search_on_ray
 from .search_space import SearchSpace
+from .tracking import adjust_trackers
 from .training_arguments import MemControlTrainingArguments, is_place
+from .training_loss import TrainingLoss
 from .tuners import MemControlConfig
 
 if TYPE_CHECKING:
@@ -47,43 +49,34 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend {backend!r} is not supported: use 'optuna' or 'ray'")
 
 
-class _LossProgressCallback(ProgressCallback):
-    """The Trainer's progress bar with the loss in it, instead of a printed line for each log."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix(loss=logs["loss"])
-
-
-class _TensorBoardCallback(TensorBoardCallback):
-    """The Trainer's own, without the model's config, which it can read of a transformers model alone."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control)
-
-
 class MemControlTrainer(Trainer):
     """Fine-tunes the blocks of a pipeline that a mask selects, and searches that mask.
 
     Args:
         pipeline (`DiffusionPipeline`):
-            Its weights stay as they are; the denoiser gets an adapter, and so does each text encoder with a block on.
+            Pipeline to tune. Its weights stay as they are; the denoiser gets an adapter, and so does each text encoder
+            with a block on.
         peft_config (`PeftConfig`):
-            Any method with `target_modules`; the mask restricts it.
+            PEFT method: any with `target_modules`; the mask restricts it.
         args ([`MemControlTrainingArguments`]):
-            As of transformers, and those of this package.
+            Arguments of transformers and of this package.
         train_dataset (`Dataset`):
-            Columns `image`, `text`.
+            Training images: columns `image`, `text`.
         eval_dataset (`Dataset`):
-            Likewise: the validation images that the search's rewards may use.
+            Validation images, which the search's rewards may use: columns `image`, `text`.
         search_space ([`SearchSpace`], *optional*):
-            The denoiser's attention blocks by default; [`Family.search_space`] names those of text encoders, too.
+            Blocks that a mask switches: the denoiser's attention blocks by default. [`Family.search_space`] also names
+            those of text encoders.
         mask (`dict[str, bool]`, *optional*):
-            Of the first fine-tune; every block by default.
+            Mask of the first fine-tune; every block is on by default.
         encoder (`str` or `nn.Module`):
-            For `fid` and `amd`; see [`~memcontrol_hf.encoders.load_encoder`].
+            Image encoder of `fid` and `amd`; see [`~memcontrol_hf.encoders.load_encoder`].
         callbacks (list of `TrainerCallback`, *optional*):
-            As of transformers.
+            Callbacks, as in transformers.
+
+    Raises:
+        ValueError: for what does not go together, before anything is trained: the resolution, the objectives, the
+            mitigations, the mask or the PEFT method with the model or the images.
     """
 
     def __init__(
@@ -147,15 +140,10 @@ class MemControlTrainer(Trainer):
                 "FSDP and DeepSpeed shard the denoiser, which cannot be sampled and saved here: use several processes "
                 "without (accelerate launch --multi_gpu), or --quantization, which makes it small"
             )
-        for callback in self.callback_handler.callbacks:
-            # With WANDB_LOG_MODEL it would upload the arguments too, and it cannot read a denoiser's config.
-            if isinstance(callback, WandbCallback):
-                callback._log_model = WandbLogModel.FALSE
-        if (tensorboard := self.pop_callback(TensorBoardCallback)) is not None:
-            self.add_callback(_TensorBoardCallback(tensorboard.tb_writer))
+        adjust_trackers(self)
         self.loss_is_scaled_for_ga = False
-        self._conditions = TrainingConditions(
-            self._mitigations.values(), self.family, train_dataset.images, train_dataset.numbers
+        self._loss = TrainingLoss(
+            self.family, [*self._mitigations.values()], train_dataset.images, train_dataset.numbers
         )
         self._private: PrivateTraining | None = None
         if self._adapters.adapted and (private := self._private_training()):
@@ -164,9 +152,6 @@ class MemControlTrainer(Trainer):
         for mitigation in self._mitigations.values():
             if callback := mitigation.callback(self.evaluate_mid_training):
                 self.add_callback(callback)
-        if not args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
-            self.add_callback(_LossProgressCallback)
         given = callbacks or []
         self._own_callbacks = [c for c in self.callback_handler.callbacks if c not in given and type(c) not in given]
 
@@ -176,7 +161,6 @@ class MemControlTrainer(Trainer):
         """The model with new adapters for the current mask; the bare, frozen denoiser for the all-off mask."""
         return self._adapters.put_on(self.mask)
 
-    @property
     def _null(self) -> Condition | None:
         """The null condition, by the text encoders as they are now."""
         return self.family.null_condition() if self._adapters.tunes_text else self._base_null
@@ -204,7 +188,7 @@ class MemControlTrainer(Trainer):
         return 100 * self.trainable_parameters / self._adapters.base_size
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
-        """As of transformers. The all-off mask has nothing to train.
+        """As in transformers. The all-off mask has nothing to train.
 
         Raises:
             ValueError: for the all-off mask, and for a checkpoint of another run.
@@ -263,47 +247,22 @@ class MemControlTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """The mean denoising loss of a batch.
-
-        Timestep, noise, caption dropout and the mitigations' draws of a row depend on the seed, the epoch and the row
-        alone: the same rows give the same loss at any batch size, on any number of processes, and after resuming.
-        """
-        batch = self._draws(inputs)
-        timesteps, noise, latents = batch["timesteps"], batch["noise"], batch["latents"]
-        prediction = self.family.predict(model, latents, batch["condition"], timesteps, noise)
-        losses = self.family.losses_of(prediction, latents, timesteps, noise, batch["weights"])
-        for mitigation in self._mitigations.values():
-            losses = mitigation.losses(losses, prediction, self.family, model, self._null, batch)
-        return losses.mean()
+        """The mean denoising loss of a batch; see [`~memcontrol_hf.training_loss.TrainingLoss`]."""
+        return self._loss(model, self._draws(inputs), self._null).mean()
 
     def _draws(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """The arguments of [`Family.losses`] for the rows of a batch."""
-        latents, rows = inputs["latents"], inputs["row"].tolist()
-        condition = {name: inputs[name] for name in self.family.conditions}
+        """What this step draws for the rows of a batch: the arguments of [`Family.losses`]."""
         # An epoch of DP-SGD is the whole training, in which a row comes up again and again.
         turn = int(self.state.epoch or 0) if self._private is None else self.state.global_step
-        noise, timesteps, dropped = [], [], []
-        for row in rows:
-            generator = seeded_generator(self.args.seed, Purpose.TRAINING, turn, row)
-            timesteps.append(self.family.sample_timestep(generator))
-            dropped.append(torch.rand((), generator=generator) < self.args.caption_dropout)
-            noise.append(torch.randn(latents.shape[1:], generator=generator))
-        key = (self.args.seed, Purpose.MITIGATIONS, turn)
-        condition = self._conditions(condition, rows, key, encode=self._adapters.tunes_text)
-        if any(dropped) and (null := self._null) is not None:
-            null, drop = null_like(null, condition), torch.stack(dropped).to(latents.device)
-            condition = {
-                name: torch.where(drop.view(-1, *[1] * (tensor.dim() - 1)), null[name], tensor)
-                for name, tensor in condition.items()
-            }
-        timesteps = torch.stack(timesteps).to(latents.device)
-        return {
-            "latents": latents,
-            "condition": condition,
-            "timesteps": timesteps,
-            "noise": torch.stack(noise).to(latents.device),
-            "weights": self.family.loss_weights(timesteps, self.args.snr_gamma),
-        }
+        return self._loss.draw(
+            inputs,
+            self.args.seed,
+            turn,
+            self._null,
+            self.args.caption_dropout,
+            self.args.snr_gamma,
+            encode_captions=self._adapters.tunes_text,
+        )
 
     # ---- differentially private training ----
 
@@ -321,7 +280,7 @@ class MemControlTrainer(Trainer):
         return next((private for private in candidates if private is not None), None)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        """As of transformers; with the mitigation `dp_sgd` one epoch of all steps, each of which draws its rows."""
+        """As in transformers; with the mitigation `dp_sgd` one epoch of all steps, each of which draws its rows."""
         if self._private is None:
             return super().get_train_dataloader()
         loader = torch.utils.data.DataLoader(
@@ -339,7 +298,7 @@ class MemControlTrainer(Trainer):
         inputs: dict[str, torch.Tensor],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """As of transformers; with the mitigation `dp_sgd` by the gradients of single rows."""
+        """As in transformers; with the mitigation `dp_sgd` by the gradients of single rows."""
         if self._private is None:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
@@ -396,7 +355,7 @@ class MemControlTrainer(Trainer):
 
         Args:
             commit_message, blocking, token, revision, private:
-                As of transformers, but private by default, always blocking, and with the Hub login's own token.
+                As in transformers, but private by default, always blocking, and with the Hub login's own token.
             allow_failed_gate (`bool`): push although the release gate failed; the card says so first.
 
         Returns:
@@ -507,7 +466,7 @@ class MemControlTrainer(Trainer):
             num_timesteps=args.eval_num_timesteps,
             inference_steps=args.eval_inference_steps,
             guidance_scale=args.eval_guidance_scale,
-            null=self._null,
+            null=self._null(),
             encode_captions=self._adapters.tunes_text,
             mitigations=self._mitigations.values(),
             training_images=self.train_dataset,

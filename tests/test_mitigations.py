@@ -86,7 +86,7 @@ def test_without_a_mitigation_no_caption_is_encoded_again(tmp_path):
 def test_random_words_are_added_to_the_words_of_the_caption(tmp_path, mitigation, n):
     train = images_of(8).map(lambda row, i: {"text": f"{chr(97 + i)} q z"}, with_indices=True)
     trainer = tiny_trainer(tmp_path, train=train, mitigations=[mitigation])
-    captions = trainer._conditions.captions(range(8), (0, 6, 0))
+    captions = trainer._loss.conditions.captions(range(8), (0, 6, 0))
     places = set()
     for row, caption in enumerate(captions):
         words = caption.split()
@@ -111,15 +111,15 @@ def test_captions_are_drawn_afresh_at_each_read_and_alike_at_any_batch_size(tmp_
     assert len(read[4]) == 2 and read[4] == read[1]
     assert read[4][0] != read[4][1], "the second epoch has draws of its own"
     for epoch in range(2):
-        alike = trainer._conditions.captions(range(8), (trainer.args.seed, 6, epoch))
-        other = trainer._conditions.captions(range(8), (trainer.args.seed + 1, 6, epoch))
+        alike = trainer._loss.conditions.captions(range(8), (trainer.args.seed, 6, epoch))
+        other = trainer._loss.conditions.captions(range(8), (trainer.args.seed + 1, 6, epoch))
         assert sorted(alike) == read[4][epoch] != sorted(other)
 
 
 def test_one_of_a_rows_own_captions_is_read(tmp_path):
     train = several_captions()
     trainer = tiny_trainer(tmp_path, train=train, mitigations=["multiple_captions"])
-    drawn = [trainer._conditions.captions(range(8), (0, 6, epoch)) for epoch in range(20)]
+    drawn = [trainer._loss.conditions.captions(range(8), (0, 6, epoch)) for epoch in range(20)]
     for row in range(8):
         assert {captions[row] for captions in drawn} == set(train[row]["captions"])
 
@@ -148,7 +148,7 @@ def test_noise_on_text_embeddings_has_its_standard_deviation_and_is_drawn_afresh
     embeds, rows = batch_of(trainer, range(10))["prompt_embeds"], list(range(10))
 
     def noise_on(embeds, rows, epoch):
-        return trainer._conditions({"prompt_embeds": embeds}, rows, (0, 6, epoch))["prompt_embeds"] - embeds
+        return trainer._loss.conditions({"prompt_embeds": embeds}, rows, (0, 6, epoch))["prompt_embeds"] - embeds
 
     noise = [noise_on(embeds, rows, epoch) for epoch in range(40)]
     assert torch.stack(noise).std().item() == pytest.approx(0.5, rel=0.02)
@@ -181,7 +181,7 @@ def norms_of(trainer, batch) -> torch.Tensor:
     hook.remove()
     (noisy, timesteps), _, conditional = calls[0]
     with torch.no_grad():
-        null = trainer._null["prompt_embeds"].expand(len(noisy), -1, -1)
+        null = trainer._null()["prompt_embeds"].expand(len(noisy), -1, -1)
         unconditional = trainer.model(noisy, timesteps, encoder_hidden_states=null).sample
     return steering_norms(conditional, unconditional)
 

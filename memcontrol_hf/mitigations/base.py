@@ -105,7 +105,7 @@ class Mitigation:
         prediction: torch.Tensor,
         family: Family,
         denoiser: nn.Module,
-        null: Condition | None,
+        null: Callable[[], Condition | None],
         batch: Mapping[str, Any],
     ) -> torch.Tensor:
         """The losses of a batch `[N]`, given the denoiser's prediction `[N, C, h, w]`.
@@ -114,7 +114,7 @@ class Mitigation:
             losses (`torch.Tensor`): `[N]`, so far.
             prediction (`torch.Tensor`): `[N, C, h, w]`, the denoiser's prediction for the batch.
             family, denoiser: the pipeline's family, and the denoiser with its adapter.
-            null (`Condition`, *optional*): the null condition, one row.
+            null (`Callable`): gives the null condition, one row.
             batch (`dict`): `latents`, `condition`, `timesteps`, `noise` and `weights` of the batch.
         """
         return losses

@@ -1,7 +1,7 @@
 """Threshold mitigation: samples that steer hard are left out of the loss."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,11 +63,11 @@ class Threshold(Mitigation):
         prediction: torch.Tensor,
         family: Family,
         denoiser: nn.Module,
-        null: Condition,
+        null: Callable[[], Condition | None],
         batch: Mapping[str, Any],
     ) -> torch.Tensor:
         """The losses of a batch `[N]`, 0 for the samples that are left out."""
-        without_text = null_like(null, batch["condition"])
+        without_text = null_like(null(), batch["condition"])
         with torch.no_grad():
             unconditional = family.predict(
                 denoiser, batch["latents"], without_text, batch["timesteps"], batch["noise"]
