@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from wrapt import when_imported
 
 if TYPE_CHECKING:
-    from . import metrics
+    from . import metrics, workflow
     from .audit import audit_memorization
     from .demo import demo_dataset, demo_pipeline
     from .report import MemorizationReport
@@ -34,6 +34,7 @@ __all__ = [
     "demo_pipeline",
     "metrics",
     "select_run",
+    "workflow",
 ]
 
 _MODULE_OF_NAME = {
@@ -47,7 +48,7 @@ _MODULE_OF_NAME = {
     "demo_pipeline": "demo",
     "select_run": "search",
 }
-_MODULES = ("demo", "metrics", "search", "tuners")
+_MODULES = ("demo", "metrics", "search", "tuners", "workflow")
 
 
 @when_imported("peft")

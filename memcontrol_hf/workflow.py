@@ -4,7 +4,7 @@
 choice = workflow.search(trainer, n_trials=8, learning_rate_range=(1e-2, 1e-1))  # search a mask, choose a run
 tuned = workflow.fine_tune(trainer, choice, data["held_out"])  # beside the frozen base and all blocks
 report = workflow.save(trainer, choice, tuned, data)  # the adapter, and what was measured
-workflow.audit(trainer, report, data, AuditSettings(resolution=64))  # attacks on what was saved, and the gate
+workflow.audit(trainer, report, data)  # attacks on what was saved, and the verdict of the release gate
 workflow.write_card(trainer, report, choice)  # plot and card
 ```
 """
@@ -285,7 +285,8 @@ def audit(
         trainer ([`MemControlTrainer`]): whose pipeline is attacked; it holds the bare base afterwards.
         report ([`MemorizationReport`]): of [`save`]; it gets the audit and the verdict.
         data (`DatasetDict`): `train` and `held_out`.
-        settings ([`AuditSettings`], *optional*): how much is attacked.
+        settings ([`AuditSettings`], *optional*): how much is attacked; images are sampled as the trainer does by
+            default.
         gate (`str`): gate file; the package's own by default.
 
     Returns:
@@ -303,13 +304,25 @@ def audit(
             pipeline=trainer.pipeline,
             adapter=folder if any(report.mask.values()) else None,
             encoder=trainer.encoder,
-            settings=settings or AuditSettings(resolution=trainer.args.resolution, seed=trainer.args.seed),
+            settings=settings or _audit_settings(trainer),
         ).audit
         report.judge(limits)
     except ValueError as error:  # too few images, say: what was trained is kept, and it does not pass
         report.gate = {"passed": False, "limits": limits, "failures": [f"no audit: {error}"]}
     report.to_json(folder / REPORT)
     return report.gate["passed"]
+
+
+def _audit_settings(trainer: MemControlTrainer) -> AuditSettings:
+    args = trainer.args
+    return AuditSettings(
+        resolution=args.resolution,
+        num_quality_images=args.eval_num_images,
+        inference_steps=args.eval_inference_steps,
+        guidance_scale=args.eval_guidance_scale,
+        batch_size=args.per_device_eval_batch_size,
+        seed=args.seed,
+    )
 
 
 def write_card(trainer: MemControlTrainer, report: MemorizationReport, choice: Choice) -> Path:

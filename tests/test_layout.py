@@ -143,7 +143,7 @@ importlib.import_module("memcontrol_hf.metrics.evaluate_modules.fid.fid")
 for package in (memcontrol_hf, memcontrol_hf.metrics):
     for name in package.__all__:
         value = getattr(package, name)
-        assert not isinstance(value, types.ModuleType) or (package, name) == (memcontrol_hf, "metrics"), name
+        assert not isinstance(value, types.ModuleType) or name in ("metrics", "workflow"), name
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 

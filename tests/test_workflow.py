@@ -1,0 +1,70 @@
+"""The whole way from a trainer to a card, as a notebook goes it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import images_of, tiny_pipeline, tiny_trainer
+from datasets import DatasetDict
+
+from memcontrol_hf import MemorizationReport, workflow
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+@pytest.fixture
+def data() -> DatasetDict:
+    return DatasetDict(train=images_of(10, seed=1), validation=images_of(8, seed=2), held_out=images_of(10, seed=3))
+
+
+def test_the_example_of_the_readme_ends_with_the_report_and_the_card(tmp_path, data, capsys):
+    """The README's own lines, on a tiny pipeline and with small numbers."""
+    (code,) = re.findall(r"```python\n(from memcontrol_hf import MemControlConfig.*?)```", README.read_text(), re.S)
+    small = {"resolution": 16, "max_steps": 2, "search_max_steps": 2, "per_device_train_batch_size": 4}
+    small |= {"eval_num_images": 6, "eval_inference_steps": 2, "n_trials": 3}
+    for name, value in small.items():
+        code, count = re.subn(rf"\b{name}=[\d.]+", f"{name}={value}", code)
+        assert count == 1, name
+    code = code.replace("import demo_dataset, demo_pipeline, workflow", "import workflow")
+    code = code.replace('output_dir="out"', f"output_dir={str(tmp_path / 'out')!r}")
+    exec(code, {"demo_pipeline": tiny_pipeline, "demo_dataset": lambda: data})
+    out = tmp_path / "out"
+    report = MemorizationReport.from_json(out / "memorization_report.json")
+    assert list(report.figures) == ["frozen base", "all blocks", "selected mask"]
+    assert report.search["trials"] and report.audit["subject"] == "adapter" and report.gate["limits"]
+    assert f"gate: {'passed' if report.gate['passed'] else 'FAILED'}" in capsys.readouterr().out
+    left = {file.name for file in out.iterdir() if file.is_file()}
+    assert left == {
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "memorization_report.json"),
+        *("pareto_front.png", "study.journal"),
+    }
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["mask"] == report.mask and config["search"]["sampler"] == "tpe"
+
+
+def test_a_given_mask_goes_the_same_way_without_a_search(tmp_path, data):
+    trainer = tiny_trainer(tmp_path, train=data["train"], max_steps=2)
+    mask = trainer.search_space.check({"mid_block.attentions.0": True})
+    choice = workflow.Choice({"mask": mask, "learning_rate": 0.01})
+    tuned = workflow.fine_tune(trainer, choice, data["held_out"])
+    report = workflow.save(trainer, choice, tuned, data)
+    assert report.search is None and report.mask == mask and report.method == "svdiff"
+    assert tuned.figures["frozen base"]["trainable_parameters"] == 0 and not tuned.failed
+    assert workflow.write_card(trainer, report, choice).read_text().startswith("---")
+    assert not (tmp_path / "pareto_front.png").exists()
+
+
+def test_an_audit_that_does_not_end_does_not_pass(tmp_path, data, monkeypatch):
+    trainer = tiny_trainer(tmp_path, train=data["train"], max_steps=1)
+    choice = workflow.Choice({"mask": trainer.mask, "learning_rate": 0.01})
+    report = workflow.save(trainer, choice, workflow.fine_tune(trainer, choice, data["held_out"]), data)
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workflow, "audit_memorization", killed)
+    with pytest.raises(KeyboardInterrupt):
+        workflow.audit(trainer, report, data)
+    left = MemorizationReport.from_json(tmp_path / "memorization_report.json")
+    assert left.gate["failures"] == ["the audit did not end"] and not left.gate["passed"] and left.figures
