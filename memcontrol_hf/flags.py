@@ -3,6 +3,7 @@
 Each flag says by itself whether a study depends on it and whether its value may be published.
 """
 
+import argparse
 import hashlib
 import os
 import shlex
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import peft
 from huggingface_hub import HfApi
 from peft import PeftConfig
+from transformers import HfArgumentParser
 
 from .evaluation import METRICS
 from .families import DTYPES, QUANTIZATIONS
@@ -374,6 +376,20 @@ class ScriptArguments:
         for name, value in (DEMO if self.pretrained_model_name_or_path == "demo" else OTHER).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+
+
+class FlagParser(HfArgumentParser):
+    """Parses [`ScriptArguments`]. The help shows defaults, and keeps the lines of the description."""
+
+    def __init__(self, description: str | None = None):
+        super().__init__(ScriptArguments, description=description, formatter_class=_HelpFormatter)
+
+    def add_argument(self, *names: str, study: Any = None, publish: Any = None, **options: Any) -> argparse.Action:
+        return super().add_argument(*names, **options)  # argparse does not know what else a flag says
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the commands of a description as they are."""
 
 
 SEEN_LATER = ("images", "world_size")

@@ -13,18 +13,16 @@ Your own images, in a folder with a `metadata.jsonl` (`{"file_name": "1.png", "t
 The same command goes on where it was interrupted.
 """
 
-import argparse
 import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers import HfArgumentParser
 from transformers import logging as transformers_logging
 
 from memcontrol_hf import workflow
-from memcontrol_hf.flags import ScriptArguments
+from memcontrol_hf.flags import FlagParser, ScriptArguments
 from memcontrol_hf.from_flags import (
     audit_settings,
     checkpoint_to_resume,
@@ -40,18 +38,13 @@ from memcontrol_hf.search import public_address
 from memcontrol_hf.tracking import log_push
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the commands of the docstring as they are."""
-
-
 def main(argv: list[str] | None = None) -> None:
     """Parse, load, search, choose, fine-tune, save, audit, render the card, push."""
     transformers_logging.set_verbosity_error()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("memcontrol_hf").setLevel(logging.INFO)
-    parser = HfArgumentParser(ScriptArguments, description=__doc__, formatter_class=_HelpFormatter)
     with exit_code(2, ValueError):
-        (args,) = parser.parse_args_into_dataclasses(argv)
+        (args,) = FlagParser(__doc__).parse_args_into_dataclasses(argv)
         if args.dry_run:
             print(dry_run(args))
             return
