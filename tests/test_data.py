@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import RESOLUTION, images_of, tiny_pipeline
 from datasets import Dataset, DatasetDict
+from datasets.fingerprint import Hasher
 from PIL import Image
 
 from memcontrol_hf.data import (
@@ -17,9 +18,10 @@ from memcontrol_hf.data import (
     load_images,
     plant_canaries,
     split,
+    weights_digest,
 )
 from memcontrol_hf.families import family_of
-from memcontrol_hf.images import to_pixels
+from memcontrol_hf.images import pixel_digest, to_pixels
 from memcontrol_hf.sampling import generate
 
 
@@ -224,6 +226,25 @@ def test_other_weights_are_encoded_anew(pipeline, train_images):
         pipeline.vae.quant_conv.weight.add_(0.1)
     second = encode(train_images, family_of(pipeline), RESOLUTION)
     assert not torch.equal(first[:]["latents"], second[:]["latents"])
+
+
+def test_images_of_other_sizes_with_the_same_bytes_are_no_copies():
+    wide, square = (Image.new("RGB", size) for size in ((8, 2), (4, 4)))
+    assert pixel_digest(wide) != pixel_digest(square) == pixel_digest(Image.new("RGB", (4, 4)))
+
+
+def test_the_cache_of_an_earlier_version_is_named_and_not_read(pipeline, train_images, caplog, tmp_path, monkeypatch):
+    """Version 1 kept the same latents under a fingerprint without a version."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    family = family_of(pipeline)
+    weights = [weights_digest(module) for module in family.encoder_modules]
+    key = [train_images._fingerprint, *weights, *family.encoding(), RESOLUTION]
+    earlier = tmp_path / "memcontrol_hf" / f"{Hasher.hash(key)}.arrow"
+    earlier.parent.mkdir()
+    earlier.write_bytes(b"of version 1")
+    encoded = encode(train_images, family, RESOLUTION)
+    assert f"{earlier} was cached by an earlier version" in caplog.text
+    assert len(encoded[0]["digest"]) == 32 and earlier.read_bytes() == b"of version 1"
 
 
 def test_repeats_count_once(pipeline, train_images):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pytest
 import torch
 from conftest import RESOLUTION, images_of, tiny_pipeline, tiny_unet
@@ -26,11 +27,12 @@ from memcontrol_hf import MemControlTrainer, MemorizationReport, audit_memorizat
 from memcontrol_hf.adapter_folder import PUBLIC_FILES
 from memcontrol_hf.audit import AuditSettings
 from memcontrol_hf.data import load_images, plant_canaries
-from memcontrol_hf.flags import FlagParser, ScriptArguments, public_flags
+from memcontrol_hf.flags import FlagParser, ScriptArguments, public_flags, settings
 from memcontrol_hf.from_flags import make_trainer, mask_from
 from memcontrol_hf.masks import block_map
 from memcontrol_hf.publish.hub import push_mask
 from memcontrol_hf.sampling import denoiser_in_place, generate
+from memcontrol_hf.search import open_storage
 
 SCRIPT = Path(__file__).parent.parent / "training_scripts" / "train_memcontrol.py"
 PUBLIC = sorted(name for name in PUBLIC_FILES if "/" not in name and name != "pytorch_lora_weights.safetensors")
@@ -320,6 +322,19 @@ def test_other_images_are_another_study(script, assets, tmp_path, capsys, monkey
         script.main(arguments)
     assert stopped.value.code == 2
     assert re.search("made with other settings: images was 'v2:[0-9a-f]{16}' and is", capsys.readouterr().err)
+
+
+def test_a_study_of_an_earlier_version_is_named_and_not_gone_on_with(script, assets, tmp_path, capsys):
+    """Earlier studies named their images by a digest that ignored the size."""
+    arguments = flags(assets, tmp_path / "out", n_trials=1)
+    (args,) = FlagParser().parse_args_into_dataclasses(arguments)
+    storage = open_storage(str(tmp_path / "out" / "study.journal"))
+    study = optuna.create_study(storage=storage, study_name="memcontrol", directions=["minimize"] * 2)
+    study.set_user_attr("settings", settings(args) | {"images": "0123456789abcdef", "world_size": 1})
+    with pytest.raises(SystemExit) as stopped:
+        script.main(arguments)
+    assert stopped.value.code == 2
+    assert "made with other settings: images was '0123456789abcdef' and is 'v2:" in capsys.readouterr().err
 
 
 def test_the_command_to_repeat_has_all_that_is_not_a_default_of_this_pipeline(script):
