@@ -1,6 +1,7 @@
-"""Real trials on the demo, to compare searches and rewards by: each mask of a coarsened space at two learning rates.
+"""Real trials, to compare searches and rewards by: each mask of a coarsened space at two learning rates.
 
     python training_scripts/studies/trial_table.py
+    python training_scripts/studies/trial_table.py --data elpv  # into docs/results/trial_table_elpv.parquet
     python training_scripts/studies/trial_table.py --part 1/2   # and --part 2/2 on another machine
 
 Each run fine-tunes the attention weights of some of six groups of blocks. It is measured by what a search may use
@@ -33,9 +34,11 @@ from transformers import logging as transformers_logging
 from common.audits import audit_trainer, canaries_caught
 from common.pieces import Job, Pieces, add_part_flag, exit_if_missing
 from common.trainers import demo_trainer
-from memcontrol_hf import MemControlTrainer, demo_dataset, metrics
+from memcontrol_hf import MemControlTrainer, metrics
 from memcontrol_hf.flags import ScriptArguments
 from memcontrol_hf.from_flags import audit_settings, training_arguments
+from paper_table.data_sets import DATA
+from paper_table.data_sets import images as images_of
 from trials.columns import NOISE_TIMESTEPS, STAGES
 
 GROUPS = {
@@ -206,20 +209,22 @@ def run_trainer(steps: int, folder: Path, data: DatasetDict) -> MemControlTraine
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing, then collect."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=DATA, default="demo", help="data set of the runs (default: demo)")
     parser.add_argument("--max_train_steps", type=int, default=80, help="steps of each run (default: 80)")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="seeds; each run has each seed (default: 0)")
     add_part_flag(parser)
     parser.add_argument("--collect", action="store_true", help="run nothing: collect what is finished")
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("outputs/trial_table"), help="folder of the finished runs"
-    )
-    parser.add_argument("--results", type=Path, default=Path("docs/trial_table.parquet"), help="file of the table")
+    parser.add_argument("--output_dir", type=Path, help="folder of the finished runs (outputs/trial_table)")
+    parser.add_argument("--results", type=Path, help="file of the table (docs/trial_table.parquet)")
     args = parser.parse_args(argv)
+    name = "trial_table" if args.data == "demo" else f"trial_table_{args.data}"
+    args.output_dir = args.output_dir or Path("outputs", name)
+    args.results = args.results or Path("docs" if args.data == "demo" else "docs/results", f"{name}.parquet")
     runs, pieces, failed = plan(args.max_train_steps, args.seed), Pieces(args.output_dir), []
     restore(pieces, args.results)
     if not args.collect:
         transformers_logging.set_verbosity_error()
-        data = demo_dataset()
+        data = images_of(args.data, None)
         trainer = run_trainer(args.max_train_steps, args.output_dir, data)
         failed = pieces.work(
             [Job(run.piece, run.piece, partial(measure, run, trainer, data)) for run in args.part.of(runs)]
