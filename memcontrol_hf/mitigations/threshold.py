@@ -1,14 +1,12 @@
 """Threshold mitigation: samples that steer hard are left out of the loss."""
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
-from ..families import Condition, Family, null_like
+from ..families import Family, null_like
 from ..metrics import steering_norms
 from .base import Mitigation
 
@@ -57,15 +55,7 @@ class Threshold(Mitigation):
         if "noise_norm" in family.not_applicable:
             raise ValueError(f"threshold needs the noise norm: {family.not_applicable['noise_norm']}; leave it out")
 
-    def losses(
-        self,
-        losses: torch.Tensor,
-        prediction: torch.Tensor,
-        family: Family,
-        denoiser: nn.Module,
-        null: Callable[[], Condition | None],
-        batch: Mapping[str, Any],
-    ) -> torch.Tensor:
+    def losses(self, losses, prediction, family, denoiser, null, batch):
         """The losses of a batch `[N]`, 0 for the samples that are left out."""
         without_text = null_like(null(), batch["condition"])
         with torch.no_grad():
