@@ -220,7 +220,7 @@ def _activation_bytes(family: Family, tuned: Iterable[nn.Module], resolution: in
     denoiser = family.denoiser
     side = resolution // family.pixels_per_latent
     latents = torch.empty(1, family.latent_channels, side, side, device="meta")
-    condition = {k: t.requires_grad_(through and t.is_floating_point()) for k, t in family.example().items()}
+    condition = {k: t.requires_grad_(through and t.is_floating_point()) for k, t in family.meta_condition().items()}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

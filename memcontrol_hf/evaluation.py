@@ -83,7 +83,7 @@ class Evaluator:
     @property
     def timesteps(self) -> list[int] | list[float]:
         """The fixed timesteps, from low noise to high."""
-        return self.family.timesteps(self.num_timesteps)
+        return self.family.noise.timesteps(self.num_timesteps)
 
     def losses(self, data: EncodedImages, purpose: Purpose) -> torch.Tensor:
         """Mean denoising loss of each distinct image over the fixed timesteps: `[N]`."""
@@ -133,10 +133,10 @@ class Evaluator:
             batch = list(rows[start : start + self.batch_size])
             norms.append(
                 metrics.trajectory_noise_norms(
+                    self.family,
                     self.denoiser,
                     self.condition_of(data, batch),
                     self.null,
-                    self.family,
                     shape,
                     self._keys(data, batch, Purpose.AUDIT_TRAJECTORIES),
                     self.inference_steps,

@@ -372,5 +372,5 @@ def example_inputs(args: ScriptArguments, trainer: MemControlTrainer) -> dict[st
         prompt = "grinning face"
     else:
         prompt = "0" if "class_labels" in trainer.family.conditions else ""
-    request = trainer.family.request([prompt], args.resolution, args.eval_guidance_scale)
+    request = trainer.family.pipeline_arguments([prompt], args.resolution, args.eval_guidance_scale)
     return {name: request[name] for name in ("prompt", "class_labels", "batch_size") if name in request}

@@ -93,7 +93,7 @@ class MemControlTrainer(Trainer):
     ):
         self.family = family_of(pipeline)
         self.family.check_resolution(args.resolution)
-        self.family.check_snr_gamma(args.snr_gamma)
+        self.family.noise.check_snr_gamma(args.snr_gamma)
         for name in args.objectives:
             if name in self.family.not_applicable:
                 raise ValueError(f"the objective {name} is not applicable: {self.family.not_applicable[name]}")

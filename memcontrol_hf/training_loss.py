@@ -57,7 +57,7 @@ class TrainingLoss:
         noise, timesteps, dropped = [], [], []
         for number in numbers:
             generator = seeded_generator(seed, Purpose.TRAINING, turn, number)
-            timesteps.append(self._family.sample_timestep(generator))
+            timesteps.append(self._family.noise.sample_timestep(generator))
             dropped.append(torch.rand((), generator=generator) < caption_dropout)
             noise.append(torch.randn(latents.shape[1:], generator=generator))
         condition = {name: inputs[name] for name in self._family.conditions}
@@ -74,7 +74,7 @@ class TrainingLoss:
             "condition": condition,
             "timesteps": timesteps,
             "noise": torch.stack(noise).to(latents.device),
-            "weights": self._family.loss_weights(timesteps, snr_gamma),
+            "weights": self._family.noise.loss_weights(timesteps, snr_gamma),
         }
 
     def __call__(
@@ -83,7 +83,7 @@ class TrainingLoss:
         """The loss of each row of a drawn batch, as the mitigations leave it: `[N]`."""
         latents, timesteps, noise = (batch[name] for name in ("latents", "timesteps", "noise"))
         prediction = self._family.predict(denoiser, latents, batch["condition"], timesteps, noise)
-        losses = self._family.losses_of(prediction, latents, timesteps, noise, batch["weights"])
+        losses = self._family.losses_from_prediction(prediction, latents, timesteps, noise, batch["weights"])
         for mitigation in self._mitigations:
             losses = mitigation.losses(losses, prediction, self._family, denoiser, null, batch)
         return losses

@@ -144,11 +144,11 @@ def epsilon_by_hand(family, x, c, t):
     """The noise by the definition `x_t = a x_0 + s ε`, solved for what the model does not predict itself."""
     with torch.no_grad():
         output = family.pipeline.unet(x, torch.tensor(t), c).sample.double()
-    signal = np.cumprod(1 - family.scheduler.betas.double().numpy())[t]
+    signal = np.cumprod(1 - family.noise.scheduler.betas.double().numpy())[t]
     a, s = math.sqrt(signal), math.sqrt(1 - signal)
-    if family.scheduler.config.prediction_type == "epsilon":
+    if family.noise.scheduler.config.prediction_type == "epsilon":
         return output, a, s
-    original = output if family.scheduler.config.prediction_type == "sample" else a * x - s * output
+    original = output if family.noise.scheduler.config.prediction_type == "sample" else a * x - s * output
     return (x - a * original) / s, a, s
 
 
@@ -162,7 +162,7 @@ def test_secmi_follows_its_formula(family, inputs):
 
     def move(x, t, to):
         f, noise = f_and_noise(x, t)
-        signal = np.cumprod(1 - family.scheduler.betas.double().numpy())[to]
+        signal = np.cumprod(1 - family.noise.scheduler.betas.double().numpy())[to]
         return math.sqrt(signal) * f + math.sqrt(1 - signal) * noise
 
     x = latents.double()
@@ -176,7 +176,7 @@ def test_secmi_follows_its_formula(family, inputs):
 def test_pia_follows_its_formula(family, inputs):
     latents, embeds, _ = inputs
     noise, _, _ = epsilon_by_hand(family, latents, embeds, 0)
-    signal = np.cumprod(1 - family.scheduler.betas.double().numpy())[200]
+    signal = np.cumprod(1 - family.noise.scheduler.betas.double().numpy())[200]
     noised = math.sqrt(signal) * latents + math.sqrt(1 - signal) * noise
     again, _, _ = epsilon_by_hand(family, noised.float(), embeds, 200)
     expected = -(((noise - again).abs() ** 4).sum((1, 2, 3)) ** 0.25)
@@ -192,7 +192,7 @@ def test_clid_follows_its_formula(family, inputs):
         noise = torch.randn((2, 4, 8, 8), generator=seeded_generator(*seeds[i]))
         differences = []
         for k, t in enumerate(timesteps):
-            signal = np.cumprod(1 - family.scheduler.betas.double().numpy())[t]
+            signal = np.cumprod(1 - family.noise.scheduler.betas.double().numpy())[t]
             noisy = (math.sqrt(signal) * latents[i] + math.sqrt(1 - signal) * noise[k])[None].float()
             errors = [
                 (epsilon_by_hand(family, noisy, c, t)[0] - noise[k]).square().mean() for c in (null, embeds[i : i + 1])
@@ -218,9 +218,7 @@ def test_no_score_depends_on_the_batch_size_or_on_the_other_images(batch_size):
                 metrics.secmi(family, unet, x, c, 20, 10, batch_size),
                 metrics.pia(family, unet, x, c, batch_size=batch_size),
                 metrics.clid(family, unet, x, c, null, [50, 500], own, batch_size),
-                metrics.trajectory_noise_norms(
-                    unet, c, null, family.scheduler, (4, 8, 8), own, 3, batch_size=batch_size
-                ),
+                metrics.trajectory_noise_norms(family, unet, c, null, (4, 8, 8), own, 3, batch_size=batch_size),
             ]
         )
 
@@ -251,7 +249,7 @@ def overfitted():
 @pytest.mark.parametrize("attack", ["secmi", "pia", "clid", "loss"])
 def test_members_of_an_overfitted_model_are_found(overfitted, attack):
     family, latents, embeds, null = overfitted
-    timesteps, seeds = family.timesteps(4), list(range(32))
+    timesteps, seeds = family.noise.timesteps(4), list(range(32))
 
     denoiser = family.pipeline.unet
     match attack:
@@ -307,7 +305,7 @@ def test_the_rate_at_few_false_alarms_has_an_exact_interval():
 
 def test_trajectory_norms_follow_their_formula(family, inputs):
     _, embeds, null = inputs
-    scheduler = DDIMScheduler.from_config(family.scheduler.config)
+    scheduler = DDIMScheduler.from_config(family.noise.scheduler.config)
     scheduler.set_timesteps(4)
     norms = []
     for i in range(5):
@@ -320,18 +318,17 @@ def test_trajectory_norms_follow_their_formula(family, inputs):
                 outputs = [family.pipeline.unet(x, t, c).sample for c in (embeds[i : i + 1], null)]
             x = scheduler.step(outputs[1] + 3 * (outputs[0] - outputs[1]), t, x).prev_sample
         norms.append(own)
-    unet = family.pipeline.unet
-    arguments = (embeds, null, family.scheduler, (4, 8, 8), range(5), 4, 3.0)
-    actual = metrics.trajectory_noise_norms(unet, *arguments)
+    arguments = (family, family.pipeline.unet, embeds, null, (4, 8, 8), range(5), 4, 3.0)
+    actual = metrics.trajectory_noise_norms(*arguments)
     np.testing.assert_allclose(actual.numpy(), np.mean(norms, axis=1), rtol=1e-3)
-    first = metrics.trajectory_noise_norms(unet, *arguments, first=1)
+    first = metrics.trajectory_noise_norms(*arguments, first=1)
     np.testing.assert_allclose(first.numpy(), np.array(norms)[:, 0], rtol=1e-3)
 
 
 def test_a_prompt_that_is_the_empty_one_does_not_steer(inputs):
     family, null = family_of(tiny_pipeline()), inputs[2]
     norms = metrics.trajectory_noise_norms(
-        family.pipeline.unet, null.expand(2, 8, 8), null, family.scheduler, (4, 8, 8), [0, 1], 2
+        family, family.pipeline.unet, null.expand(2, 8, 8), null, (4, 8, 8), [0, 1], 2
     )
     torch.testing.assert_close(norms, torch.zeros(2), atol=1e-4, rtol=0)
 
@@ -340,7 +337,7 @@ def test_no_step_of_a_trajectory_is_refused(inputs):
     family = family_of(tiny_pipeline())
     with pytest.raises(ValueError, match="first must lie between 1 and num_inference_steps 3, but got 4"):
         metrics.trajectory_noise_norms(
-            family.pipeline.unet, inputs[1], inputs[2], family.scheduler, (4, 8, 8), range(5), 3, first=4
+            family, family.pipeline.unet, inputs[1], inputs[2], (4, 8, 8), range(5), 3, first=4
         )
 
 

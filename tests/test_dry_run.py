@@ -56,7 +56,7 @@ def test_a_plan_is_what_the_training_has(tmp_path, name):
     family = family_of(PIPELINES[name]())
     assert planned.denoiser_parameters == sum(p.numel() for p in family.denoiser.parameters())
     condition = family.encode_prompts(["7"])
-    example = family.example()
+    example = family.meta_condition()
     assert {k: (t.shape, t.dtype) for k, t in example.items()} == {k: (t.shape, t.dtype) for k, t in condition.items()}
     space = SearchSpace.from_model(family.denoiser)
     block, count = list(planned.blocks.items())[-1]

@@ -56,7 +56,7 @@ def inputs_of(trainer) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Ten
     """Latents, conditions and timesteps of two training images."""
     batch = trainer.train_dataset.encoded[[0, 1]]
     condition = {name: batch[name] for name in trainer.family.conditions}
-    return batch["latents"], condition, torch.tensor(trainer.family.timesteps(2))
+    return batch["latents"], condition, torch.tensor(trainer.family.noise.timesteps(2))
 
 
 @torch.no_grad()
@@ -186,10 +186,10 @@ def test_the_loss_is_that_of_diffusers_own_scripts(name):
     family, generator = family_of(pipeline), torch.Generator().manual_seed(0)
     condition = family.encode_prompts(data_of(name)["text"][:])
     x, noise = torch.randn(2, 4, *((3, 16, 16) if name == "ddpm" else (4, 8, 8)), generator=generator)
-    timesteps = torch.stack([family.sample_timestep(seeded_generator(i)) for i in range(4)])
+    timesteps = torch.stack([family.noise.sample_timestep(seeded_generator(i)) for i in range(4)])
     assert len(set(timesteps.tolist())) == 4
     with torch.no_grad():
-        losses = family.losses(family.denoiser, x, condition, timesteps, noise, family.loss_weights(timesteps))
+        losses = family.losses(family.denoiser, x, condition, timesteps, noise, family.noise.loss_weights(timesteps))
         expected = by_hand(name, pipeline, x, condition, timesteps, noise)
     torch.testing.assert_close(losses, expected, atol=1e-6, rtol=1e-6)
 
@@ -199,13 +199,13 @@ def test_the_images_own_prediction_weighs_by_the_snr_as_in_the_unconditional_scr
     pipeline.scheduler = DDPMScheduler(prediction_type="sample")
     timesteps = torch.tensor([10, 500])
     alpha = pipeline.scheduler.alphas_cumprod[timesteps]
-    torch.testing.assert_close(family_of(pipeline).loss_weights(timesteps), alpha / (1 - alpha))
+    torch.testing.assert_close(family_of(pipeline).noise.loss_weights(timesteps), alpha / (1 - alpha))
 
 
 def test_stable_diffusion_3_draws_its_timesteps_logit_normal():
     family = family_of(sd3())
-    drawn = torch.stack([family.sample_timestep(seeded_generator(i)) for i in range(4000)])
-    places = torch.stack([(family.scheduler.timesteps == step).nonzero()[0, 0] for step in drawn]) / 1000
+    drawn = torch.stack([family.noise.sample_timestep(seeded_generator(i)) for i in range(4000)])
+    places = torch.stack([(family.noise.scheduler.timesteps == step).nonzero()[0, 0] for step in drawn]) / 1000
     logits = torch.logit(places.clamp(1e-3, 1 - 1e-3))
     assert logits.mean().abs() < 0.05 and abs(logits.std() - 1) < 0.05
 
@@ -241,7 +241,7 @@ def test_steps_of_a_flow_undo_each_other_where_the_velocity_is_constant():
 def test_a_trajectory_clips_as_the_pipelines_own_scheduler_does(scheduler, clips):
     pipeline = tiny_pipeline()
     pipeline.scheduler = scheduler
-    config = family_of(pipeline).trajectory(2, (4, 8, 8)).config
+    config = family_of(pipeline).noise.trajectory(2, tokens=16).config
     assert (config.clip_sample, config.thresholding) == (clips, False)
 
 
@@ -351,7 +351,10 @@ def with_latents_mean(pipeline):
         (lambda: without(ddpm(), "unet"), "DDPMPipeline has no unet"),
         (lambda: with_edm_scheduler(sdxl()), "a EDMEulerScheduler has no beta schedule"),
         (lambda: with_latents_mean(sdxl()), r"\(latents_mean\) is not supported"),
-        (lambda: torch.nn.Linear(1, 1), r"Linear is no pipeline.*Family.*pipeline_classes.*encode\(\).*call\(\)"),
+        (
+            lambda: torch.nn.Linear(1, 1),
+            r"Linear is no pipeline.*Family.*pipeline_classes.*encode\(\).*call_denoiser\(\)",
+        ),
     ],
 )
 def test_a_pipeline_that_cannot_be_tuned_is_told_what_it_lacks(pipeline, message):

@@ -118,7 +118,7 @@ def noised():
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_noise_norm_and_losses_do_not_depend_on_the_batch_size(noised, batch_size):
     family = family_of(tiny_pipeline())
-    unet, scheduler, timesteps = family.pipeline.unet, family.scheduler, family.timesteps(3)
+    unet, scheduler, timesteps = family.pipeline.unet, family.noise.scheduler, family.noise.timesteps(3)
     seeds = list(range(9))
     whole, part = (
         metrics.noise_norm(
@@ -137,7 +137,7 @@ def test_noise_norm_and_losses_do_not_depend_on_the_batch_size(noised, batch_siz
 
 def test_noise_norm_of_an_image_depends_on_its_own_seed_alone(noised):
     unet, family = tiny_unet().eval(), family_of(tiny_pipeline())
-    arguments = (noised["null"], family.scheduler, [500])
+    arguments = (noised["null"], family.noise.scheduler, [500])
     full = metrics.noise_norm(unet, noised["latents"], noised["embeds"], *arguments, list(range(9)))
     torch.rand(3)  # the global state plays no part
     one = metrics.noise_norm(unet, noised["latents"][4:5], noised["embeds"][4:5], *arguments, [4])
@@ -152,11 +152,11 @@ def test_noise_norm_follows_its_formula(noised):
     x, c = noised["latents"][:1], noised["embeds"][:1]
     noise = torch.randn((1, 4, 8, 8), generator=seeded_generator(*seed))
     steps = torch.tensor([300])
-    alpha = family.scheduler.alphas_cumprod[300]
+    alpha = family.noise.scheduler.alphas_cumprod[300]
     noisy = alpha.sqrt() * x + (1 - alpha).sqrt() * noise
     with torch.no_grad():
         expected = (unet(noisy, steps, c).sample - unet(noisy, steps, noised["null"]).sample).norm()
-    actual = metrics.noise_norm(unet, x, c, noised["null"], family.scheduler, [300], [seed])
+    actual = metrics.noise_norm(unet, x, c, noised["null"], family.noise.scheduler, [300], [seed])
     assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -246,7 +246,7 @@ def test_extraction_is_what_every_subset_and_tile_says(size, threshold):
     result = metrics.extraction(generated, train, threshold, size)
     memorized, extracted = extraction_by_hand(generated, train, threshold, size)
     assert result.memorized.tolist() == memorized and result.extracted.tolist() == extracted
-    nearest = [metrics.attacks.tile_distances(g, t[None]).min().item() for g, t in zip(generated, train)]
+    nearest = [metrics.tile_distances(g, t[None]).min().item() for g, t in zip(generated, train)]
     assert result.nearest.tolist() == pytest.approx(nearest, rel=1e-5)
     assert result.rate == pytest.approx(np.mean(extracted))
     assert result.interval[0] <= result.rate <= result.interval[1]

@@ -112,7 +112,7 @@ def test_its_three_terms_follow_the_papers_equations(prediction_type, terms):
     family, unet, scale, t = family_of(pipeline), pipeline.unet, 3.0, torch.tensor(400)
     guidance = AntiMemorizationGuidance(threshold=0.1, **terms)
     train, captions = training_images(pipeline)
-    alpha = family.scheduler.alphas_cumprod[400]
+    alpha = family.noise.scheduler.alphas_cumprod[400]
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     x[0] = alpha.sqrt() * train[3] + 0.1 * x[0]  # one that is near a training image
     null, text = family.encode_prompts(["", "abc"])["prompt_embeds"][:, None].expand(-1, 2, -1, -1)
@@ -170,7 +170,7 @@ def test_sampled_images_keep_away_from_the_training_images(pipeline, terms):
         config, dtype, device = pipeline.unet.config, torch.float32, torch.device("cpu")
 
         def forward(self, x, timestep, encoder_hidden_states, **kwargs):
-            alpha = family.scheduler.alphas_cumprod[int(timestep)]
+            alpha = family.noise.scheduler.alphas_cumprod[int(timestep)]
             prompted = (encoder_hidden_states != null).flatten(1).any(1).view(-1, 1, 1, 1)
             clean = 0.3 * x + 0.7 * (other + 0.3 * prompted * (latents[2] - other))
             return ((x - alpha.sqrt() * clean) / (1 - alpha).sqrt(),)

@@ -75,7 +75,7 @@ def test_the_loss_follows_its_formula(prediction_type, snr_gamma):
     target = {"epsilon": noise, "sample": x, "v_prediction": alpha.sqrt() * noise - (1 - alpha).sqrt() * x}
     with torch.no_grad():
         prediction = unet(alpha.sqrt() * x + (1 - alpha).sqrt() * noise, t, c).sample
-        losses = family.losses(unet, x, c, t, noise, family.loss_weights(t, snr_gamma))
+        losses = family.losses(unet, x, c, t, noise, family.noise.loss_weights(t, snr_gamma))
     expected = (prediction - target[prediction_type]).square().mean((1, 2, 3))
     snr = (alpha / (1 - alpha)).flatten()
     weight = {"epsilon": 1 / snr, "sample": torch.ones(3), "v_prediction": 1 / (snr + 1)}[prediction_type]

@@ -154,7 +154,7 @@ def encode(
     """
     if weights_digests is None:
         weights_digests = [weights_digest(module) for module in family.encoder_modules]
-    key = [dataset._fingerprint, *weights_digests, *family.encoding(), resolution]
+    key = [dataset._fingerprint, *weights_digests, *family.cache_key(), resolution]
     fingerprint = Hasher.hash([*key, f"digest {DIGEST_VERSION}"])
     folder = Path(datasets_config.HF_DATASETS_CACHE) / "memcontrol_hf"
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ docs/families.md.
 
 from .base import Condition, Family, null_like
 from .loading import DTYPES, QUANTIZATIONS, load_pipeline
-from .noise import FlowMatchingFamily
+from .noise import DDPMNoise, FlowMatchingNoise
 from .registry import FAMILIES, family_of
 from .stable_diffusion import StableDiffusionFamily
 
@@ -15,8 +15,9 @@ __all__ = [
     "FAMILIES",
     "QUANTIZATIONS",
     "Condition",
+    "DDPMNoise",
     "Family",
-    "FlowMatchingFamily",
+    "FlowMatchingNoise",
     "StableDiffusionFamily",
     "family_of",
     "load_pipeline",

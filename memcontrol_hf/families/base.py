@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
-from diffusers.training_utils import compute_snr
+from diffusers import SchedulerMixin
 from torch import nn
 
 from ..search_space import SearchSpace
+from .noise import DDPMNoise
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -64,7 +64,7 @@ class Family:
         optional (tuple of `str`): those that may be missing.
         penultimate (tuple of `str`): text encoders whose last layer the pipeline does not read.
         conditions (tuple of `str`): names of a condition's tensors, in the order in which [`Family.encode`] gives
-            them; also the arguments of [`Family.call`] and the columns of the cached data.
+            them; also the arguments of [`Family.call_denoiser`] and the columns of the cached data.
         not_applicable (dict of `str`): measures that say nothing of this family, and why.
         scheduler: of the training: `DDPMScheduler` with the pipeline's settings.
 
@@ -80,6 +80,7 @@ class Family:
     penultimate: ClassVar[tuple[str, ...]] = ()
     conditions: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
     not_applicable: ClassVar[dict[str, str]] = {}
+    noise_class: ClassVar[type[DDPMNoise]] = DDPMNoise
 
     def __init__(self, pipeline: "DiffusionPipeline"):
         for name in (self.denoiser_name, *self.encoders):
@@ -88,34 +89,25 @@ class Family:
         if getattr(getattr(pipeline, "vae", None), "config", {}).get("latents_mean") is not None:
             raise ValueError("a VAE whose latents are shifted and scaled by channel (latents_mean) is not supported")
         self.pipeline: DiffusionPipeline | None = pipeline
-        self.set_scheduler(pipeline.scheduler)
+        self.noise = self.noise_class(pipeline.scheduler)
 
     @classmethod
     def of_scheduler(cls, scheduler: SchedulerMixin) -> "Family":
         """The family without a pipeline: it can add noise and call a denoiser, but not encode or sample."""
         family = cls.__new__(cls)
         family.pipeline = None
-        family.set_scheduler(scheduler)
+        family.noise = cls.noise_class(scheduler)
         return family
 
-    def set_scheduler(self, scheduler: SchedulerMixin) -> None:
-        """Take the noise schedule and the prediction type of a scheduler."""
-        if "beta_schedule" not in scheduler.config:
-            raise ValueError(f"a {type(scheduler).__name__} has no beta schedule: such models are not supported")
-        prediction = scheduler.config.get("prediction_type", "epsilon")
-        if prediction not in ("epsilon", "v_prediction", "sample"):
-            raise ValueError(f"unknown prediction type {prediction!r}: use epsilon, v_prediction or sample")
-        # by default it would clip, which samplers that have no such setting do not, and latents lie outside of [-1, 1]
-        clip_sample = scheduler.config.get("clip_sample", False)
-        self.scheduler = DDPMScheduler.from_config(scheduler.config, clip_sample=clip_sample)
-
-    # ---- a family's own: most write `encode` and `call` and leave the rest as it is ----
+    # ---- a family's own: most write `encode` and `call_denoiser` and leave the rest as it is ----
 
     def encode(self, prompts: list[str]) -> tuple[torch.Tensor, ...]:
         """`N` captions -> the tensors `[N, ...]` that `conditions` names."""
         raise NotImplementedError
 
-    def call(self, denoiser: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, **condition: torch.Tensor):
+    def call_denoiser(
+        self, denoiser: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, **condition: torch.Tensor
+    ):
         """The prediction `[N, C, h, w]` for noisy latents `[N, C, h, w]` at `timesteps` `[N]` under a condition."""
         raise NotImplementedError
 
@@ -123,11 +115,11 @@ class Family:
         """What guidance steers away from, one row: the empty caption. `None` where there is no such thing."""
         return self.encode_prompts([""])
 
-    def request(self, prompts: list[str], resolution: int, guidance_scale: float) -> dict[str, Any]:
+    def pipeline_arguments(self, prompts: list[str], resolution: int, guidance_scale: float) -> dict[str, Any]:
         """The arguments with which the pipeline samples an image for each caption."""
         return {"prompt": prompts, "height": resolution, "width": resolution, "guidance_scale": guidance_scale}
 
-    def example(self) -> dict[str, torch.Tensor]:
+    def meta_condition(self) -> dict[str, torch.Tensor]:
         """A condition of one row on the meta device, as `encode` makes them; read off configs, for the dry run."""
         raise NotImplementedError
 
@@ -145,6 +137,10 @@ class Family:
     def patch(self) -> int:
         """Latent values that one token of a transformer covers, in each direction."""
         return self.denoiser.config.get("patch_size", 1)
+
+    def tokens(self, shape: Sequence[int]) -> int:
+        """Number of tokens that a transformer makes of one image's latents of a shape `(C, h, w)`."""
+        return shape[1] * shape[2] // self.patch**2
 
     @property
     def trained_at(self) -> int:
@@ -204,7 +200,7 @@ class Family:
         encoders = self.text_encoders if text_encoder_blocks else {}
         return SearchSpace.from_model(self.denoiser, granularity, encoders, self.penultimate)
 
-    def encoding(self) -> list[Any]:
+    def cache_key(self) -> list[Any]:
         """What cached latents and conditions depend on beside the data and the encoders' weights."""
         config = self.pipeline.vae.config
         return [type(self).__name__, config.scaling_factor, config.shift_factor]
@@ -244,80 +240,15 @@ class Family:
         guidance_scale: float,
         changes: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
-        """An image for each caption: `[N, 3, H, W]` in [0, 1] on the CPU; `changes` are made to the `request`."""
+        """An image for each caption: `[N, 3, H, W]` in [0, 1] on the CPU; `changes` override `pipeline_arguments`."""
         with captions_kept_out_of_logs(self.pipeline), safety_checker_off(self.pipeline):
             images = self.pipeline(
-                **{**self.request(list(prompts), resolution, guidance_scale), **(changes or {})},
+                **{**self.pipeline_arguments(list(prompts), resolution, guidance_scale), **(changes or {})},
                 num_inference_steps=num_inference_steps,
                 generator=generators,
                 output_type="pt",
             ).images
         return images.float().cpu()
-
-    # ---- noise ----
-
-    def coefficients(self, timestep: float) -> tuple[float, float]:
-        """`(a, s)` of `x_t = a · x_0 + s · ε`."""
-        signal = self.scheduler.alphas_cumprod[timestep].item()
-        return signal**0.5, (1 - signal) ** 0.5
-
-    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """`x_t` of latents and noise `[N, C, h, w]` at `timesteps` `[N]`."""
-        return self.scheduler.add_noise(latents, noise, timesteps)
-
-    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """What the denoiser shall predict, by the scheduler's prediction type."""
-        match self.scheduler.config.prediction_type:
-            case "epsilon":
-                return noise
-            case "v_prediction":
-                return self.scheduler.get_velocity(latents, noise, timesteps)
-            case _:  # "sample"
-                return latents
-
-    def to_epsilon(self, prediction: torch.Tensor, noisy: torch.Tensor, timestep: float) -> torch.Tensor:
-        """The noise that a prediction sees in `noisy`, whatever the denoiser predicts."""
-        signal, noise = self.coefficients(timestep)
-        match self.scheduler.config.prediction_type:
-            case "epsilon":
-                return prediction
-            case "v_prediction":
-                return signal * prediction + noise * noisy
-            case _:  # "sample"
-                return (noisy - signal * prediction) / noise
-
-    def epsilon_scale(self, timestep: float) -> float:
-        """How far the noise prediction moves for each unit of the denoiser's own prediction, at `x_t` held fixed."""
-        signal, noise = self.coefficients(timestep)
-        match self.scheduler.config.prediction_type:
-            case "epsilon":
-                return 1.0
-            case "v_prediction":
-                return signal
-            case _:  # "sample"
-                return signal / noise
-
-    def timesteps(self, count: int) -> list[int] | list[float]:
-        """`count` timesteps in the middle of as many equal parts of the schedule, from low noise to high."""
-        total = self.scheduler.config.num_train_timesteps
-        return [int((i + 0.5) * total / count) for i in range(count)]
-
-    def check_timesteps(self, *timesteps: float) -> None:
-        """Raise `ValueError` for a timestep outside the schedule."""
-        total = self.scheduler.config.num_train_timesteps
-        for timestep in timesteps:
-            if not 0 <= timestep < total:
-                raise ValueError(f"timestep {timestep} lies outside the schedule: use 0 to {total - 1}")
-
-    def sample_timestep(self, generator: torch.Generator) -> torch.Tensor:
-        """A timestep as training draws it, `[]`: uniform."""
-        return torch.randint(self.scheduler.config.num_train_timesteps, (), generator=generator)
-
-    def trajectory(self, num_inference_steps: int, shape: Sequence[int]) -> SchedulerMixin:
-        """A deterministic sampler of latents of a shape `(C, h, w)` with its timesteps set: DDIM."""
-        scheduler = DDIMScheduler.from_config(self.scheduler.config)
-        scheduler.set_timesteps(num_inference_steps)
-        return scheduler
 
     # ---- the loss ----
 
@@ -341,7 +272,7 @@ class Family:
         """
         dtype = noisy.dtype if self.pipeline is None else self.denoiser.dtype
         cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in self.named(condition).items()}
-        return self.call(denoiser, noisy.to(dtype), timesteps, **cast).float()
+        return self.call_denoiser(denoiser, noisy.to(dtype), timesteps, **cast).float()
 
     def named(self, condition: "Condition | torch.Tensor") -> Condition:
         """A condition; a tensor alone is the first of `conditions`."""
@@ -356,7 +287,7 @@ class Family:
         noise: torch.Tensor,
     ) -> torch.Tensor:
         """What the denoiser says of `latents` `[N, C, h, w]` with `noise` added at `timesteps` `[N]`."""
-        return self.denoise(denoiser, self.add_noise(latents, noise, timesteps), timesteps, condition)
+        return self.denoise(denoiser, self.noise.add_noise(latents, noise, timesteps), timesteps, condition)
 
     def losses(
         self,
@@ -373,15 +304,15 @@ class Family:
             latents, noise (`torch.Tensor`): `[N, C, h, w]`.
             condition (`Condition`): `N` rows.
             timesteps (`torch.Tensor`): `[N]`.
-            weights (`torch.Tensor`, *optional*): `[N]`, as [`Family.loss_weights`] gives them for training.
+            weights (`torch.Tensor`, *optional*): `[N]`, as [`DDPMNoise.loss_weights`] gives them for training.
 
         Returns:
-            `torch.Tensor`: `[N]`, the mean squared error to [`Family.target`], weighted.
+            `torch.Tensor`: `[N]`, the mean squared error to [`DDPMNoise.target`], weighted.
         """
         prediction = self.predict(denoiser, latents, condition, timesteps, noise)
-        return self.losses_of(prediction, latents, timesteps, noise, weights)
+        return self.losses_from_prediction(prediction, latents, timesteps, noise, weights)
 
-    def losses_of(
+    def losses_from_prediction(
         self,
         prediction: torch.Tensor,
         latents: torch.Tensor,
@@ -390,29 +321,8 @@ class Family:
         weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[`Family.losses`] of predictions that are there already."""
-        losses = (prediction - self.target(latents, noise, timesteps).float()).square().flatten(1).mean(1)
+        losses = (prediction - self.noise.target(latents, noise, timesteps).float()).square().flatten(1).mean(1)
         return losses if weights is None else losses * weights
-
-    def check_snr_gamma(self, snr_gamma: float | None) -> None:
-        """Raise `ValueError` for a weighting that the family has no use for."""
-
-    def loss_weights(self, timesteps: torch.Tensor, snr_gamma: float | None = None) -> torch.Tensor | None:
-        """What training weighs the losses at `timesteps` `[N]` with; `None` for all alike.
-
-        Args:
-            snr_gamma (`float`, *optional*): min-SNR weighting (https://huggingface.co/papers/2303.09556).
-        """
-        if snr_gamma is None:
-            return None
-        snr = compute_snr(self.scheduler, timesteps)
-        clipped = snr.clamp(max=snr_gamma)
-        match self.scheduler.config.prediction_type:
-            case "epsilon":
-                return clipped / snr
-            case "v_prediction":
-                return clipped / (snr + 1)
-            case _:  # "sample": the loss on x0 has weight SNR in the units of epsilon
-                return clipped
 
 
 def check_only_resolution(resolution: int, trained_at: int) -> None:

@@ -31,8 +31,8 @@ class DiTFamily(Family):
     def check_resolution(self, resolution):
         check_only_resolution(resolution, self.trained_at)
 
-    def encoding(self):
-        return [*super().encoding(), self.pipeline.labels]
+    def cache_key(self):
+        return [*super().cache_key(), self.pipeline.labels]
 
     def labels(self, captions: list[str]) -> list[int]:
         """The classes that captions name."""
@@ -49,14 +49,14 @@ class DiTFamily(Family):
     def null_condition(self):
         return {"class_labels": torch.tensor([self.denoiser.config.num_embeds_ada_norm], device=self.device)}
 
-    def example(self):
+    def meta_condition(self):
         return {"class_labels": torch.empty(1, dtype=torch.int64, device="meta")}
 
-    def call(self, denoiser, noisy, timesteps, class_labels):
+    def call_denoiser(self, denoiser, noisy, timesteps, class_labels):
         prediction = denoiser(noisy, timestep=timesteps, class_labels=class_labels, return_dict=False)[0]
         return prediction[:, : noisy.shape[1]]
 
-    def request(self, prompts, resolution, guidance_scale):
+    def pipeline_arguments(self, prompts, resolution, guidance_scale):
         count = self.denoiser.config.num_embeds_ada_norm
         if guidance_scale > 1 and count != 1000:  # what the pipeline takes for the null class
             raise ValueError(

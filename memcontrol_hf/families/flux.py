@@ -4,10 +4,11 @@ from inspect import signature
 
 import torch
 
-from .noise import FlowMatchingFamily
+from .base import Family
+from .noise import FlowMatchingNoise
 
 
-class FluxFamily(FlowMatchingFamily):
+class FluxFamily(Family):
     """Flux: a transformer, conditioned on T5 and a pooled CLIP embedding.
 
     As in diffusers' `train_dreambooth_flux.py`: the place in the schedule is drawn uniformly, no weights. A model that
@@ -18,6 +19,7 @@ class FluxFamily(FlowMatchingFamily):
     pipeline_classes = ("FluxPipeline",)
     encoders = ("vae", "text_encoder", "text_encoder_2")
     conditions = ("prompt_embeds", "pooled_prompt_embeds")
+    noise_class = FlowMatchingNoise
     guidance = 3.5
     patch = 2
 
@@ -28,7 +30,7 @@ class FluxFamily(FlowMatchingFamily):
     def encode(self, prompts):
         return self.pipeline.encode_prompt(prompts, device=self.device)[:2]
 
-    def example(self):
+    def meta_condition(self):
         config = self.denoiser.config
         tokens = signature(self.pipeline.encode_prompt).parameters["max_sequence_length"].default
         return {
@@ -36,11 +38,11 @@ class FluxFamily(FlowMatchingFamily):
             "pooled_prompt_embeds": torch.empty(1, config.pooled_projection_dim, device="meta"),
         }
 
-    def call(self, denoiser, noisy, timesteps, prompt_embeds, pooled_prompt_embeds):
+    def call_denoiser(self, denoiser, noisy, timesteps, prompt_embeds, pooled_prompt_embeds):
         n, channels, h, w = noisy.shape
         prediction = denoiser(
             hidden_states=self.pipeline._pack_latents(noisy, n, channels, h, w),
-            timestep=timesteps / self.scheduler.config.num_train_timesteps,
+            timestep=timesteps / self.noise.scheduler.config.num_train_timesteps,
             guidance=noisy.new_full((n,), self.guidance) if self.denoiser.config.guidance_embeds else None,
             pooled_projections=pooled_prompt_embeds,
             encoder_hidden_states=prompt_embeds,
@@ -50,6 +52,3 @@ class FluxFamily(FlowMatchingFamily):
         )[0]
         factor = self.pixels_per_latent
         return self.pipeline._unpack_latents(prediction, h * factor, w * factor, factor)
-
-    def sample_timestep(self, generator):
-        return self.scheduler.timesteps[super().sample_timestep(generator)]

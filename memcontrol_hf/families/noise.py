@@ -1,22 +1,150 @@
-"""The noise process of a model: what is added to an image, and what the denoiser predicts."""
+"""Noise processes: how noise is added to an image, what the denoiser predicts, and which timesteps training draws."""
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.training_utils import compute_snr
 
-from .base import Family
 
+class DDPMNoise:
+    """DDPM noise, `x_t = √ᾱ_t · x_0 + √(1 - ᾱ_t) · ε` (https://huggingface.co/papers/2006.11239).
 
-class FlowMatchingFamily(Family):
-    """Flow matching: `x_t = (1 - σ) x_0 + σ ε`, and the denoiser predicts the velocity `ε - x_0`.
+    Timesteps are whole numbers from 0 (almost no noise) to `num_train_timesteps - 1` (almost only noise). The denoiser
+    predicts the noise, the velocity or the image, by the scheduler's `prediction_type`. Training draws timesteps
+    uniformly, and weighs all of them alike unless min-SNR weighting is asked for.
 
-    Timesteps are real numbers, the schedule's `1000 σ`. SecMI and PIA have exact counterparts: an Euler step along the
-    velocity is a DDIM step for this noise, and the noise that the denoiser sees is `x_t + (1 - σ) v`. They may be
-    asked at any timestep from 0 to 1000; the papers' own are those of DDPM noise, which at the same number is more.
+    Args:
+        scheduler (`SchedulerMixin`): The pipeline's scheduler, whose noise schedule and prediction type are read.
+
+    Attributes:
+        scheduler (`SchedulerMixin`): The scheduler of training, with the settings of the pipeline's scheduler.
+
+    Raises:
+        ValueError: For a scheduler of another noise process, and for an unknown prediction type.
     """
 
-    def set_scheduler(self, scheduler):
+    def __init__(self, scheduler: SchedulerMixin):
+        if "beta_schedule" not in scheduler.config:
+            raise ValueError(f"a {type(scheduler).__name__} has no beta schedule: such models are not supported")
+        prediction = scheduler.config.get("prediction_type", "epsilon")
+        if prediction not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(f"unknown prediction type {prediction!r}: use epsilon, v_prediction or sample")
+        # DDPMScheduler and DDIMScheduler clip by default; samplers without that setting do not clip, and latents lie
+        # outside of [-1, 1].
+        clip_sample = scheduler.config.get("clip_sample", False)
+        self.scheduler = DDPMScheduler.from_config(scheduler.config, clip_sample=clip_sample)
+
+    def coefficients(self, timestep: float) -> tuple[float, float]:
+        """The pair `(a, s)` of `x_t = a · x_0 + s · ε` at one timestep."""
+        signal = self.scheduler.alphas_cumprod[timestep].item()
+        return signal**0.5, (1 - signal) ** 0.5
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Noisy latents `x_t` `[N, C, h, w]` from latents and noise `[N, C, h, w]` at `timesteps` `[N]`."""
+        return self.scheduler.add_noise(latents, noise, timesteps)
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The tensor `[N, C, h, w]` that the denoiser is trained to predict."""
+        match self.scheduler.config.prediction_type:
+            case "epsilon":
+                return noise
+            case "v_prediction":
+                return self.scheduler.get_velocity(latents, noise, timesteps)
+            case _:  # "sample"
+                return latents
+
+    def to_epsilon(self, prediction: torch.Tensor, noisy: torch.Tensor, timestep: float) -> torch.Tensor:
+        """The noise `ε` that a prediction implies for noisy latents, for every prediction type.
+
+        Args:
+            prediction, noisy (`torch.Tensor`): The denoiser's prediction and its input, `[N, C, h, w]`.
+            timestep (`float`): The timestep of all rows.
+
+        Returns:
+            `torch.Tensor`: `[N, C, h, w]`.
+        """
+        signal, noise = self.coefficients(timestep)
+        match self.scheduler.config.prediction_type:
+            case "epsilon":
+                return prediction
+            case "v_prediction":
+                return signal * prediction + noise * noisy
+            case _:  # "sample"
+                return (noisy - signal * prediction) / noise
+
+    def epsilon_scale(self, timestep: float) -> float:
+        """The change of the implied noise for each unit by which the prediction changes, with `x_t` held fixed."""
+        signal, noise = self.coefficients(timestep)
+        match self.scheduler.config.prediction_type:
+            case "epsilon":
+                return 1.0
+            case "v_prediction":
+                return signal
+            case _:  # "sample"
+                return signal / noise
+
+    def timesteps(self, count: int) -> list[int] | list[float]:
+        """`count` timesteps from low noise to high, the middles of `count` equal parts of the schedule."""
+        total = self.scheduler.config.num_train_timesteps
+        return [int((i + 0.5) * total / count) for i in range(count)]
+
+    def check_timesteps(self, *timesteps: float) -> None:
+        """Raise `ValueError` for a timestep outside the schedule."""
+        total = self.scheduler.config.num_train_timesteps
+        for timestep in timesteps:
+            if not 0 <= timestep < total:
+                raise ValueError(f"timestep {timestep} lies outside the schedule: use 0 to {total - 1}")
+
+    def sample_timestep(self, generator: torch.Generator) -> torch.Tensor:
+        """One timestep as training draws it, a tensor of shape `[]`."""
+        return torch.randint(self.scheduler.config.num_train_timesteps, (), generator=generator)
+
+    def trajectory(self, num_inference_steps: int, tokens: int) -> SchedulerMixin:
+        """A deterministic sampler (DDIM; Euler for flow matching) whose timesteps are set.
+
+        Args:
+            num_inference_steps (`int`): Number of sampling steps.
+            tokens (`int`): Number of tokens that a transformer makes of one image ([`Family.tokens`]), by which some
+                flow-matching models shift their timesteps.
+        """
+        scheduler = DDIMScheduler.from_config(self.scheduler.config)
+        scheduler.set_timesteps(num_inference_steps)
+        return scheduler
+
+    def check_snr_gamma(self, snr_gamma: float | None) -> None:
+        """Raise `ValueError` when min-SNR weighting is asked for and the noise process has no such weighting."""
+
+    def loss_weights(self, timesteps: torch.Tensor, snr_gamma: float | None = None) -> torch.Tensor | None:
+        """The weights `[N]` of training's losses at `timesteps` `[N]`, or `None` when all losses weigh 1.
+
+        Args:
+            timesteps (`torch.Tensor`): Timesteps, `[N]`.
+            snr_gamma (`float`, *optional*): `γ` of min-SNR weighting (https://huggingface.co/papers/2303.09556).
+        """
+        if snr_gamma is None:
+            return None
+        snr = compute_snr(self.scheduler, timesteps)
+        clipped = snr.clamp(max=snr_gamma)
+        match self.scheduler.config.prediction_type:
+            case "epsilon":
+                return clipped / snr
+            case "v_prediction":
+                return clipped / (snr + 1)
+            case _:  # "sample": the loss of x_0 has weight SNR in the units of epsilon
+                return clipped
+
+
+class FlowMatchingNoise(DDPMNoise):
+    """Flow matching: `x_t = (1 - σ) x_0 + σ ε`, and the denoiser predicts the velocity `ε - x_0`.
+
+    Timesteps are the real numbers `1000 σ`. Training draws a step of the scheduler uniformly and weighs all losses
+    alike. SecMI and PIA have exact counterparts: an Euler step along the velocity `v` is a DDIM step for this noise,
+    and the noise that a velocity implies is `x_t + (1 - σ) v`. Both attacks accept any timestep from 0 to 1000; the
+    timesteps in their papers are those of DDPM, where the same number means more noise.
+    """
+
+    def __init__(self, scheduler):
         self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
 
     def coefficients(self, timestep):
@@ -24,11 +152,12 @@ class FlowMatchingFamily(Family):
         return 1 - sigma, sigma
 
     def add_noise(self, latents, noise, timesteps):
-        sigmas = self._sigmas(timesteps)
+        sigmas = self.sigmas(timesteps).view(-1, 1, 1, 1)
         return (1 - sigmas) * latents + sigmas * noise
 
-    def _sigmas(self, timesteps: torch.Tensor) -> torch.Tensor:
-        return (timesteps / self.scheduler.config.num_train_timesteps).view(-1, 1, 1, 1)
+    def sigmas(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """The share of noise `σ` `[N]` in `x_t` at `timesteps` `[N]`."""
+        return timesteps / self.scheduler.config.num_train_timesteps
 
     def target(self, latents, noise, timesteps):
         return noise - latents
@@ -37,7 +166,7 @@ class FlowMatchingFamily(Family):
         return noisy + self.coefficients(timestep)[0] * prediction
 
     def epsilon_scale(self, timestep):
-        """1: the velocity takes the noise's place. Of the noise, its difference would vanish where sampling starts."""
+        """1, because norms are taken of the velocity: a difference of implied noise would vanish at `σ = 1`."""
         return 1.0
 
     def timesteps(self, count):
@@ -49,13 +178,15 @@ class FlowMatchingFamily(Family):
             if not 0 <= timestep <= total:
                 raise ValueError(f"timestep {timestep} lies outside the schedule: use 0 to {total}")
 
-    def trajectory(self, num_inference_steps, shape):
+    def sample_timestep(self, generator):
+        return self.scheduler.timesteps[super().sample_timestep(generator)]
+
+    def trajectory(self, num_inference_steps, tokens):
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
         if not scheduler.config.use_dynamic_shifting:
             scheduler.set_timesteps(num_inference_steps)
             return scheduler
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        tokens = shape[1] * shape[2] // self.patch**2
         mu = calculate_shift(tokens, *(scheduler.config[name] for name in names))
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_inference_steps, num_inference_steps), mu=mu)
         return scheduler

@@ -21,14 +21,14 @@ class PixArtFamily(Family):
         encoded = self.pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, device=self.device)
         return encoded[0], encoded[1]
 
-    def example(self):
+    def meta_condition(self):
         tokens = signature(self.pipeline.encode_prompt).parameters["max_sequence_length"].default
         return {
             "prompt_embeds": torch.empty(1, tokens, self.denoiser.config.caption_channels, device="meta"),
             "prompt_attention_mask": torch.empty(1, tokens, dtype=torch.int64, device="meta"),
         }
 
-    def call(self, denoiser, noisy, timesteps, prompt_embeds, prompt_attention_mask):
+    def call_denoiser(self, denoiser, noisy, timesteps, prompt_embeds, prompt_attention_mask):
         added = {"resolution": None, "aspect_ratio": None}
         if self.denoiser.use_additional_conditions:
             height, width = (side * self.pixels_per_latent for side in noisy.shape[2:])
@@ -44,6 +44,6 @@ class PixArtFamily(Family):
         )[0]
         return prediction[:, : noisy.shape[1]]
 
-    def request(self, prompts, resolution, guidance_scale):
-        request = super().request(prompts, resolution, guidance_scale)
+    def pipeline_arguments(self, prompts, resolution, guidance_scale):
+        request = super().pipeline_arguments(prompts, resolution, guidance_scale)
         return request | {"clean_caption": False, "use_resolution_binning": False}  # as `encode` does it

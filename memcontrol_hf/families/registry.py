@@ -6,7 +6,9 @@ from .base import Family
 from .dit import DiTFamily
 from .flux import FluxFamily
 from .pixart import PixArtFamily
-from .stable_diffusion import StableDiffusion3Family, StableDiffusionFamily, StableDiffusionXLFamily
+from .stable_diffusion import StableDiffusionFamily
+from .stable_diffusion_3 import StableDiffusion3Family
+from .stable_diffusion_xl import StableDiffusionXLFamily
 from .unconditional import UnconditionalFamily
 
 if TYPE_CHECKING:
@@ -38,5 +40,5 @@ def family_of(pipeline: "DiffusionPipeline") -> Family:
     raise ValueError(
         f"{type(pipeline).__name__} is no pipeline that can be tuned here; known: {known}. For another, append "
         "a subclass of memcontrol_hf.families.Family to FAMILIES: it names pipeline_classes, denoiser_name, encoders "
-        "and conditions, and writes encode() (captions to tensors) and call() (the denoiser); see docs/families.md"
+        "and conditions, and writes encode() (captions to tensors) and call_denoiser(); see docs/families.md"
     )

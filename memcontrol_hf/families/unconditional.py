@@ -3,6 +3,16 @@
 from diffusers.training_utils import compute_snr
 
 from .base import Family, check_only_resolution
+from .noise import DDPMNoise
+
+
+class UnconditionalNoise(DDPMNoise):
+    """DDPM noise whose losses weigh as much as the signal-to-noise ratio where the denoiser predicts the image."""
+
+    def loss_weights(self, timesteps, snr_gamma=None):
+        if snr_gamma is None and self.scheduler.config.prediction_type == "sample":
+            return compute_snr(self.scheduler, timesteps)
+        return super().loss_weights(timesteps, snr_gamma)
 
 
 class UnconditionalFamily(Family):
@@ -17,6 +27,7 @@ class UnconditionalFamily(Family):
     encoders = ()
     conditions = ()
     not_applicable = dict.fromkeys(("noise_norm", "clid"), "an unconditional model has no condition to leave out")
+    noise_class = UnconditionalNoise
     pixels_per_latent = 1
 
     def __init__(self, pipeline):
@@ -31,7 +42,7 @@ class UnconditionalFamily(Family):
     def check_resolution(self, resolution):
         check_only_resolution(resolution, self.trained_at)
 
-    def encoding(self):
+    def cache_key(self):
         return [type(self).__name__, self.latent_channels]
 
     def encode_images(self, pixels):
@@ -45,18 +56,13 @@ class UnconditionalFamily(Family):
     def null_condition(self):
         return None
 
-    def example(self):
+    def meta_condition(self):
         return {}
 
-    def call(self, denoiser, noisy, timesteps):
+    def call_denoiser(self, denoiser, noisy, timesteps):
         return denoiser(noisy, timesteps, return_dict=False)[0]
 
-    def loss_weights(self, timesteps, snr_gamma=None):
-        if snr_gamma is None and self.scheduler.config.prediction_type == "sample":
-            return compute_snr(self.scheduler, timesteps)
-        return super().loss_weights(timesteps, snr_gamma)
-
-    def request(self, prompts, resolution, guidance_scale):
+    def pipeline_arguments(self, prompts, resolution, guidance_scale):
         return {"batch_size": len(prompts)}
 
     def sample(self, *args, **kwargs):

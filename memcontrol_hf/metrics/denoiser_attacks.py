@@ -138,7 +138,7 @@ def _with_null(condition: Condition, null: Condition) -> Condition:
 def _epsilon(family: Family, denoiser: nn.Module, noisy: torch.Tensor, c: Condition, timestep: int) -> torch.Tensor:
     """The noise that the denoiser sees in `noisy` `[N, C, h, w]`, whatever it predicts."""
     steps = torch.full((len(noisy),), timestep, device=noisy.device)
-    return family.to_epsilon(family.denoise(denoiser, noisy, steps, c), noisy, timestep)
+    return family.noise.to_epsilon(family.denoise(denoiser, noisy, steps, c), noisy, timestep)
 
 
 def _in_batches(
@@ -189,11 +189,11 @@ def secmi(
     """
     if stride < 1 or timestep < stride or timestep % stride:
         raise ValueError(f"timestep must be a positive multiple of stride {stride}, but got {timestep}")
-    family.check_timesteps(timestep + stride)
+    family.noise.check_timesteps(timestep + stride)
 
     def step(x: torch.Tensor, c: Condition, start: int, stop: int) -> torch.Tensor:
         noise = _epsilon(family, denoiser, x, c, start)
-        (signal, amount), (next_signal, next_amount) = (family.coefficients(t) for t in (start, stop))
+        (signal, amount), (next_signal, next_amount) = (family.noise.coefficients(t) for t in (start, stop))
         return next_signal / signal * (x - amount * noise) + next_amount * noise
 
     def score(x: torch.Tensor, c: Condition) -> torch.Tensor:
@@ -235,8 +235,8 @@ def pia(
     Raises:
         ValueError: for a timestep outside the schedule.
     """
-    family.check_timesteps(timestep)
-    signal, amount = family.coefficients(timestep)
+    family.noise.check_timesteps(timestep)
+    signal, amount = family.noise.coefficients(timestep)
 
     def score(x: torch.Tensor, c: Condition) -> torch.Tensor:
         noise = _epsilon(family, denoiser, x, c, 0)
@@ -281,22 +281,22 @@ def clid(
     Raises:
         ValueError: for a timestep outside the schedule, and when the seeds are not as many as the images.
     """
-    family.check_timesteps(*timesteps)
+    family.noise.check_timesteps(*timesteps)
     embeds = family.named(embeds)
     null = null_like(_null(family, null_embedding), embeds)
     if losses is None:
         losses = denoising_losses(family, denoiser, latents, embeds, timesteps, seeds, batch_size)
     without = denoising_losses(family, denoiser, latents, null, timesteps, seeds, batch_size)
-    scales = torch.tensor([family.epsilon_scale(t) for t in timesteps])
+    scales = torch.tensor([family.noise.epsilon_scale(t) for t in timesteps])
     return ((without - losses) * scales.square()).mean(1)
 
 
 @torch.no_grad()
 def trajectory_noise_norms(
+    family: Family,
     denoiser: nn.Module,
     embeds: Condition | torch.Tensor,
     null_embedding: Condition | torch.Tensor,
-    scheduler: SchedulerMixin | Family,
     shape: Sequence[int],
     seeds: Sequence[int | tuple[int, ...]],
     num_inference_steps: int = 50,
@@ -311,10 +311,10 @@ def trajectory_noise_norms(
     with guidance.
 
     Args:
+        family: the pipeline's family (`memcontrol_hf.families.family_of`).
         denoiser (`nn.Module`): in evaluation mode.
         embeds (`Condition`): of the prompts, `N` rows; a tensor alone is the first of the family's conditions.
         null_embedding (`Condition`): of the empty prompt; its tensors are one row, `[L, D]` or `[1, L, D]`.
-        scheduler: the pipeline's family; for Stable Diffusion its scheduler will do.
         shape (list of `int`): of one image's latent, `(C, h, w)`.
         seeds (list of `int` or tuples): one for each prompt.
         num_inference_steps (`int`): of the trajectory.
@@ -329,24 +329,23 @@ def trajectory_noise_norms(
     Raises:
         ValueError: when the seeds are not as many as the prompts, and for no step at all.
     """
-    family = _as_family(scheduler)
     embeds, null = family.named(embeds), _null(family, null_embedding)
     _check_seeds(next(iter(embeds.values())), seeds)
     first = num_inference_steps if first is None else first
     if not 1 <= first <= num_inference_steps:
         raise ValueError(f"first must lie between 1 and num_inference_steps {num_inference_steps}, but got {first}")
-    steps = family.trajectory(num_inference_steps, shape).timesteps[:first]
+    steps = family.noise.trajectory(num_inference_steps, family.tokens(shape)).timesteps[:first]
     start = torch.cat([_noise(seed, shape, 1) for seed in seeds])
 
     def score(x: torch.Tensor, c: Condition) -> torch.Tensor:
         both = _with_null(c, null)
-        sampler = family.trajectory(num_inference_steps, shape)
+        sampler = family.noise.trajectory(num_inference_steps, family.tokens(shape))
         norms = []
         for t in steps:
             twice = x.repeat(2, 1, 1, 1)
             prediction = family.denoise(denoiser, twice, t.expand(len(twice)).to(x.device), both)
             conditional, unconditional = prediction.chunk(2)
-            norms.append(family.epsilon_scale(t.item()) * steering_norms(conditional, unconditional))
+            norms.append(family.noise.epsilon_scale(t.item()) * steering_norms(conditional, unconditional))
             guided = unconditional + guidance_scale * (conditional - unconditional)
             x = sampler.step(guided, t, x).prev_sample
         return torch.stack(norms).mean(0)

@@ -102,8 +102,8 @@ class AntiMemorizationGuidance(Mitigation):
             noisy, timestep = args[0].float().chunk(2)[0], args[1]
             conditions = kwargs["encoder_hidden_states"].chunk(2)
             unconditional, conditional = output[0].float().chunk(2)
-            device, step, config = noisy.device, int(timestep), family.scheduler.config
-            signal, noise = family.coefficients(step)
+            device, step, config = noisy.device, int(timestep), family.noise.scheduler.config
+            signal, noise = family.noise.coefficients(step)
             limit = self.threshold * (1 - (step / config.num_train_timesteps) ** 2)
 
             def predict(x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
@@ -112,7 +112,7 @@ class AntiMemorizationGuidance(Mitigation):
 
             def similarities(x: torch.Tensor, null: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
                 guided = null + guidance_scale * (text - null)
-                clean = (x - noise * family.to_epsilon(guided, x, step)) / signal
+                clean = (x - noise * family.noise.to_epsilon(guided, x, step)) / signal
                 return F.normalize((clean - center.to(device)).flatten(1), dim=1) @ neighbours.to(device).T
 
             found, nearest = similarities(noisy, unconditional, conditional).max(1)
@@ -133,7 +133,7 @@ class AntiMemorizationGuidance(Mitigation):
                     (gradient,) = torch.autograd.grad(to_nearest, x)
                 # In the units of the model's own prediction, which where it is the image falls as the noise grows.
                 sign = -1 if config.prediction_type == "sample" else 1
-                change += sign / family.epsilon_scale(step) * self.c3 * noise * gradient
+                change += sign / family.noise.epsilon_scale(step) * self.c3 * noise * gradient
             conditional = conditional.index_add(0, near, change / guidance_scale)  # the pipeline multiplies it again
             return (torch.cat([unconditional, conditional]).to(output[0].dtype), *output[1:])
 
