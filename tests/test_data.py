@@ -238,7 +238,7 @@ def test_the_cache_of_an_earlier_version_is_named_and_not_read(pipeline, train_i
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     family = family_of(pipeline)
     weights = [weights_digest(module) for module in family.encoder_modules]
-    key = [train_images._fingerprint, *weights, *family.encoding(), RESOLUTION]
+    key = [train_images._fingerprint, *weights, *family.cache_key(), RESOLUTION]
     earlier = tmp_path / "memcontrol_hf" / f"{Hasher.hash(key)}.arrow"
     earlier.parent.mkdir()
     earlier.write_bytes(b"of version 1")
