@@ -198,6 +198,19 @@ class MaskedAdapters:
                     stack.enter_context(adapted.disable_adapter())
             yield
 
+    def trained_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters that are trained now, by the name of their block."""
+        owner = {module: block for block, modules in self._space.blocks.items() for module in modules}
+        trained: dict[str, list[nn.Parameter]] = {block: [] for block in self._space.blocks}
+        for part, adapted in self.adapted.items():
+            for name, parameter in adapted.named_parameters():
+                if parameter.requires_grad:
+                    module = f"{part}.{name.removeprefix('base_model.model.')}".lstrip(".")
+                    while module not in owner:
+                        module = module.rpartition(".")[0]
+                    trained[owner[module]].append(parameter)
+        return trained
+
     def save(self, folder: Path, state_dict: dict | None = None) -> None:
         """Write the adapters alone, a text encoder's into a folder of its name, and nothing of the base."""
         for part in self._family.parts.keys() - self.adapted.keys():  # files that an earlier mask has left

@@ -15,7 +15,14 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftType
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import (
+    DefaultFlowCallback,
+    ProgressCallback,
+    SchedulerType,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+)
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, BestRun, TrainOutput, get_last_checkpoint
 
@@ -30,6 +37,7 @@ from .mitigations import PrivateTraining, parse_mitigations
 from .publish.hub import push
 from .randomness import Purpose, seeded_generator
 from .report import MemorizationReport
+from .screening import PROBE_SHARE, LossAllocation, Probe, Screening, check_screening, combine
 from .search import run_search
 from .search.ray import run_search_on_ray
 from .search_space import SearchSpace
@@ -480,6 +488,87 @@ class MemControlTrainer(Trainer):
         if not isinstance(self._encoder, Encoder):
             self._encoder = load_encoder(self._encoder, self.args.device)
         return self._encoder
+
+    # ---- screening ----
+
+    def screen(
+        self, steps: int | None = None, every: int = 4, learning_rate: float | None = None, seeds: int = 1
+    ) -> Screening:
+        """Train once with every block on, and read off what each block learns and what it memorizes.
+
+        Like a trial, the screening starts from the base, and so does what follows: an adapter that was trained before
+        is lost. It takes about half as long again as its training, and is not resumed: a run of some hundred steps is
+        cheap enough to be repeated. The learning rate falls to 0 over the steps, so that the sums over the steps end
+        where the training ends, and not in the jitter of a constant rate.
+
+        Args:
+            steps (`int`, *optional*): number of training steps; `search_max_steps` or `max_steps` by default.
+            every (`int`): steps from one probe to the next.
+            learning_rate (`float`, *optional*): learning rate at the first step; that of the arguments by default.
+            seeds (`int`): number of trainings, each with a seed of its own, whose figures are averaged.
+
+        Returns:
+            [`~memcontrol_hf.screening.Screening`]: `learns` and `memorizes` by block, and masks along their trade-off.
+
+        Raises:
+            ValueError: before any training, for numbers that are too small, less than two blocks, and a mitigation
+                that takes the place of the gradients (`dp_sgd`).
+        """
+        steps = steps or self.args.search_max_steps or self.args.max_steps
+        check_screening(steps, every, seeds, [*self.search_space.blocks])
+        if self._private_training() is not None:
+            raise ValueError("a screening reads gradients that dp_sgd does not protect: leave dp_sgd out for it")
+        settings = {
+            "max_steps": steps,
+            "learning_rate": self.args.learning_rate if learning_rate is None else learning_rate,
+            "lr_scheduler_type": SchedulerType.LINEAR,
+            "warmup_steps": 0,
+            "save_strategy": "no",
+            "eval_strategy": "no",
+        }
+        before = {name: getattr(self.args, name) for name in ("seed", *settings)}
+        callbacks, mask, state = self.callback_handler.callbacks, self.mask, (self.state, self.control)
+        runs = []
+        try:
+            for number in range(seeds):
+                for name, value in (settings | {"seed": before["seed"] + number}).items():
+                    setattr(self.args, name, value)
+                runs.append(self._allocate(every, callbacks))
+        finally:
+            for name, value in before.items():
+                setattr(self.args, name, value)
+            self.callback_handler.callbacks, (self.state, self.control) = callbacks, state
+            self.set_mask(mask)
+        screening = combine(runs)
+        screening.settings = {"steps": steps, "every": every, "learning_rate": settings["learning_rate"]}
+        screening.settings |= {"seeds": seeds, "seed": before["seed"], "probe_rows": runs[0].probe_rows}
+        return screening
+
+    def _allocate(self, every: int, callbacks: list[TrainerCallback]) -> LossAllocation:
+        """One training of a screening, by the arguments as they are."""
+        args = self.args
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * every * PROBE_SHARE
+        common = {"rows": max(2, round(rows)), "batch_size": args.train_batch_size, "seed": args.seed}
+        common |= {"rank": args.process_index, "world_size": args.world_size}
+        sets = {
+            "train": (self.train_dataset, Purpose.SCREENING_TRAINING),
+            "validation": (self.encode(self.eval_dataset), Purpose.SCREENING_VALIDATION),
+        }
+        self.mask = self.search_space.mask(True)
+        allocation = LossAllocation(
+            trained=self._adapters.trained_parameters,
+            denoiser=lambda: self.model,
+            probes={name: Probe(self.family, *images, **common) for name, images in sets.items()},
+            every=every,
+            encode_captions=lambda: self._adapters.tunes_text,
+            reduce=lambda tensor: self.accelerator.reduce(tensor.to(args.device), "sum").cpu(),
+            autocast=self.compute_loss_context_manager,
+            scale=lambda: 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale(),
+        )
+        kept = [c for c in callbacks if isinstance(c, (DefaultFlowCallback, ProgressCallback))]
+        self.callback_handler.callbacks = [*kept, allocation]  # neither trackers nor early stops
+        self.train()
+        return allocation
 
     # ---- the outer level ----
 
