@@ -1,15 +1,15 @@
 """Screening: one training run with every block on says what each block learns and what it memorizes.
 
 Loss change allocation (Lan et al., NeurIPS 2019, https://huggingface.co/papers/1909.01440) attributes the change of a
-loss along a training to the parameters that moved: each step changes the loss by about `g · Δθ`, the gradient times the
-update, and that product is a sum over parameters. Here the products are summed over the parameters of a block, once for
-a loss on images that the training does not see, and once for a loss on the training images:
+loss along a training to the parameters that moved. Each step changes the loss by about `g · Δθ`, the gradient times the
+update, and that product is a sum over parameters. Here the products are summed over the parameters of each block, once
+for a loss on images that the training does not see, and once for a loss on the training images:
 
     learns_b    = -Σ_t g_validation(θ_t) · Δθ_{b,t}
     memorizes_b = -Σ_t g_train(θ_t) · Δθ_{b,t} - learns_b
 
-with `θ_t` in the middle of step `t`. Only every few steps are probed, and each probe stands for as many steps. What this
-assumes, and where it failed: docs/screening.md.
+`θ_t` lies in the middle of step `t`. Only every few steps are probed, and each probe stands for as many steps. What
+this assumes, and where it failed: docs/screening.md.
 """
 
 import json
@@ -176,8 +176,8 @@ class Probe:
 class LossAllocation(TrainerCallback):
     """Multiplies the update of every few steps with the gradients of two losses, block by block.
 
-    Between two probes nothing is added to the training. A probe holds one copy of the trained parameters, and takes one
-    backward pass at a time. It moves the parameters to the middle of the step and back.
+    Between two probes nothing is added to the training. A probe holds one copy of the trained parameters and takes one
+    backward pass at a time. It moves the parameters to the middle of the step, and back.
 
     Args:
         trained (`Callable`): gives the trained parameters by the name of their block.

@@ -429,7 +429,7 @@ def test_a_mask_of_another_model_is_refused_with_the_names(script, assets, tmp_p
 
 def test_an_output_folder_with_another_study_is_refused(script, assets, finished, capsys):
     for changes, message in (
-        ({"seed": 1}, "made with other settings: seed was 0 and is 1"),
+        ({"seed": 1}, "seed was 0 and is 1"),
         ({"study_name": "another"}, "holds another study (memcontrol)"),
     ):
         with pytest.raises(SystemExit) as stopped:

@@ -99,7 +99,7 @@ def readings(pieces: Pieces, seed: int) -> dict[str, Blocks]:
     }
     ratio = {block: trained[block] - kappa * plain["learns"][block] for block in trained}
     values = {"clipped": plain["memorizes"], "ratio": ratio, **mean}
-    clipped = {name: {block: max(value, 0.0) for block, value in blocks.items()} for name, blocks in values.items()}
+    clipped = {name: {b: max(value, 0.0) for b, value in blocks.items()} for name, blocks in values.items()}
     return {"learns": plain["learns"], "raw": plain["memorizes"], **clipped}
 
 
@@ -143,7 +143,7 @@ def judge(pieces: Pieces, seeds: list[int], trials: pd.DataFrame) -> list[dict[s
         pairs = [("learns", "loss on validation", -runs["loss"])]
         pairs += [
             (reading, name, -runs[column] if column == "audit_amd" else runs[column])
-            for reading in READINGS
+            for reading in ("parameters", *READINGS)
             for name, column in MEASURED.items()
         ]
         size = runs["trainable_parameters"].to_numpy(float)
@@ -175,8 +175,8 @@ def render(content: dict[str, Any]) -> str:
         f"`{content['command']}`",
         "",
         f"Spearman's rank correlation over {content['masks']} masks of six groups of blocks, with 95 % bootstrap "
-        f"intervals over masks, of the mean over {len(settings['seeds'])} screening seed(s) of {settings['steps']} steps "
-        f"at the learning rate {settings['learning_rate']:g}. In brackets: lowest and highest seed by itself.",
+        f"intervals over masks, of the mean over {len(settings['seeds'])} screening seed(s) of {settings['steps']} "
+        f"steps at the learning rate {settings['learning_rate']:g}. In brackets: lowest and highest seed by itself.",
         "",
     ]
     for rate in sorted({row["masks_rate"] for row in rows}):
