@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from .gate import NOT_APPLICABLE, violation
 
 SCHEMA_VERSION = 2
@@ -18,7 +19,12 @@ REPORT_SCHEMA = Path(__file__).with_name("report_schema.json")
 
 FROZEN_BASE, ALL_ON, SELECTED = "frozen base", "all blocks", "selected mask"
 _CONTROLS = ("frozen_base", "held_out_as_train")
-_PACKAGES = ("memcontrol_hf", "torch", "diffusers", "transformers", "peft", "optuna")
+_PACKAGES = ("torch", "diffusers", "transformers", "peft", "optuna")
+
+
+def _versions() -> dict[str, str]:
+    """Versions of the packages that a run depends on; this one need not be installed to be imported."""
+    return {"memcontrol_hf": __version__, **{name: version(name) for name in _PACKAGES}}
 
 
 @dataclass
@@ -67,7 +73,7 @@ class MemorizationReport:
     command: str | None = None
     weights: dict[str, str] = field(default_factory=dict)
     card: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in _PACKAGES})
+    versions: dict[str, str] = field(default_factory=_versions)
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self, path: str | Path) -> None:
