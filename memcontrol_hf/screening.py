@@ -1,8 +1,8 @@
 """Screening: one training run with every block on says what each block learns and what it memorizes.
 
 Loss change allocation (Lan et al., NeurIPS 2019, https://huggingface.co/papers/1909.01440) attributes the change of a
-loss along a training to the parameters that moved. Each step changes the loss by about `g · Δθ`, the gradient times the
-update, and that product is a sum over parameters. Here the products are summed over the parameters of each block, once
+loss along a training to the parameters that moved. Each step changes the loss by about `g · Δθ`, the gradient times
+the update, and that product is a sum over parameters. Here the products are summed over the parameters of each block, once
 for a loss on images that the training does not see, and once for a loss on the training images:
 
     learns_b    = -Σ_t g_validation(θ_t) · Δθ_{b,t}

@@ -80,7 +80,9 @@ def screen(args: argparse.Namespace, training: str, seed: int) -> dict[str, Any]
         output_dir=str(args.output_dir / "runs"), method=args.method, max_train_steps=args.steps, seed=seed
     )
     trainer = demo_trainer(splits(images_of(args.data, None), training), args.method, training_arguments(script))
-    return asdict(trainer.screen(args.steps, args.every, args.learning_rate))
+    device = trainer.args.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {**asdict(trainer.screen(args.steps, args.every, args.learning_rate)), "device": name}
 
 
 def readings(pieces: Pieces, seed: int) -> dict[str, Blocks]:
@@ -169,6 +171,7 @@ def judge(pieces: Pieces, seeds: list[int], trials: pd.DataFrame) -> list[dict[s
 def render(content: dict[str, Any]) -> str:
     """The page of one data set's correlations."""
     settings, rows = content["settings"], content["rows"]
+    devices = sorted({screening["device"] for screening in content["screenings"].values()})
     lines = [
         f"# What screenings predict: {DATA[settings['data']].title}",
         "",
@@ -176,7 +179,8 @@ def render(content: dict[str, Any]) -> str:
         "",
         f"Spearman's rank correlation over {content['masks']} masks of six groups of blocks, with 95 % bootstrap "
         f"intervals over masks, of the mean over {len(settings['seeds'])} screening seed(s) of {settings['steps']} "
-        f"steps at the learning rate {settings['learning_rate']:g}. In brackets: lowest and highest seed by itself.",
+        f"steps at the learning rate {settings['learning_rate']:g}, run on: {', '.join(devices)}. In brackets: lowest and "
+        "highest seed by itself.",
         "",
     ]
     for rate in sorted({row["masks_rate"] for row in rows}):
