@@ -254,7 +254,7 @@ class Evaluator:
 
         Args:
             generated, train, others (`torch.Tensor`): features `[M, D]`, `[N, D]`, `[L, D]`.
-            own (list of `int`): for each generated image, the row in `train` of the image that has its caption.
+            own (list of `int`): rows of `train`, one for each generated image: the image that has the same caption.
         """
         seed = (self.seed, Purpose.TRIAL_ROWS)
         to_train, to_held_out = metrics.distances_to_both(generated, train, others, seed, own=own)

@@ -242,7 +242,7 @@ def training_arguments(args: ScriptArguments) -> MemControlTrainingArguments:
         "seed": args.seed,
     }
     if taken := sorted(set(other) & set(arguments) - {"logging_steps", "disable_tqdm"}):
-        raise ValueError(f"--trainer_args has {', '.join(taken)}: there are flags for what these say, see --help")
+        raise ValueError(f"--trainer_args has {', '.join(taken)}: use the script's own flags for these, see --help")
     return MemControlTrainingArguments(**arguments | other)
 
 
@@ -300,8 +300,8 @@ def make_trainer(args: ScriptArguments) -> tuple[MemControlTrainer, DatasetDict,
     for name, least in LEAST_IMAGES.items():
         if (count := len(trainer.encode(data[name]).distinct)) < least:
             logger.warning(
-                f"the {name} split has {count} different images, but the audit needs {least}: there will be none, and "
-                "the gate will fail"
+                f"the {name} split has {count} different images, but the audit needs {least}: there will be no audit, "
+                "and the gate will fail"
             )
     return trainer, data, rates, mask
 

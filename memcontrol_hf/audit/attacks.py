@@ -27,7 +27,7 @@ class Attacked:
 
     Args:
         figures (dict of [`Figure`]): figures by the name of the measure.
-        caught (dict): for each attack, the rows that it takes for memorized, and all rows that it attacked.
+        caught (dict): rows that an attack takes for memorized and all rows that it attacked, by the attack's name.
         pairs (list): most similar pairs: similarity, row of the training image, generated image `[3, H, W]`.
         distances (dict): histograms of the distances from generated images to the nearest image of each set.
     """
@@ -130,7 +130,7 @@ def compare_with_training_images(
         others ([`~memcontrol_hf.data.EncodedImages`]): images that cannot be memorized.
         settings ([`AuditSettings`]): settings of the audit.
         encoder ([`~memcontrol_hf.encoders.Encoder`]): image encoder.
-        own (list of `int`): for each caption, the position of its image among the distinct images of `members`.
+        own (list of `int`): positions of the captions' own images among the distinct images of `members`.
     """
     member_features, other_features = members.features(encoder), others.features(encoder)
     nearest = metrics.nearest_share(

@@ -177,7 +177,7 @@ def _check_columns(sets: dict[str, Dataset], columns: Sequence[str]) -> None:
             if column not in data.column_names:
                 raise ValueError(f"the {name} set has no column {column!r}; it has: {', '.join(data.column_names)}")
         if len(data) == 0:
-            raise ValueError(f"the {name} set is empty: without it nothing can be said")
+            raise ValueError(f"the {name} set is empty: an audit needs images in each set")
 
 
 def _check_sets(members: EncodedImages, others: EncodedImages, threshold: float, encoder: Encoder) -> None:

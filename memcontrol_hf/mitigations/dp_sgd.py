@@ -87,9 +87,9 @@ class DPSGD(Mitigation):
         if find_spec("opacus") is None:
             raise ValueError("dp_sgd needs Opacus, which is not installed: pip install 'memcontrol_hf[dp]'")
         wrong = {
-            "the mitigation threshold, by which rows decide on each other": "threshold" in others,
-            "the mitigation early_stop, which looks at the training images": "early_stop" in others,
-            "load_best_model_at_end, which may go by the training images": args.load_best_model_at_end,
+            "the mitigation threshold, with which rows influence each other": "threshold" in others,
+            "the mitigation early_stop, which measures the training images": "early_stop" in others,
+            "load_best_model_at_end, which may choose by the training images": args.load_best_model_at_end,
             "a schedule that goes by evaluations": args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"),
             "num_train_epochs in the place of max_steps": args.max_steps < 1,
             "several processes": args.world_size > 1,
@@ -279,7 +279,7 @@ def _noise_multiplier(epsilon: float, delta: float, sample_rate: float, steps: i
     try:
         return get_noise_multiplier(target_epsilon=epsilon, target_delta=delta, sample_rate=sample_rate, steps=steps)
     except ValueError:
-        raise ValueError(f"dp_sgd: no noise gives epsilon {epsilon:g} in {steps} steps: allow for more") from None
+        raise ValueError(f"dp_sgd: no noise gives epsilon {epsilon:g} in {steps} steps: use a larger one") from None
 
 
 def per_sample_gradients(
