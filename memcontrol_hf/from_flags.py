@@ -242,7 +242,7 @@ def training_arguments(args: ScriptArguments) -> MemControlTrainingArguments:
         "seed": args.seed,
     }
     if taken := sorted(set(other) & set(arguments) - {"logging_steps", "disable_tqdm"}):
-        raise ValueError(f"--trainer_args has {', '.join(taken)}: use the script's own flags for these, see --help")
+        raise ValueError(f"--trainer_args has {', '.join(taken)}: there are flags for what these say, see --help")
     return MemControlTrainingArguments(**arguments | other)
 
 
