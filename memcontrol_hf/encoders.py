@@ -1,4 +1,4 @@
-"""Image encoders behind one small interface: images `[N, 3, H, W]` in [0, 1] -> features `[N, D]`."""
+"""Image encoders with one small interface: images `[N, 3, H, W]` in [0, 1] -> features `[N, D]`."""
 
 from pathlib import Path
 
@@ -14,11 +14,11 @@ class Encoder(nn.Module):
 
     Args:
         model (`nn.Module`):
-            A `transformers` vision model, or any module that maps images to features.
+            Vision model of `transformers`, or any module that maps images to features.
         size (`int`, *optional*):
-            Side in pixels that images are resized to; as they are, when not given.
+            Side in pixels to which images are resized. Without it images keep their size.
         mean, std (list of `float`):
-            Normalization of each channel.
+            Mean and standard deviation by which each channel is normalized.
     """
 
     def __init__(
@@ -39,11 +39,14 @@ class Encoder(nn.Module):
         """Features of images.
 
         Args:
-            images (`torch.Tensor`): `[N, 3, H, W]` in [0, 1].
-            batch_size (`int`): only a matter of memory.
+            images (`torch.Tensor`): images `[N, 3, H, W]` in [0, 1].
+            batch_size (`int`): number of images at once; only memory and speed depend on it.
 
         Returns:
-            `torch.Tensor`: `[N, D]` in float32 on the CPU.
+            `torch.Tensor`: features `[N, D]` in float32 on the CPU.
+
+        Raises:
+            ValueError: for images of another shape.
         """
         if images.ndim != 4:
             raise ValueError(f"images must be [N, 3, H, W], but got {list(images.shape)}")
@@ -63,16 +66,19 @@ class Encoder(nn.Module):
 
 
 def load_encoder(encoder: str | nn.Module, device: torch.device | str = "cpu") -> Encoder:
-    """An encoder by name.
+    """Load an image encoder by its name.
 
     Args:
         encoder (`str` or `nn.Module`):
-            `"demo"` for the small encoder that ships in the package, a Hub id or folder for
-            `transformers.AutoModel` (DINOv2, RAD-DINO, ...), `"xrv:<weights>"` for a DenseNet-121 of torchxrayvision
-            (`xrv:densenet121-res224-all`; extra `xrv`), or a module from images in [0, 1] to features.
+            Name of the encoder: `"demo"` for the small encoder that ships in the package, a Hub id or folder for
+            `transformers.AutoModel` (DINOv2, RAD-DINO, ...), or `"xrv:<weights>"` for a DenseNet-121 of
+            torchxrayvision (`xrv:densenet121-res224-all`; extra `xrv`). A module that maps images in [0, 1] to
+            features is wrapped.
+        device (`torch.device`):
+            Device of the encoder.
 
     Raises:
-        ValueError: when the name can be loaded by none of these.
+        ValueError: when no encoder of this name can be loaded.
     """
     if isinstance(encoder, Encoder):
         return encoder.to(device)
@@ -104,14 +110,14 @@ def load_encoder(encoder: str | nn.Module, device: torch.device | str = "cpu") -
 
 
 class XRayFeatures(nn.Module):
-    """The features of a torchxrayvision DenseNet, `[N, 1024]`, of images `[N, 3, 224, 224]` in [0, 1]."""
+    """Maps images `[N, 3, 224, 224]` in [0, 1] to the features `[N, 1024]` of a torchxrayvision DenseNet."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        # it reads one channel from -1024 to 1024
+        # The DenseNet reads one channel with values from -1024 to 1024.
         return self.model.features2(images.mean(1, keepdim=True) * 2048 - 1024)
 
 
@@ -125,12 +131,12 @@ def _xray_densenet(weights: str) -> XRayFeatures:
         ) from None
     try:
         return XRayFeatures(DenseNet(weights=weights))
-    except Exception as error:  # it raises a bare Exception for an unknown name, and any for a failed download
+    except Exception as error:  # a bare Exception for an unknown name, any kind for a failed download
         raise ValueError(f"cannot load the image encoder 'xrv:{weights}': {error}") from None
 
 
 def encoder_name(encoder: str | nn.Module) -> str:
-    """What a report calls an encoder; of a local folder only its last part."""
+    """The name of an encoder in a report. A local folder is named by its last part only."""
     if isinstance(encoder, nn.Module):
         return type(getattr(encoder, "model", encoder)).__name__
     return Path(encoder).name if Path(encoder).exists() else encoder

@@ -1,7 +1,7 @@
-"""The figures of a model: one engine, which the trainer's evaluation and the audit both measure with.
+"""The figures of a model. The trainer's evaluation and the audit use the same engine, [`Evaluator`].
 
-Every row is measured by itself: its draws depend on the seed, the purpose and the row's number alone, so that a figure
-does not depend on the batch size, on the order of the rows, or on how many processes share the work.
+Each row is measured by itself. Its random draws depend only on the seed, the purpose and the number of the row, so a
+figure does not depend on the batch size, on the order of the rows, or on the number of processes that share the work.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -28,11 +28,11 @@ METRICS = {
     "noise_norm": "minimize",
     "loss": "minimize",
 }
-"""The metrics that [`MemControlTrainer.evaluate`] can measure, and which direction is better."""
+"""Metrics that [`~memcontrol_hf.MemControlTrainer.evaluate`] can measure, each with its better direction."""
 
 
 def check_objectives(objectives: Sequence[str]) -> None:
-    """Raise `ValueError` for an objective that is no metric, one that is named twice, and an empty list."""
+    """Raise `ValueError` for an objective that is not in `METRICS`, an objective named twice, and an empty list."""
     unknown = [name for name in objectives if name not in METRICS]
     if unknown or not objectives:
         raise ValueError(f"unknown objective(s) {', '.join(unknown) or '(none)'}: use some of {', '.join(METRICS)}")
@@ -46,21 +46,22 @@ class Evaluator:
 
     Args:
         family ([`~memcontrol_hf.families.Family`]): family of the pipeline.
-        denoiser (`nn.Module`): the denoiser to measure, with its adapter if it has one.
+        denoiser (`nn.Module`): denoiser to measure, with its adapter if it has one.
         resolution (`int`): side of the images in pixels.
         seed (`int`): random seed of all draws.
         batch_size (`int`): number of images measured at once; only the speed depends on it.
         num_timesteps (`int`): number of fixed timesteps of the denoising loss and of the noise norm.
         inference_steps (`int`): number of sampling steps.
         guidance_scale (`float`): guidance scale of the sampling.
-        null (`Condition`, *optional*): the null condition, one row, where the family has one.
+        null (`Condition`, *optional*): null condition, one row, if the family has one.
         encode_captions (`bool`):
-            Whether to encode captions anew instead of reading the cached conditions, because a text encoder is tuned.
+            Whether to encode captions again instead of reading the cached conditions, because a text encoder is tuned.
         mitigations (list of [`~memcontrol_hf.mitigations.Mitigation`]):
             Mitigations whose `sampling` hook applies to the images that are generated.
         training_images ([`~memcontrol_hf.data.EncodedImages`], *optional*):
-            The training images, for sampling mitigations that keep away from them.
-        rank, world_size (`int`): this process, and how many processes share the rows.
+            Training images, which the `sampling` hook of a mitigation may read.
+        rank (`int`): number of this process.
+        world_size (`int`): number of processes that share the rows.
     """
 
     family: Family
@@ -82,7 +83,7 @@ class Evaluator:
 
     @property
     def timesteps(self) -> list[int] | list[float]:
-        """The fixed timesteps, from low noise to high."""
+        """The fixed timesteps, from low to high noise."""
         return self.family.noise.timesteps(self.num_timesteps)
 
     def losses(self, data: EncodedImages, purpose: Purpose) -> torch.Tensor:
@@ -102,9 +103,10 @@ class Evaluator:
         return self._per_image(measure, data, purpose)
 
     def membership_scores(self, data: EncodedImages, purpose: Purpose) -> dict[str, torch.Tensor]:
-        """Scores of the membership attacks on each distinct image, higher for what looks trained on: name -> `[N]`.
+        """Scores of the membership attacks on each distinct image: name of the attack -> `[N]`.
 
-        CLiD is left out where the family has no condition to leave out.
+        A higher score means that the image looks more like a training image. CLiD compares a prediction with and
+        without the condition, so a family without conditions has no score of CLiD.
         """
         with_clid = "clid" not in self.family.not_applicable
         names = ["loss", "secmi", "pia", *(["clid"] if with_clid else [])]
@@ -126,7 +128,12 @@ class Evaluator:
         return dict(zip(names, self._per_image(measure, data, purpose).unbind(1)))
 
     def trajectory_norms(self, data: EncodedImages, rows: Sequence[int]) -> torch.Tensor:
-        """How hard the caption of each row steers the sampling: `[len(rows)]`."""
+        """Noise norm along the sampling trajectory of each row: `[len(rows)]`. It tells how hard the caption steers.
+
+        Args:
+            data ([`~memcontrol_hf.data.EncodedImages`]): images whose captions are sampled.
+            rows (list of `int`): rows of `data`.
+        """
         shape = data.encoded[0]["latents"].shape
         norms = []
         for start in range(0, len(rows), self.batch_size):
@@ -154,11 +161,12 @@ class Evaluator:
         """Images generated from the captions of some rows: `[len(rows) * per_caption, 3, H, W]` in [0, 1].
 
         Args:
-            data ([`~memcontrol_hf.data.EncodedImages`]): whose captions are read.
+            data ([`~memcontrol_hf.data.EncodedImages`]): images whose captions are read.
             rows (list of `int`): rows of `data`.
-            purpose (`Purpose`): what the images are for.
+            purpose ([`~memcontrol_hf.randomness.Purpose`]): purpose of the images, a part of the key of their noise.
             per_caption (`int`, *optional*):
-                Number of images for each caption, each with a key of its own; one, keyed by the row alone, by default.
+                Number of images for each caption. The key of an image's noise then holds the image's number, too. By
+                default each caption gives one image, whose key holds no number.
         """
         captions = [caption for caption in data.captions(rows) for _ in range(per_caption or 1)]
         keys = self._keys(data, rows, purpose)
@@ -181,19 +189,19 @@ class Evaluator:
             )
 
     def training_latents_and_conditions(self) -> tuple[torch.Tensor, Condition]:
-        """Latents `[N, C, h, w]` and conditions of all training rows, for mitigations that keep away from them."""
+        """Latents `[N, C, h, w]` and conditions of all training rows, for the `sampling` hook of a mitigation."""
         data = self.training_images
         return data.encoded["latents"][:], self.condition_of(data, range(len(data)))
 
     def sampled(self, data: EncodedImages, purpose: Purpose, count: int) -> list[int]:
-        """Which of the distinct images have their captions sampled, at most `count`: places among the distinct."""
+        """Positions in `data.distinct` of the images whose captions are sampled, at most `count` of them."""
         order = torch.randperm(len(data.distinct), generator=seeded_generator(self.seed, purpose)).tolist()
         return order[:count]
 
     def generated_features(
         self, data: EncodedImages, purpose: Purpose, count: int, encoder: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
-        """Features of one image for each of at most `count` captions of distinct images: `[count, D]`."""
+        """Features of generated images, one for each of at most `count` captions of distinct images: `[count, D]`."""
         rows = [data.distinct[i] for i in self.sampled(data, purpose, count)]
         return self._over_processes(lambda mine: encoder(self.images(data, mine, purpose)), rows)
 
@@ -207,14 +215,14 @@ class Evaluator:
         num_images: int,
         encoder: Callable[[], Callable[[torch.Tensor], torch.Tensor]],
     ) -> dict[str, float]:
-        """Metrics of `METRICS`, with their companions; see [`MemControlTrainer.evaluate`].
+        """Measure metrics; see [`~memcontrol_hf.MemControlTrainer.evaluate`] for the figures that each returns.
 
         Args:
-            wanted (list of `str`): names of metrics.
-            train ([`~memcontrol_hf.data.EncodedImages`]): the images that the model was trained on.
+            wanted (list of `str`): names in `METRICS`.
+            train ([`~memcontrol_hf.data.EncodedImages`]): images that the model was trained on.
             others ([`~memcontrol_hf.data.EncodedImages`]): images of the same domain that it was not trained on.
-            num_images (`int`): number of images generated for `fid`, and as many for `amd`.
-            encoder (`Callable`): returns the image encoder; called only for metrics that need features.
+            num_images (`int`): number of images generated for `fid`, and as many again for `amd`.
+            encoder (`Callable`): function that returns the image encoder; called only if a metric needs features.
         """
         wanted, figures = set(wanted), {}
         if {"loss", "membership_auc"} & wanted:
@@ -240,11 +248,13 @@ class Evaluator:
     def amd(
         self, generated: torch.Tensor, own: Sequence[int], train: torch.Tensor, others: torch.Tensor
     ) -> dict[str, float]:
-        """`amd`, beside the same distance to as many held-out images: a larger set has nearer neighbours.
+        """`amd`, the mean distance to the nearest training image, and `amd_held_out`, the same to held-out images.
+
+        Both sets are cut to the same size, because a larger set has nearer neighbours.
 
         Args:
             generated, train, others (`torch.Tensor`): features `[M, D]`, `[N, D]`, `[L, D]`.
-            own (list of `int`): for each generated image, the row in `train` of the image whose caption it is of.
+            own (list of `int`): rows of `train`, one for each generated image: the image that has the same caption.
         """
         seed = (self.seed, Purpose.TRIAL_ROWS)
         to_train, to_held_out = metrics.distances_to_both(generated, train, others, seed, own=own)
@@ -256,13 +266,13 @@ class Evaluator:
         return row_keys(self.seed, purpose, (data.numbers[row] for row in rows))
 
     def condition_of(self, data: EncodedImages, rows: Sequence[int]) -> Condition:
-        """The conditions of some rows: the cached ones, unless a text encoder is tuned."""
+        """The conditions of some rows: the cached conditions, unless a text encoder is tuned."""
         if self.encode_captions:
             return self.family.encode_prompts(data.captions(rows))
         return data.condition(self.family.conditions, rows)
 
     def _per_image(self, measure: Callable[..., torch.Tensor], data: EncodedImages, purpose: Purpose) -> torch.Tensor:
-        """`measure(latents, condition, timesteps, keys)` of all distinct images, in batches: `[N, ...]`."""
+        """Results of `measure(latents, condition, timesteps, keys)` for all distinct images: `[N, ...]`."""
 
         def measure_rows(rows: list[int]) -> torch.Tensor:
             values = []
@@ -275,7 +285,7 @@ class Evaluator:
         return self._over_processes(measure_rows, data.distinct)
 
     def _over_processes(self, measure_rows: Callable[[list[int]], torch.Tensor], rows: list[int]) -> torch.Tensor:
-        """Share rows among the processes; each gets all results, in the order of `rows`."""
+        """Share rows among the processes. Every process gets all results, in the order of `rows`."""
         if self.world_size == 1:
             return measure_rows(rows)
         mine = rows[self.rank :: self.world_size]

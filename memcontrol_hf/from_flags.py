@@ -1,4 +1,4 @@
-"""From flags to objects: first everything is checked; then the pipeline, the images and the trainer are made."""
+"""From flags to objects: first all flags are checked; then the pipeline, the images and the trainer are made."""
 
 import copy
 import dataclasses
@@ -43,13 +43,13 @@ logger = logging.getLogger(__name__)
 
 
 def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[str, bool] | None]:
-    """Everything that can be seen to be wrong before anything is loaded.
+    """Check all flags before anything is loaded.
 
     Returns:
-        The PEFT config, the learning rates to search, and the mask that was given.
+        The PEFT config, the range of learning rates to search, and the mask of `--mask_from`.
 
     Raises:
-        ValueError: says the value, what was allowed, and what to do.
+        ValueError: for a wrong flag. The error names the value, what is allowed, and what to do.
     """
     if args.peft_config is not None:
         config, rates = peft_config_from(args.peft_config), (1e-5, 1e-3)
@@ -129,24 +129,30 @@ def mask_from(path: str) -> dict[str, bool]:
 
 
 def settings_with_images(args: ScriptArguments, trainer: MemControlTrainer) -> dict[str, Any]:
-    """What a study depends on once the images are read: they themselves, too, and how many processes share a trial."""
+    """The settings that a study depends on: flags, a digest of the images, and the number of processes of a trial."""
     images = images_digest(trainer.train_dataset, trainer.encode(trainer.eval_dataset))
     return settings(args) | {"images": images, "world_size": trainer.args.world_size}
 
 
 def check_own_study(args: ScriptArguments, made_with: dict[str, Any], later: Sequence[str] = ()) -> None:
-    """See that the study of this command, where there is one already, was made with these settings."""
+    """Raise `ValueError` when this command's study exists already and was made with other settings.
+
+    Args:
+        args ([`ScriptArguments`]): flags, which name the storage and the study.
+        made_with (`dict`): settings of this command.
+        later (list of `str`): names of settings that are not known yet, and are not compared.
+    """
     storage = storage_address(args.storage, args.output_dir)
     check_study(storage, args.study_name, made_with, only_study=args.storage is None, ignore=later)
 
 
 def ray_options(args: ScriptArguments) -> dict[str, int]:
-    """What `--backend ray` is given."""
+    """The options of the search with `--backend ray`."""
     return {} if args.num_workers is None else {"num_workers": args.num_workers}
 
 
 def audit_settings(args: ScriptArguments) -> AuditSettings:
-    """How much the result is attacked."""
+    """The settings of the audit."""
     return AuditSettings(
         resolution=args.resolution,
         num_prompts=args.audit_num_prompts,
@@ -161,7 +167,7 @@ def audit_settings(args: ScriptArguments) -> AuditSettings:
 
 
 def load(args: ScriptArguments) -> tuple[Any, DatasetDict]:
-    """The pipeline and the images, checked against each other."""
+    """Load the pipeline and the images, check the resolution and near-duplicates, and plant the canaries."""
     pipeline = load_pipeline(
         args.pretrained_model_name_or_path,
         args.revision,
@@ -190,7 +196,11 @@ def load(args: ScriptArguments) -> tuple[Any, DatasetDict]:
 
 
 def training_arguments(args: ScriptArguments) -> MemControlTrainingArguments:
-    """The Trainer's own arguments."""
+    """The training arguments.
+
+    Raises:
+        ValueError: for `--trainer_args` that are no JSON object, have an unknown name, or have a flag of their own.
+    """
     steps = args.checkpointing_steps
     try:
         other = dict(json.loads(args.trainer_args))
@@ -237,7 +247,7 @@ def training_arguments(args: ScriptArguments) -> MemControlTrainingArguments:
 
 
 def dry_run(args: ScriptArguments) -> str:
-    """What the search needs, to print; see [`~memcontrol_hf.dry_run.plan`]."""
+    """The text that `--dry_run` prints: what the search needs; see [`~memcontrol_hf.dry_run.plan`]."""
     config, _, _ = check(args)
     optimizer = training_arguments(args).optim
     weight_bytes = DTYPES[args.dtype or "float32"].itemsize
@@ -258,15 +268,16 @@ def dry_run(args: ScriptArguments) -> str:
 
 
 def granularity_of(args: ScriptArguments) -> str | list[str]:
-    """A name, or a list of expressions."""
+    """The granularity: a name, or a list of regular expressions."""
     return args.granularity[0] if args.granularity in (["block"], ["site"]) else args.granularity
 
 
 def make_trainer(args: ScriptArguments) -> tuple[MemControlTrainer, DatasetDict, tuple[float, float], dict | None]:
-    """The trainer, the images, the learning rates to search and the mask that was given, all checked.
+    """The trainer, the images, the range of learning rates to search, and the mask of `--mask_from`, all checked.
 
     Raises:
-        ValueError: says the value, what was allowed, and what to do.
+        ValueError: for a wrong flag, or a model and images that do not fit it. The error names the value, what is
+            allowed, and what to do.
     """
     config, rates, mask = check(args)
     trainer_args = training_arguments(args)
@@ -285,12 +296,12 @@ def make_trainer(args: ScriptArguments) -> tuple[MemControlTrainer, DatasetDict,
     )
     if args.n_trials:
         check_own_study(args, settings_with_images(args, trainer))
-    example_inputs(args, trainer)  # a prompt that the pipeline cannot take is seen now
+    example_inputs(args, trainer)  # a prompt that the pipeline cannot take is found before the search
     for name, least in LEAST_IMAGES.items():
         if (count := len(trainer.encode(data[name]).distinct)) < least:
             logger.warning(
-                f"the {name} split has {count} different images, but the audit needs {least}: there will be none, and "
-                "the gate will fail"
+                f"the {name} split has {count} different images, but the audit needs {least}: there will be no audit, "
+                "and the gate will fail"
             )
     return trainer, data, rates, mask
 
@@ -319,19 +330,19 @@ def search_options(
 
 
 def fixed_rate(args: ScriptArguments, rates: tuple[float, float]) -> float:
-    """The learning rate without a search: the one that was given, or the middle of the method's range."""
+    """The learning rate without a search: `--learning_rate`, or the geometric mean of the method's range."""
     return args.learning_rate or (rates[0] * rates[1]) ** 0.5
 
 
 def checkpoint_to_resume(args: ScriptArguments) -> str | None:
-    """The checkpoint of the final fine-tune to go on with, if one was asked for and is there."""
+    """The checkpoint of the final fine-tune from which `--resume_from_checkpoint` goes on, if there is one."""
     if args.resume_from_checkpoint != "latest":
         return args.resume_from_checkpoint
     return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
 
 
 def report_facts(args: ScriptArguments, trainer: MemControlTrainer) -> dict[str, Any]:
-    """What the flags say to [`~memcontrol_hf.workflow.save`]."""
+    """The arguments of [`~memcontrol_hf.workflow.save`] that come from flags."""
     return {
         "base_model": model_name(args),
         "encoder": encoder_name(args.encoder),
@@ -342,13 +353,13 @@ def report_facts(args: ScriptArguments, trainer: MemControlTrainer) -> dict[str,
 
 
 def model_name(args: ScriptArguments) -> str:
-    """What is published of the base model's address: of a local folder only its name."""
+    """The published name of the base model. A local folder is named by its last part only."""
     name = args.pretrained_model_name_or_path
     return Path(name).resolve().name if os.path.exists(name) else name
 
 
 def card_facts(args: ScriptArguments, trainer: MemControlTrainer) -> dict[str, Any]:
-    """What the card says beside the figures."""
+    """The facts on the card that are not figures."""
     demo = args.pretrained_model_name_or_path == "demo"
     as_given = on_demo_data(args) and not Path(args.output_dir).is_absolute()  # a path can name a person or a place
     facts = {
@@ -365,7 +376,7 @@ def card_facts(args: ScriptArguments, trainer: MemControlTrainer) -> dict[str, A
 
 
 def example_inputs(args: ScriptArguments, trainer: MemControlTrainer) -> dict[str, Any]:
-    """What the card's snippet calls the pipeline with."""
+    """The arguments with which the card's snippet calls the pipeline."""
     if args.validation_prompt is not None:
         prompt = args.validation_prompt
     elif args.pretrained_model_name_or_path == "demo":

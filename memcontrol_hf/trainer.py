@@ -1,7 +1,7 @@
-"""The inner level: a `transformers.Trainer` that fine-tunes the selected blocks of a denoiser and measures the result.
+"""A `transformers.Trainer` that fine-tunes the selected blocks of a denoiser and measures the result.
 
-The loop, checkpoints, resuming, mixed precision, distribution, schedulers and trackers are the Trainer's own. This is
-one file of some length because the Trainer is extended by overriding its methods, in one class.
+The loop, checkpoints, resuming, mixed precision, distribution, schedulers and trackers are the Trainer's own. All this
+is one file, because the Trainer is extended by overriding its methods in one class.
 """
 
 import math
@@ -52,39 +52,31 @@ if TYPE_CHECKING:
 
 
 def check_backend(backend: str) -> None:
-    """Raise `ValueError` for a backend of a search that is neither `optuna` nor `ray`."""
+    """Raise `ValueError` for a search backend that is neither `optuna` nor `ray`."""
     if backend not in ("optuna", "ray"):
         raise ValueError(f"backend {backend!r} is not supported: use 'optuna' or 'ray'")
 
 
 class MemControlTrainer(Trainer):
-    """Fine-tunes the blocks of a pipeline that a mask selects, and searches that mask.
+    """Fine-tunes the blocks of a pipeline that a mask selects, and searches the mask.
 
     Args:
-        pipeline (`DiffusionPipeline`):
-            Pipeline to tune. Its weights stay as they are; the denoiser gets an adapter, and so does each text encoder
-            with a block on.
-        peft_config (`PeftConfig`):
-            PEFT method: any with `target_modules`; the mask restricts it.
-        args ([`MemControlTrainingArguments`]):
-            Arguments of transformers and of this package.
-        train_dataset (`Dataset`):
-            Training images: columns `image`, `text`.
-        eval_dataset (`Dataset`):
-            Validation images, which the search's rewards may use: columns `image`, `text`.
-        search_space ([`SearchSpace`], *optional*):
-            Blocks that a mask switches: the denoiser's attention blocks by default. [`Family.search_space`] also names
-            those of text encoders.
-        mask (`dict[str, bool]`, *optional*):
-            Mask of the first fine-tune; every block is on by default.
-        encoder (`str` or `nn.Module`):
-            Image encoder of `fid` and `amd`; see [`~memcontrol_hf.encoders.load_encoder`].
-        callbacks (list of `TrainerCallback`, *optional*):
-            Callbacks, as in transformers.
+        pipeline (`DiffusionPipeline`): pipeline to tune. Its own weights do not change; adapters are added to the
+            denoiser, and to each text encoder in which the mask selects a block.
+        peft_config (`PeftConfig`): PEFT method with `target_modules`, which the mask restricts.
+        args ([`MemControlTrainingArguments`]): arguments of transformers and of this package.
+        train_dataset (`Dataset`): training images: columns `image`, `text`.
+        eval_dataset (`Dataset`): validation images, which the search's rewards may use: columns `image`, `text`.
+        search_space ([`SearchSpace`], *optional*): blocks that a mask switches; the denoiser's attention blocks by
+            default. [`~memcontrol_hf.families.Family.search_space`] can add the blocks of text encoders.
+        mask (`dict[str, bool]`, *optional*): mask of the first fine-tune; every block is on by default.
+        encoder (`str` or `nn.Module`): image encoder of `fid` and `amd`; see
+            [`~memcontrol_hf.encoders.load_encoder`].
+        callbacks (list of `TrainerCallback`, *optional*): callbacks, as in transformers.
 
     Raises:
-        ValueError: for what does not go together, before anything is trained: the resolution, the objectives, the
-            mitigations, the mask or the PEFT method with the model or the images.
+        ValueError: before anything is trained, when the resolution, the objectives, the mitigations, the mask or the
+            PEFT method do not fit the model or the images.
     """
 
     def __init__(
@@ -123,17 +115,17 @@ class MemControlTrainer(Trainer):
         self._adapters = MaskedAdapters(self.family, self.search_space, peft_config)
         self.mask = self.search_space.check(self.search_space.mask(True) if mask is None else mask)
         self._encoder: str | nn.Module | Encoder = encoder
-        self._replaced: dict[str, Any] = {}  # what the arguments held before the present hyperparameters
-        self._encoded: dict[str, EncodedImages] = {}  # by the fingerprint of the images
-        self._trial_rows: dict[tuple[int, float], EncodedImages] = {}  # by the seed and the share
+        self._replaced: dict[str, Any] = {}  # values of the arguments before `apply_hyperparameters`
+        self._encoded: dict[str, EncodedImages] = {}  # key: fingerprint of the images
+        self._trial_rows: dict[tuple[int, float], EncodedImages] = {}  # key: seed and share
         if args.gradient_checkpointing or args.activation_checkpointing:
-            self.denoiser.enable_gradient_checkpointing()  # diffusers' own switch, which the Trainer does not know
+            self.denoiser.enable_gradient_checkpointing()  # diffusers' switch differs from the Trainer's
             args.gradient_checkpointing = args.activation_checkpointing = False
         for part in self.family.encoder_modules:
             part.requires_grad_(False).to(args.device)
         self._digests = [weights_digest(part) for part in self.family.encoder_modules]
         self._base_null = self.family.null_condition()
-        self._resolution = args.resolution  # `encode` is called before there are `self.args`
+        self._resolution = args.resolution  # `encode` needs it before `self.args` is set
         train_dataset = self._full_train_dataset = self.encode(train_dataset)
         super().__init__(
             args=args,
@@ -166,15 +158,15 @@ class MemControlTrainer(Trainer):
     # ---- the model ----
 
     def _init_model(self) -> nn.Module:
-        """The model with new adapters for the current mask; the bare, frozen denoiser for the all-off mask."""
+        """The model with new adapters for the current mask. With all blocks off, it is the frozen denoiser alone."""
         return self._adapters.put_on(self.mask)
 
     def _null(self) -> Condition | None:
-        """The null condition, by the text encoders as they are now."""
+        """The null condition, encoded by the present text encoders."""
         return self.family.null_condition() if self._adapters.tunes_text else self._base_null
 
     def set_mask(self, mask: Mapping[str, bool]) -> None:
-        """Start again from the base with a new adapter in the blocks that `mask` selects."""
+        """Discard the trained adapters, and add new ones to the blocks that `mask` selects."""
         self.mask = self.search_space.check(mask)
         self.model = self.model_wrapped = self._init_model()
         self._move_model_to_device(self.model, self.args.device)
@@ -187,19 +179,19 @@ class MemControlTrainer(Trainer):
 
     @property
     def trainable_parameters(self) -> int:
-        """How many parameters the current mask trains."""
+        """Number of parameters that the current mask trains."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     @property
     def trainable_percent(self) -> float:
-        """How many parameters the mask trains, in percent of those of the denoiser and of tuned text encoders."""
+        """Trained parameters in percent of all parameters of the denoiser and the tuned text encoders."""
         return 100 * self.trainable_parameters / self._adapters.base_size
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
-        """As in transformers. The all-off mask has nothing to train.
+        """As in transformers.
 
         Raises:
-            ValueError: for the all-off mask, and for a checkpoint of another run.
+            ValueError: for a mask that selects no block, and for a checkpoint of another run.
         """
         if not any(self.mask.values()):
             raise ValueError("the mask selects no block: the frozen base can be evaluated, but not trained")
@@ -208,12 +200,12 @@ class MemControlTrainer(Trainer):
         if checkpoint:
             self.check_resumes(checkpoint)
         for mitigation in self._mitigations.values():
-            mitigation.counts()  # what an earlier training has counted
+            mitigation.counts()  # sets the counts of an earlier training to zero
         self._private = self._private_training()
         if self._private is not None and checkpoint:
             self._private.load(checkpoint)
         if checkpoint and (state := self._finished(checkpoint)):
-            self._load_from_checkpoint(checkpoint)  # the Trainer would go on
+            self._load_from_checkpoint(checkpoint)  # the Trainer would train further
             self.state = state
             return TrainOutput(state.global_step, 0.0, {})
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -222,11 +214,7 @@ class MemControlTrainer(Trainer):
         return output
 
     def check_resumes(self, checkpoint: str) -> None:
-        """See that a checkpoint is of the current mask, method and learning rate, as far as it tells them.
-
-        Raises:
-            ValueError: names what differs.
-        """
+        """Raise `ValueError` for a checkpoint of another mask, method or learning rate, as far as it holds them."""
         differing = self._adapters.differences(Path(checkpoint))
         file = Path(checkpoint) / SCHEDULER_NAME
         rates = torch.load(file, map_location="cpu", weights_only=True).get("base_lrs", []) if file.exists() else []
@@ -239,7 +227,7 @@ class MemControlTrainer(Trainer):
             )
 
     def _finished(self, checkpoint: str) -> TrainerState | None:
-        """The state in a checkpoint of a run that has made all its steps, or was stopped early; else `None`."""
+        """The state in a checkpoint if its run made all steps or was stopped early, and `None` otherwise."""
         file = Path(checkpoint) / TRAINER_STATE_NAME
         if not file.exists():
             return None
@@ -259,8 +247,8 @@ class MemControlTrainer(Trainer):
         return self._loss(model, self._draws(inputs), self._null).mean()
 
     def _draws(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """What this step draws for the rows of a batch: the arguments of [`Family.losses`]."""
-        # An epoch of DP-SGD is the whole training, in which a row comes up again and again.
+        """The random draws of this step for a batch: the arguments of [`~memcontrol_hf.families.Family.losses`]."""
+        # With DP-SGD the whole training is one epoch, in which a row can be drawn many times.
         turn = int(self.state.epoch or 0) if self._private is None else self.state.global_step
         return self._loss.draw(
             inputs,
@@ -276,11 +264,11 @@ class MemControlTrainer(Trainer):
 
     @property
     def privacy(self) -> dict[str, Any] | None:
-        """What the last training with `dp_sgd` has spent; `None` without it. See [`PrivateGradients.report`]."""
+        """Epsilon that the last training with `dp_sgd` spent, with its settings; `None` without `dp_sgd`."""
         return None if self._private is None else self._private.report()
 
     def _private_training(self) -> PrivateTraining | None:
-        """What a mitigation puts in the place of the batches and gradients of this training."""
+        """The object by which a mitigation replaces batches and gradients of this training, if one does."""
         args, rows = self.args, len(self.train_dataset)
         size = args.train_batch_size * args.gradient_accumulation_steps
         sizes = (rows, size, args.gradient_accumulation_steps, args.max_steps)
@@ -288,7 +276,7 @@ class MemControlTrainer(Trainer):
         return next((private for private in candidates if private is not None), None)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        """As in transformers; with the mitigation `dp_sgd` one epoch of all steps, each of which draws its rows."""
+        """As in transformers. With the mitigation `dp_sgd`, all steps are one epoch, and each step draws its rows."""
         if self._private is None:
             return super().get_train_dataloader()
         loader = torch.utils.data.DataLoader(
@@ -306,7 +294,7 @@ class MemControlTrainer(Trainer):
         inputs: dict[str, torch.Tensor],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """As in transformers; with the mitigation `dp_sgd` by the gradients of single rows."""
+        """As in transformers. With the mitigation `dp_sgd`, the gradient of each row is computed by itself."""
         if self._private is None:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
@@ -323,7 +311,7 @@ class MemControlTrainer(Trainer):
             self._private.save(Path(self._get_output_dir(trial)) / folder)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in transformers; with what mitigations have counted since the log before, such as `dropped_samples`."""
+        """As in transformers. Counts of the mitigations since the last log, such as `dropped_samples`, are added."""
         if "loss" in logs or "train_loss" in logs:
             for mitigation in self._mitigations.values():
                 for name, count in mitigation.counts().items():
@@ -331,7 +319,7 @@ class MemControlTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.args.should_save:  # no pickled arguments
+        if self.args.should_save:  # the Trainer's own method would pickle the arguments
             self._adapters.save(Path(output_dir or self.args.output_dir), state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -359,15 +347,15 @@ class MemControlTrainer(Trainer):
     ) -> str | None:
         """Save the adapter and upload it with its report and card: [`~memcontrol_hf.publish.hub.push`].
 
-        Without a report there, the card says that nothing was measured.
+        If the output folder holds no report, the card says that nothing was measured.
 
         Args:
-            commit_message, blocking, token, revision, private:
-                As in transformers, but private by default, always blocking, and with the Hub login's own token.
-            allow_failed_gate (`bool`): push although the release gate failed; the card says so first.
+            commit_message, blocking, token, revision, private: arguments as in transformers, except that the
+                repository is private by default, a push always blocks, and the token is that of the Hub login.
+            allow_failed_gate (`bool`): whether to push although the release gate failed; the card says so first.
 
         Returns:
-            `str`: the address of the commit; `None` on other processes than the first.
+            `str`: address of the commit; `None` on other processes than the first.
 
         Raises:
             ValueError: for a token, and for a report of another mask than the trainer's.
@@ -393,15 +381,15 @@ class MemControlTrainer(Trainer):
         )
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Nothing: the repository is made by the push itself, so that a private one comes first."""
+        """Does nothing: the push itself makes the repository, private by default."""
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing: what is not measured yet is not pushed, and a checkpoint holds more than what may be published."""
+        """Does nothing: a checkpoint is not measured yet, and it holds files that may not be published."""
 
     # ---- measuring ----
 
     def encode(self, images: Dataset | EncodedImages) -> EncodedImages:
-        """A dataset beside its latents and conditions by the base's encoders, which are computed once."""
+        """Images with their latents and conditions, which the base model's encoders compute once for each dataset."""
         if isinstance(images, EncodedImages):
             return images
         key = images._fingerprint
@@ -417,27 +405,26 @@ class MemControlTrainer(Trainer):
         metric_key_prefix: str = "eval",
         metrics: list[str] | None = None,
     ) -> dict[str, float]:
-        """Measure the model as it is.
+        """Measure the present model.
 
         Args:
-            eval_dataset (`Dataset`, *optional*):
-                Columns `image`, `text`: the images that the training images are compared with. The validation images
-                by default; give the held-out ones for final figures.
-            metric_key_prefix (`str`):
-                Of the names of the figures.
-            metrics (list of `str`, *optional*):
-                Out of `METRICS`; the objectives by default.
+            eval_dataset (`Dataset`, *optional*): images that the training images are compared with, columns `image`
+                and `text`. The default is the validation images; final figures need the held-out images.
+            ignore_keys (list of `str`, *optional*): argument of transformers, not used here.
+            metric_key_prefix (`str`): prefix of the figures' names.
+            metrics (list of `str`, *optional*): names in [`~memcontrol_hf.evaluation.METRICS`]; the objectives by
+                default.
 
         Returns:
-            `dict[str, float]`: the figures, and for some their companions:
+            `dict[str, float]`: the figures, some with a further figure to compare them with:
 
-            - `loss` (on `eval_dataset`), `loss_train` (on the training images, each once)
-            - `membership_auc`, `membership_auc_low`, `membership_auc_high` (95 %)
-            - `noise_norm` (of the training images), `noise_norm_held_out` (of `eval_dataset`); left out where it is
-              not applicable
-            - `fid`: images generated from the captions of `eval_dataset`, against its images
-            - `amd`: images generated from training captions, against training images; `amd_held_out`: the same
-              images, against those of `eval_dataset`
+            - `loss` (of `eval_dataset`), `loss_train` (of the training images, each once)
+            - `membership_auc`, `membership_auc_low`, `membership_auc_high` (95 % interval)
+            - `noise_norm` (of the training images), `noise_norm_held_out` (of `eval_dataset`); left out for an
+              unconditional model
+            - `fid`: images generated from the captions of `eval_dataset`, compared with its images
+            - `amd`: images generated from training captions, compared with the training images; `amd_held_out`: the
+              same generated images, compared with the images of `eval_dataset`
         """
         wanted = self.args.objectives if metrics is None else metrics
         check_objectives(wanted)
@@ -453,17 +440,14 @@ class MemControlTrainer(Trainer):
         return figures
 
     def evaluate_mid_training(self, metrics: list[str]) -> dict[str, float]:
-        """[`evaluate`] for a callback in the middle of a training.
-
-        The Trainer would take a log or an evaluation that is due as done.
-        """
+        """Like [`evaluate`], for a callback in the middle of a training: a log or evaluation that is due stays due."""
         due = self.control.should_log, self.control.should_evaluate
         figures = self.evaluate(metrics=metrics)
         self.control.should_log, self.control.should_evaluate = due
         return figures
 
     def evaluator(self) -> Evaluator:
-        """The engine that measures the model as it is, with the settings of the arguments."""
+        """The engine that measures the present model, with the settings of the training arguments."""
         args = self.args
         return Evaluator(
             family=self.family,
@@ -570,7 +554,7 @@ class MemControlTrainer(Trainer):
         self.train()
         return allocation
 
-    # ---- the outer level ----
+    # ---- the search ----
 
     def hyperparameter_search(
         self,
@@ -586,30 +570,27 @@ class MemControlTrainer(Trainer):
 
         Args:
             hp_space (`Callable`, *optional*):
-                From a trial to a dictionary of hyperparameters: `mask`, and any field of the arguments. By default the
-                mask over all blocks, and `learning_rate` within `learning_rate_range`.
+                Function from a trial to a dictionary of hyperparameters: `mask`, and fields of the training arguments.
+                By default the mask over all blocks, and `learning_rate` within `learning_rate_range`.
             compute_objective (`Callable`, *optional*):
-                From the figures of [`~MemControlTrainer.evaluate`] to the objectives; `args.objectives` by default.
+                Function from the figures of [`evaluate`] to the objectives; `args.objectives` by default.
             n_trials (`int`):
-                Finished trials that the study shall hold in the end: a search that was interrupted goes on. A trial
-                that repeats another does not count, nor does one that a kill ended.
+                Number of finished trials in the study when the search ends; an interrupted search goes on. A trial
+                that repeats another or was killed does not count.
             direction (`str` or list of `str`, *optional*):
-                `"minimize"` or `"maximize"` for each objective; by default as each metric is better.
+                `"minimize"` or `"maximize"` for each objective; by default the better direction of each metric.
             backend (`str`):
-                `"optuna"`: the trials are run here. `"ray"`: by `num_workers` processes that Ray places on its
-                cluster, with the `resources_per_trial` of transformers; see
-                [`~memcontrol_hf.search.ray.run_search_on_ray`]. The study and the result are the same.
+                `"optuna"`: this process runs the trials. `"ray"`: `num_workers` processes on a Ray cluster run them,
+                with the `resources_per_trial` of transformers; see [`~memcontrol_hf.search.ray.run_search_on_ray`].
+                The study and the result are the same.
             hp_name (`Callable`, *optional*):
-                From a trial to the name of its run in trackers.
+                Function from a trial to the name of its run in trackers.
             **kwargs:
-                `learning_rate_range`, `sampler`, `storage`, `study_name`, `settings`, `enqueue`,
-                `memorization_budget`, `max_trainable_percent`, `trial_timeout`, `prune_at`: see
-                [`~memcontrol_hf.search.SearchSettings`].
+                Further settings, such as `storage` and `prune_at`: see [`~memcontrol_hf.search.SearchSettings`].
 
         Returns:
-            [`~transformers.trainer_utils.BestRun`] or a list of them: the best run, or with several objectives those
-            of the Pareto front. `run_summary` holds the Optuna study. Go on with
-            [`~MemControlTrainer.apply_hyperparameters`].
+            [`~transformers.trainer_utils.BestRun`] or a list of them: the best run, or with several objectives the
+            runs of the Pareto front. `run_summary` holds the Optuna study. [`apply_hyperparameters`] applies a run.
         """
         check_backend(backend)
         if direction is None:
@@ -620,7 +601,7 @@ class MemControlTrainer(Trainer):
     def recipe(self) -> dict[str, Any]:
         """The arguments that build this trainer again in another process; all of them can be pickled.
 
-        The pipeline is bare, its adapters gone. Progress bars and what else the Trainer adds itself is left out.
+        A call removes the adapters from the pipeline. Callbacks that the Trainer adds itself are left out.
         """
         self.set_mask(self.search_space.mask(False))
         args = {f.name: getattr(self.args, f.name) for f in fields(self.args) if f.init}
@@ -628,7 +609,7 @@ class MemControlTrainer(Trainer):
         return {
             "pipeline": self.pipeline,
             "peft_config": self.peft_config,
-            "args": (type(self.args), args),  # made there, since they find the process's device
+            "args": (type(self.args), args),  # made in the other process, since they hold its device
             "train_dataset": self._full_train_dataset,
             "eval_dataset": self.encode(self.eval_dataset),
             "search_space": self.search_space,
@@ -638,7 +619,7 @@ class MemControlTrainer(Trainer):
         }
 
     def train_and_evaluate(self) -> dict[str, float]:
-        """One trial: the current mask and arguments, on the search's share of the data, measured on validation."""
+        """Run one trial: train with the current mask and arguments, and measure with the validation images."""
         full, args = self._full_train_dataset, self.args
         saved = {name: getattr(args, name) for name in ("max_steps", "save_strategy", "eval_strategy")}
         self.train_dataset = self._rows_of_a_trial()
@@ -654,28 +635,26 @@ class MemControlTrainer(Trainer):
                 setattr(args, name, value)
 
     def _rows_of_a_trial(self) -> EncodedImages:
-        """The share of the training rows that a trial is trained on, drawn by the seed."""
+        """The training rows of a trial: a share of all rows, drawn by the seed."""
         full, key = self._full_train_dataset, (self.args.seed, self.args.search_fraction)
         count = max(1, math.ceil(self.args.search_fraction * len(full)))
         if count == len(full):
             return full
-        if key not in self._trial_rows:  # what is computed of the rows is the same for all trials
+        if key not in self._trial_rows:  # so that all trials share what is computed once for the rows
             rows = torch.randperm(len(full), generator=seeded_generator(self.args.seed, Purpose.TRIAL_ROWS))[:count]
             self._trial_rows[key] = full.select(sorted(rows.tolist()))
         return self._trial_rows[key]
 
     def apply_hyperparameters(self, hyperparameters: Mapping[str, Any], final_model: bool = False) -> None:
-        """Set the mask and the arguments of a run; what an earlier call set and this one does not name is undone.
+        """Set the mask and the arguments of a run. Arguments that only an earlier call has set are reset.
 
         Args:
-            hyperparameters (`dict[str, Any]`):
-                `mask`, and fields of the arguments.
-            final_model (`bool`):
-                Ready the model for the final fine-tune on all of the data: the next `train()` starts from the base.
+            hyperparameters (`dict[str, Any]`): `mask`, and fields of the training arguments.
+            final_model (`bool`): whether the next `train()` is the final fine-tune, on all training rows.
 
         Raises:
-            ValueError: for a name that is neither `mask` nor a field of the arguments, and for `mitigations`, which
-                are the same for all runs of a trainer.
+            ValueError: for a name that is neither `mask` nor a field of the training arguments, and for `mitigations`,
+                which are the same for all runs of a trainer.
         """
         known = {f.name for f in fields(self.args)}
         new = {name: value for name, value in hyperparameters.items() if name != "mask"}
@@ -684,7 +663,7 @@ class MemControlTrainer(Trainer):
                 raise ValueError(f"unknown hyperparameter {name!r}: use 'mask' or a field of the training arguments")
             if name == "mitigations":
                 raise ValueError("mitigations are no hyperparameter: give them to MemControlTrainingArguments")
-        for name, value in self._replaced.items():  # by another run's hyperparameters
+        for name, value in self._replaced.items():  # undo the hyperparameters of the run before
             setattr(self.args, name, value)
         self._replaced = {name: getattr(self.args, name) for name in new}
         for name, value in new.items():
@@ -695,7 +674,7 @@ class MemControlTrainer(Trainer):
 
 
 def _published_name(pipeline: "DiffusionPipeline") -> str:
-    """A pipeline's name without the place where it lies on this machine."""
+    """A pipeline's name; a path on this machine is shortened to its last part."""
     name = str(getattr(pipeline, "name_or_path", None) or "")
     if Path(name) == DEMO_PIPELINE:
         return "demo"

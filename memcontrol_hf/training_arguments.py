@@ -1,4 +1,4 @@
-"""The arguments of a fine-tune: those of transformers' Trainer, and those of a diffusion model and its measures."""
+"""The training arguments: the arguments of transformers' Trainer, and further ones for a diffusion model."""
 
 import os
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from .mitigations import parse_mitigations
 
 @dataclass
 class MemControlTrainingArguments(TrainingArguments):
-    """The arguments of transformers' Trainer, and those of a diffusion model's fine-tune and its measures.
+    """The arguments of transformers' Trainer, and further ones for a diffusion model and its measures.
 
     Args:
         resolution (`int`):
@@ -23,42 +23,54 @@ class MemControlTrainingArguments(TrainingArguments):
         snr_gamma (`float`, *optional*):
             Min-SNR weighting of the loss (https://huggingface.co/papers/2303.09556); 5 is usual, none by default.
         caption_dropout (`float`):
-            Share of the captions that training replaces by the empty one, so that guidance keeps working.
+            Share of the captions that are replaced by the empty caption in training, so that guidance keeps working.
         mitigations (`list[str]`):
-            Further means against memorization, each `NAME[:arguments]`; see `memcontrol_hf.mitigations`. They hold for
-            every training, those of a search's trials too.
+            Further means against memorization, each written `NAME[:arguments]`; see [`~memcontrol_hf.mitigations`].
+            Mitigations apply to every training, also to the trials of a search.
         search_fraction (`float`):
-            Share of the training rows that each trial of a search is trained on.
+            Share of the training rows on which each trial of a search is trained.
         search_max_steps (`int`, *optional*):
-            Steps of a trial; `max_steps` when not given.
+            Number of training steps of a trial; `max_steps` by default.
         objectives (`list[str]`):
-            The search's objectives: names out of `memcontrol_hf.evaluation.METRICS`, quality first.
+            Objectives of the search: names in [`~memcontrol_hf.evaluation.METRICS`], quality first.
         eval_num_images (`int`):
-            How many images are generated for `fid` and as many for `amd`, at most one for each caption.
+            Number of images generated for `fid`, and as many again for `amd`; at most one for each caption.
         eval_inference_steps (`int`):
-            Sampling steps of these images.
+            Number of sampling steps of the generated images.
         eval_guidance_scale (`float`):
-            Their guidance scale.
+            Guidance scale of the generated images.
         eval_num_timesteps (`int`):
-            How many fixed timesteps the membership attack and the noise norm use.
+            Number of fixed timesteps that the membership attack and the noise norm use.
+
+    Raises:
+        ValueError: for a value out of its range, an unknown objective or mitigation, a mitigation that does not work
+            with the other arguments, and an 8-bit optimizer without bitsandbytes.
     """
 
     resolution: int = field(default=512, metadata={"help": "Side of the images in pixels."})
     snr_gamma: float | None = field(default=None, metadata={"help": "Min-SNR weighting of the loss; 5 is usual."})
-    caption_dropout: float = field(default=0.0, metadata={"help": "Share of captions replaced by the empty one."})
-    mitigations: list[str] = field(default_factory=list, metadata={"help": "Each NAME[:arguments]."})
+    caption_dropout: float = field(default=0.0, metadata={"help": "Share of captions replaced by the empty caption."})
+    mitigations: list[str] = field(
+        default_factory=list, metadata={"help": "Means against memorization, each written NAME[:arguments]."}
+    )
     search_fraction: float = field(default=1.0, metadata={"help": "Share of the training rows used in a trial."})
-    search_max_steps: int | None = field(default=None, metadata={"help": "Steps of a trial of the search."})
+    search_max_steps: int | None = field(default=None, metadata={"help": "Number of training steps of a trial."})
     objectives: list[str] = field(
         default_factory=lambda: ["fid", "membership_auc"],
         metadata={"help": "Objectives of the search, quality first."},
     )
-    eval_num_images: int = field(default=128, metadata={"help": "Images generated for fid and for amd."})
-    eval_inference_steps: int = field(default=20, metadata={"help": "Sampling steps of these images."})
-    eval_guidance_scale: float = field(default=7.5, metadata={"help": "Guidance scale of these images."})
-    eval_num_timesteps: int = field(default=5, metadata={"help": "Timesteps of the membership attack."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The denoiser's inputs are made here."})
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "All adapter parts are used."})
+    eval_num_images: int = field(default=128, metadata={"help": "Number of images generated for fid and for amd."})
+    eval_inference_steps: int = field(default=20, metadata={"help": "Number of sampling steps of generated images."})
+    eval_guidance_scale: float = field(default=7.5, metadata={"help": "Guidance scale of generated images."})
+    eval_num_timesteps: int = field(
+        default=5, metadata={"help": "Number of timesteps of the membership attack and the noise norm."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "False by default: the trainer itself makes the denoiser's inputs."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "False by default: every trainable parameter is used in each step."}
+    )
 
     def __post_init__(self) -> None:
         check_objectives(self.objectives)
@@ -78,7 +90,7 @@ class MemControlTrainingArguments(TrainingArguments):
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
 
     def to_dict(self) -> dict[str, Any]:
-        """The arguments for trackers, where a path on this machine is its last part only."""
+        """The arguments that trackers get. A path on this machine is shortened to its last part."""
         return {
             name: Path(value).name if isinstance(value, str) and is_place(value) else value
             for name, value in super().to_dict().items()

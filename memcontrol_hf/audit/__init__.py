@@ -1,4 +1,4 @@
-"""The audit: every attack on a model or on images, beside its controls."""
+"""The audit: every attack on a model or on generated images, beside the controls of the attack."""
 
 from .audit import audit_memorization
 from .captions import MARKERS, caption_markers

@@ -1,4 +1,4 @@
-"""All attacks on a model or on images: did it memorize one set, given that it cannot have memorized another?"""
+"""The attacks of one audit. An attack compares a set that may be memorized with a set that cannot be memorized."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Attacked:
-    """What one run of the attacks gives: figures to publish, and verdicts on single images, which stay private.
+    """Results of one run of the attacks: figures, which may be published, and single images, which stay private.
 
     Args:
-        figures (dict of [`Figure`]): by the name of the measure.
-        caught (dict): attack -> rows that it takes for memorized, and rows that it looked at.
-        pairs (list): similarity, row of the training image and generated image `[3, H, W]` of the most similar pairs.
-        distances (dict): histograms of the distances to the nearest image of each set.
+        figures (dict of [`Figure`]): figures by the name of the measure.
+        caught (dict): rows that an attack takes for memorized and all rows that it attacked, by the attack's name.
+        pairs (list): most similar pairs: similarity, row of the training image, generated image `[3, H, W]`.
+        distances (dict): histograms of the distances from generated images to the nearest image of each set.
     """
 
     figures: dict[str, Figure]
@@ -48,7 +48,17 @@ def attack_pipeline(
     clip: "tuple[CLIPModel, CLIPProcessor] | None" = None,
     quality: bool = True,
 ) -> Attacked:
-    """All attacks on a model: did it memorize `members`, given that it cannot have memorized `others`?"""
+    """Run all attacks on a model.
+
+    Args:
+        pipeline (`DiffusionPipeline`): pipeline to attack.
+        members ([`~memcontrol_hf.data.EncodedImages`]): images that the model may have memorized.
+        others ([`~memcontrol_hf.data.EncodedImages`]): images that the model cannot have memorized.
+        settings ([`AuditSettings`]): settings of the audit.
+        encoder ([`~memcontrol_hf.encoders.Encoder`]): image encoder of distances, copies and quality.
+        clip (tuple, *optional*): CLIP model and processor of the CLIP score.
+        quality (`bool`): whether to measure the quality of images generated from captions of `others`.
+    """
     family = family_of(pipeline)
     evaluator = Evaluator(
         family=family,
@@ -95,7 +105,7 @@ def attack_pipeline(
 def attack_images(
     images: EncodedImages, members: EncodedImages, others: EncodedImages, settings: AuditSettings, encoder: Encoder
 ) -> Attacked:
-    """What can be measured of images alone: how near they are to `members`, and to `others`."""
+    """Measure generated images without a model: how near they are to `members`, and to `others`."""
     pixels, features = images.pixels(images.distinct), images.features(encoder)
     return compare_with_training_images(pixels, features, 1, members, others, settings, encoder)
 
@@ -110,28 +120,31 @@ def compare_with_training_images(
     encoder: Encoder,
     own: Sequence[int] = (),
 ) -> Attacked:
-    """How near generated images are to both sets.
+    """Measure how near generated images are to both sets.
 
     Args:
         images (`torch.Tensor`): generated images `[N, 3, H, W]` in [0, 1].
         features (`torch.Tensor`): features `[N, D]` of the generated images.
-        per_prompt (`int`): number of images in a row that were generated from one caption.
-        members, others ([`~memcontrol_hf.data.EncodedImages`]): images that may, and that cannot, be memorized.
+        per_prompt (`int`): number of consecutive images that were generated from the same caption.
+        members ([`~memcontrol_hf.data.EncodedImages`]): images that may be memorized.
+        others ([`~memcontrol_hf.data.EncodedImages`]): images that cannot be memorized.
         settings ([`AuditSettings`]): settings of the audit.
-        encoder ([`~memcontrol_hf.encoders.Encoder`]): the image encoder.
-        own (list of `int`): for each caption, the place of its image among the distinct images of `members`.
+        encoder ([`~memcontrol_hf.encoders.Encoder`]): image encoder.
+        own (list of `int`): positions of the captions' own images among the distinct images of `members`.
     """
-    of_members, of_others = members.features(encoder), others.features(encoder)
-    nearest = metrics.nearest_share(features, of_members, of_others, settings.seed, per_prompt=per_prompt, own=own)
+    member_features, other_features = members.features(encoder), others.features(encoder)
+    nearest = metrics.nearest_share(
+        features, member_features, other_features, settings.seed, per_prompt=per_prompt, own=own
+    )
     figures = {
         "nearest_share": Figure(nearest.share, *nearest.interval),
         "amd": Figure(nearest.to_train.mean().item()),
         "amd_held_out": Figure(nearest.to_held_out.mean().item()),
-        "c_t": Figure(metrics.c_t(features, of_members, of_others)),
-        "auth_pct": Figure(metrics.auth_pct(features, of_members)),
+        "c_t": Figure(metrics.c_t(features, member_features, other_features)),
+        "auth_pct": Figure(metrics.auth_pct(features, member_features)),
     }
     try:
-        copies = metrics.copy_similarity(features, of_members, of_others, FALSE_ALARMS, per_prompt)
+        copies = metrics.copy_similarity(features, member_features, other_features, FALSE_ALARMS, per_prompt)
         figures["copy_share"] = Figure(copies.share, *copies.interval)
         figures["copy_similarity"] = Figure(copies.percentile_95)
         figures["copy_threshold"] = Figure(copies.threshold)
@@ -145,7 +158,7 @@ def compare_with_training_images(
         "train": torch.histogram(nearest.to_train, edges).hist.tolist(),
         "held_out": torch.histogram(nearest.to_held_out, edges).hist.tolist(),
     }
-    return Attacked(figures, {}, _most_similar_pairs(images, features, members, of_members), distances)
+    return Attacked(figures, {}, _most_similar_pairs(images, features, members, member_features), distances)
 
 
 # ---- single attacks ----
@@ -154,7 +167,7 @@ def compare_with_training_images(
 def _membership(
     evaluator: Evaluator, members: EncodedImages, others: EncodedImages
 ) -> tuple[dict[str, Figure], dict[str, tuple[set[int], set[int]]]]:
-    """The membership attacks: their figures, and the training images that each catches at `FALSE_ALARMS`."""
+    """The membership attacks: their figures, and the rows that each catches at the false-alarm rate `FALSE_ALARMS`."""
     figures, caught = {}, {}
     member_scores = evaluator.membership_scores(members, Purpose.AUDIT_MEMBERS)
     other_scores = evaluator.membership_scores(others, Purpose.AUDIT_NONMEMBERS)
@@ -175,7 +188,7 @@ def _membership(
 def _extraction(
     images: torch.Tensor, rows: list[int], members: EncodedImages, others: EncodedImages, settings: AuditSettings
 ) -> tuple[dict[str, Figure], dict[str, tuple[set[int], set[int]]]]:
-    """The extraction attack on images `[len(rows) * K, 3, H, W]`, K for the caption of each row."""
+    """The extraction attack on images `[len(rows) * K, 3, H, W]`: K generated images for the caption of each row."""
     references = others.pixels(others.shuffled(settings.seed, Purpose.AUDIT_REFERENCES)[:REFERENCES])
     result = metrics.extraction(
         images.unflatten(0, (len(rows), settings.images_per_prompt)),
@@ -195,7 +208,15 @@ def _extraction(
 def _compare_trajectories(
     result: Attacked, norms: torch.Tensor, other_norms: torch.Tensor, rows: list[int], repeated: set[int]
 ) -> None:
-    """Add whether the captions of `rows`, and the canaries' among them, steer harder than held-out captions do."""
+    """Add to `result` whether training captions, and canaries' captions, steer harder than held-out captions.
+
+    Args:
+        result ([`Attacked`]): results so far, which are changed.
+        norms (`torch.Tensor`): noise norms `[len(rows)]` along the trajectories of training captions.
+        other_norms (`torch.Tensor`): noise norms along the trajectories of held-out captions.
+        rows (list of `int`): rows of the training captions.
+        repeated (set of `int`): rows of the canaries.
+    """
     outcome = metrics.membership(norms, other_norms)
     result.figures["trajectory_norm_auc"] = Figure(outcome.auc, *outcome.interval)
     limit = torch.quantile(other_norms, 1 - FALSE_ALARMS)
@@ -213,7 +234,7 @@ def _quality(
     captions: list[str],
     clip: "tuple[CLIPModel, CLIPProcessor] | None",
 ) -> dict[str, Figure]:
-    """The quality of images `[N, 3, H, W]` of held-out captions, judged against the held-out images."""
+    """The quality of images `[N, 3, H, W]` generated from held-out captions, compared with the held-out images."""
     features, real = encoder(images), others.features(encoder)
     figures = {"fid": Figure(metrics.fid(features, real))}
     try:
@@ -230,7 +251,7 @@ def _quality(
 def _most_similar_pairs(
     images: torch.Tensor, features: torch.Tensor, members: EncodedImages, member_features: torch.Tensor
 ) -> list[tuple[float, int, torch.Tensor]]:
-    """The `REVIEWED` generated images that are most similar to a training image, each with that image's row."""
+    """The `REVIEWED` generated images that are most similar to a training image, each with the row of that image."""
     originals = F.normalize(member_features, dim=1).T
     nearest = [(F.normalize(part, dim=1) @ originals).max(1) for part in features.split(4096)]
     similarities, places = (torch.cat(parts) for parts in zip(*nearest))
@@ -239,7 +260,7 @@ def _most_similar_pairs(
 
 
 def _tpr(outcome: metrics.MembershipResult, false_alarms: float) -> Figure:
-    """The true-positive rate at a rate of false alarms, if there are enough held-out images to estimate it."""
+    """The true-positive rate at a rate of false alarms, or a note that there are too few held-out images for it."""
     rate = outcome.tpr_at_fpr(false_alarms)
     if rate != rate:
         needed = f"it needs {1 / false_alarms:.0f}"
@@ -252,7 +273,7 @@ def _not_applicable(family: Family, measure: str) -> Figure:
 
 
 def _prompt_rows(images: EncodedImages, settings: AuditSettings) -> list[int]:
-    """Rows whose captions are sampled: repeated images first, the others in a seeded order."""
+    """Rows whose captions are sampled: repeated images first, and both parts in an order drawn by the seed."""
     shuffled = images.shuffled(settings.seed, Purpose.AUDIT_PROMPTS)
     rows = sorted(shuffled, key=lambda row: row not in images.repeated)
     return rows[: settings.num_prompts]

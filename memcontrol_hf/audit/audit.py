@@ -1,9 +1,15 @@
-"""The audit: every attack, beside its controls, on a pipeline with an adapter or on generated images alone.
+"""The audit: every attack beside its controls, on a pipeline (with or without an adapter) or on generated images.
 
-One function runs the attacks on a model, a set that it may have memorized and a set that it cannot have. The audit
-calls it three times: on the model, on the frozen base (what of the leak was there before), and on the model with one
-half of the held-out images in the place of the training images (the false alarms). Repeated training images are the
-canaries: a clean result counts only when the attacks are seen to fire on them, or when there are none and it says so.
+An attack compares images that the model may have memorized with images that it cannot have memorized. The audit runs
+all attacks three times:
+
+- on the model, with the training images and the held-out images;
+- on the frozen base, which shows how much the base knew before the fine-tune;
+- on the model, with one half of the held-out images in the place of the training images. Whatever an attack finds here
+  is a false alarm.
+
+Training images that are repeated are the canaries. The report counts the canaries that each attack caught: an attack
+that finds nothing is evidence only if it catches canaries.
 """
 
 from collections.abc import Sequence
@@ -43,41 +49,42 @@ def audit_memorization(
     output_dir: str | Path | None = None,
     control: bool = True,
 ) -> MemorizationReport:
-    """Attack a model, or images that it generated.
+    """Attack a model, or images that a model generated.
 
     Args:
         train (`Dataset`):
-            The images that it was fine-tuned on: column `image`, and `text` unless only `generated` is given or the
-            pipeline is unconditional.
+            Images that the model was fine-tuned on: column `image`, and column `text` if a pipeline with conditions is
+            attacked.
         held_out (`Dataset`):
-            Likewise, of the same domain, which it never saw.
+            Images of the same domain that the model never saw, with the same columns.
         pipeline (`DiffusionPipeline`, *optional*):
-            With `adapter`: the base, which has the adapter during the attacks alone. Without: the whole fine-tuned
-            pipeline.
+            Base of the adapter, or without `adapter` the whole fine-tuned pipeline. The adapter is put on the pipeline
+            during the attacks only.
         adapter (`str`, *optional*):
-            Whatever [`~memcontrol_hf.adapters.load_adapter`] takes.
+            Adapter to attack: whatever [`~memcontrol_hf.adapters.load_adapter`] takes.
         base_pipeline (`DiffusionPipeline`, *optional*):
-            The base of a whole fine-tuned pipeline, for the control.
+            Base of a whole fine-tuned pipeline, which is attacked as a control.
         generated (`Dataset`, *optional*):
-            Instead of a pipeline: images, column `image`. Only their distances can be measured.
+            Generated images instead of a pipeline, column `image`. Only distances between images can be measured then.
         encoder (`str` or `nn.Module`):
-            See [`~memcontrol_hf.encoders.load_encoder`]; of the distances, of copies and of the quality.
+            Image encoder of distances, copies and quality; see [`~memcontrol_hf.encoders.load_encoder`].
         clip_model (`str`, *optional*):
-            Hub id or folder of a CLIP model, for the CLIP score; it is not measured without.
+            Hub id or folder of the CLIP model of the CLIP score. Without it the CLIP score is not measured.
         settings ([`AuditSettings`], *optional*):
-            How much is attacked.
+            Settings of the audit.
         output_dir (`str`, *optional*):
-            `private/review.html` and the key of the data's fingerprint go there; nothing is written without it.
+            Folder for `private/review.html` and the key of the data's fingerprint. Without it nothing is written.
         control (`bool`):
-            Whether the attacks also look for half of the held-out images as if they were training images. The default
-            gate does not pass without.
+            Whether to run the attacks also with half of the held-out images in the place of the training images. The
+            default gate does not pass without this control.
 
     Returns:
-        [`MemorizationReport`]: with `audit`, not yet judged by a gate.
+        [`MemorizationReport`]: report with `audit`, which no gate has judged yet.
 
     Raises:
-        ValueError: for sets that are too small or overlap, for neither or both of pipeline and images, and before the
-            long work for an adapter or a CLIP model that cannot be loaded and a folder that cannot be written to.
+        ValueError: for sets that are too small or overlap, and for neither or both of `pipeline` and `generated`;
+            before the long work, for an adapter or a CLIP model that cannot be loaded and a folder that cannot be
+            written to.
     """
     settings = settings or AuditSettings()
     if (pipeline is None) == (generated is None):
@@ -91,7 +98,7 @@ def audit_memorization(
     else:
         _check_columns({"generated": generated}, ["image"])
     if adapter is not None:
-        load_adapter(pipeline, adapter)  # before the long work, so that a bad one costs nothing
+        load_adapter(pipeline, adapter)  # an adapter that cannot be loaded is found before the long work
         unload_adapter(pipeline)
     clip = None if clip_model is None or pipeline is None else metrics.load_clip(clip_model)
     private = None if output_dir is None else private_folder(Path(output_dir))
@@ -128,7 +135,7 @@ def audit_memorization(
 
 
 def _encoded(pipeline: "DiffusionPipeline", *sets: EncodedImages) -> list[EncodedImages]:
-    """The sets beside their latents and conditions by a pipeline's encoders as they are now."""
+    """The sets with the latents and conditions that the pipeline's present encoders compute."""
     family = family_of(pipeline)
     digests = [weights_digest(module) for module in family.encoder_modules]
     return [images.encoded_by(family, digests) for images in sets]
@@ -137,7 +144,7 @@ def _encoded(pipeline: "DiffusionPipeline", *sets: EncodedImages) -> list[Encode
 def _published(
     results: dict[str, Attacked | None], members: EncodedImages, others: EncodedImages, settings: AuditSettings
 ) -> dict[str, Any]:
-    """What of the results is published: aggregates only."""
+    """The part of the results that is published: aggregates only."""
     model, canaries = results["model"], members.repeated
     doubles = near_duplicates(members.thumbnails, None, settings.near_duplicates)
     return {
@@ -170,7 +177,7 @@ def _check_columns(sets: dict[str, Dataset], columns: Sequence[str]) -> None:
             if column not in data.column_names:
                 raise ValueError(f"the {name} set has no column {column!r}; it has: {', '.join(data.column_names)}")
         if len(data) == 0:
-            raise ValueError(f"the {name} set is empty: without it nothing can be said")
+            raise ValueError(f"the {name} set is empty: an audit needs images in each set")
 
 
 def _check_sets(members: EncodedImages, others: EncodedImages, threshold: float, encoder: Encoder) -> None:
@@ -189,7 +196,7 @@ def _check_sets(members: EncodedImages, others: EncodedImages, threshold: float,
             f"figures look safer than they are: rows {rows}{' ...' if len(near) > 5 else ''}. Take them out, or lower "
             f"the threshold --near_duplicates {threshold:g} if they are different pictures"
         )
-    for name, images in (("train", members), ("held_out", others)):  # last, since features take long
+    for name, images in (("train", members), ("held_out", others)):  # checked last, because features take long
         features = images.features(encoder)
         if (features == features[0]).all():
             raise ValueError(f"the encoder gives all {len(features)} images of the {name} set the same features")

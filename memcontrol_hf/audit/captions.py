@@ -1,4 +1,4 @@
-"""What de-identification leaves in captions, or misses."""
+"""Traces of de-identification in captions, and identifiers that it missed."""
 
 import re
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ MARKERS = {
     "long number": re.compile(r"\b\d{6,}\b"),
     "titled name": re.compile(r"\b(?:Dr|Mr|Mrs|Ms|Prof)\.? [A-Z]\w+"),
 }
-"""What de-identification leaves in captions or misses; such tokens are among the most memorized ones."""
+"""Patterns of tokens that de-identification leaves in captions, or misses. Models often memorize such tokens."""
 
 
 def caption_markers(captions: Sequence[str]) -> dict[str, int]:
-    """How many captions hold each of `MARKERS`, where any does."""
+    """Number of captions that hold each of `MARKERS`; markers that no caption holds are left out."""
     counts = {name: sum(bool(pattern.search(text)) for text in captions) for name, pattern in MARKERS.items()}
     return {name: count for name, count in counts.items() if count}

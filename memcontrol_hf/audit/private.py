@@ -1,4 +1,4 @@
-"""What of an audit stays on this machine: the page of image pairs for a person to look through, and a key."""
+"""Files of an audit that stay on this machine: a page of image pairs for a person to look through, and a key."""
 
 import base64
 import hashlib
@@ -18,7 +18,7 @@ from .attacks import Attacked
 
 
 def private_folder(output_dir: Path) -> Path:
-    """The folder of what stays on this machine; it is made, and written to, before the long work.
+    """Make the folder of files that stay on this machine, and check before the long work that it can be written to.
 
     Raises:
         ValueError: when the folder cannot be written to.
@@ -33,7 +33,12 @@ def private_folder(output_dir: Path) -> Path:
 
 
 def fingerprint(digests: Sequence[str], key_file: Path) -> str:
-    """A keyed hash of the training images: whoever lacks the key cannot test whether a set of images was used."""
+    """A keyed hash of the training images. Nobody without the key can test whether a set of images was used.
+
+    Args:
+        digests (list of `str`): digests of the images; their order does not matter.
+        key_file (`Path`): file of the key, which is made if it does not exist.
+    """
     if not key_file.exists():
         key_file.write_text(secrets.token_hex(32), encoding="ascii")
         key_file.chmod(0o600)
@@ -42,9 +47,9 @@ def fingerprint(digests: Sequence[str], key_file: Path) -> str:
 
 
 def write_review(result: Attacked, members: EncodedImages, path: Path) -> None:
-    """One self-contained page: generated images beside their nearest training images, the most similar first.
+    """Write a self-contained page: generated images beside their nearest training images, the most similar first.
 
-    It shows training images: it is for people who may see them, and is never uploaded.
+    The page shows training images. Only people who may see these images may see the page, and it is never uploaded.
     """
     environment = Environment(undefined=StrictUndefined, autoescape=True)
     template = environment.from_string(Path(__file__).with_name("review_template.html").read_text(encoding="utf-8"))

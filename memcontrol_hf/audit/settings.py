@@ -1,51 +1,51 @@
-"""How much an audit attacks, and the constants of its attacks."""
+"""The settings of an audit, and the constants of its attacks."""
 
 from dataclasses import dataclass
 
 CLIQUE = 3
-"""Number of images of one prompt that must be alike for an extraction."""
+"""Number of images of one prompt that must be alike to count as an extraction."""
 
 PAPER_THRESHOLD = 20.0
-"""The threshold of MemControl's paper for the tile distance of RGB images at 224 pixels; it scales with the side."""
+"""Threshold in MemControl's paper for the tile distance of RGB images of 224 pixels; it scales with the side."""
 
 FALSE_ALARMS = 0.01
-"""Rate at which copies and members are allowed to be found among held-out images."""
+"""Rate of false alarms at which a threshold is set: the share of held-out images taken for copies or members."""
 
 REFERENCES = 500
 """Largest number of held-out images among which the calibrated extraction looks for neighbours."""
 
 REVIEWED = 50
-"""Number of pairs on the page for a person to look through."""
+"""Number of image pairs on the page for a person to look through."""
 
 BINS = 40
 """Number of bins of the histograms of distances."""
 
 LEAST_IMAGES = {"train": 2, "held_out": 8}
-"""How many different images an audit needs."""
+"""Smallest number of different images in each set."""
 
 
 @dataclass(frozen=True)
 class AuditSettings:
-    """How much is attacked.
+    """Settings of an audit.
 
     Args:
         resolution (`int`):
             Side of the images in pixels.
         num_prompts (`int`):
-            Training captions whose images are generated; the canaries' come first.
+            Number of training captions from which images are generated; the canaries' captions come first.
         images_per_prompt (`int`):
-            Images generated for each; at least 3, the size of a clique.
+            Number of images generated from each of these captions; at least 3, the size of a clique.
         num_quality_images (`int`):
-            Images generated from held-out captions for the quality, one for each.
+            Number of held-out captions from which images are generated to measure the quality, one image for each.
         inference_steps (`int`):
-            Sampling steps.
+            Number of sampling steps.
         guidance_scale (`float`):
             Guidance scale of the sampling.
         num_timesteps (`int`):
-            Fixed timesteps of the denoising-loss attack.
+            Number of fixed timesteps of the denoising-loss attack.
         near_duplicates (`float`):
-            Threshold of [`~memcontrol_hf.metrics.near_duplicates`]: a held-out image that is so near to a training
-            image is an error. With 0 only equal thumbnails are.
+            Threshold of [`~memcontrol_hf.metrics.near_duplicates`]. A held-out image that is nearer to a training
+            image is an error; with 0, only equal thumbnails are an error.
         batch_size (`int`):
             Number of images at once; only the speed depends on it.
         seed (`int`):
@@ -75,7 +75,7 @@ class AuditSettings:
 
 @dataclass(frozen=True)
 class Figure:
-    """One measure with its 95 % interval; without a value, `note` says why it could not be estimated."""
+    """Value of a measure with its 95 % interval. If there is no value, `note` says why it could not be estimated."""
 
     value: float | None
     low: float | None = None

@@ -1,6 +1,6 @@
-"""From images and captions to three disjoint splits.
+"""Images with captions are loaded, checked and split into three disjoint splits.
 
-`train` is trained on; `validation` is what the search's rewards may use; `held_out` is seen by nothing before the
+The model is trained on `train`. The rewards of the search may use `validation`. Nothing sees `held_out` before the
 final measurement.
 """
 
@@ -37,34 +37,37 @@ def load_images(
 
     Args:
         dataset_name (`str`, *optional*):
-            A Hub id or a folder that `datasets.load_dataset` reads.
+            Hub id or folder that `datasets.load_dataset` reads.
         train_data_dir (`str`, *optional*):
-            A folder of images with a `metadata.jsonl` (or `.csv`) beside them, as `imagefolder` reads it; where there
-            are splits already, a folder for each, named as they are.
-        image_column, caption_column (`str`):
-            Their columns. With `caption_column=""` every caption is empty, as for a model without captions; of a
-            column of classes (`ClassLabel`), the caption is the class's name.
+            Folder of images with a `metadata.jsonl` (or `.csv`) beside them, as `imagefolder` reads it. Images that
+            are already split lie in subfolders with the names of the splits.
+        image_column (`str`):
+            Column of the images.
+        caption_column (`str`):
+            Column of the captions. With `caption_column=""` every caption is empty, as a model without captions
+            needs. If the column holds classes (`ClassLabel`), a caption is the name of the class.
         group_column (`str`, *optional*):
-            Rows of one group (a patient, say) go to one split. Exact copies of an image always do.
+            Column of the groups, for example patients. All rows of one group go to one split. Exact copies of an
+            image go to one split in any case.
         seed (`int`):
-            Of the split.
+            Random seed of the split.
         captions_column (`str`, *optional*):
-            Of the training images, with a list of further captions in each row.
+            Column of the training images that holds a list of further captions in each row.
 
     Returns:
-        `DatasetDict`: [`SPLITS`] with the columns `image`, `text`, and `group` where a group column is given; `train`
-        with the column of further captions, under its own name.
+        `DatasetDict`: [`SPLITS`] with the columns `image`, `text`, and `group` if a group column is given. The column
+        of further captions keeps its name and is in `train` only.
 
     Raises:
-        ValueError: for a missing folder, column or image, an image that cannot be read, a caption that is no text,
-            an empty split, and groups that are in more than one of the given splits.
+        ValueError: for a missing folder, column or image, an image that cannot be read, a caption that is not a text,
+            an empty split, and a group that is in more than one of the given splits.
     """
     if train_data_dir is not None:
         if not Path(train_data_dir).is_dir():
             raise ValueError(f"--train_data_dir {train_data_dir!r} is no folder")
-        # A folder `held_out` would be passed over: `datasets` knows splits by its own names alone.
+        # `datasets` recognizes its own names of splits only, and would ignore a folder `held_out`.
         named = [name for name in (*SPLITS, *_ALIASES) if (Path(train_data_dir) / name).is_dir()]
-        # Where there is no folder of a split, it would find splits in the names of files.
+        # Without a folder for each split, `datasets` would look for names of splits in the names of files.
         files = {"train": "**"} if not named else {n: f"{n}/**" for n in named} if "held_out" in named else None
         source = {"path": "imagefolder", "data_dir": train_data_dir, "data_files": files}
     else:
@@ -87,7 +90,7 @@ def load_images(
 
 
 def load_image_folder(folder: str, split_name: str, caption_column: str | None = None) -> Dataset:
-    """Load all images of a folder as one set, whatever the names of its files and subfolders are.
+    """Load all images of a folder and its subfolders as one set, whatever their names are.
 
     Args:
         folder (`str`): Folder of images; captions lie in a `metadata.jsonl` (or `.csv`) beside the files.
@@ -95,7 +98,7 @@ def load_image_folder(folder: str, split_name: str, caption_column: str | None =
         caption_column (`str`, *optional*): Column of the metadata with the captions.
 
     Returns:
-        `Dataset`: Column `image`, and `text` where a caption column is given.
+        `Dataset`: Column `image`, and `text` if a caption column is given.
 
     Raises:
         ValueError: For a missing folder, a folder without images, an image that cannot be read, and a missing column.
@@ -103,7 +106,7 @@ def load_image_folder(folder: str, split_name: str, caption_column: str | None =
     if not Path(folder).is_dir():
         raise ValueError(f"{folder!r} is no folder")
     try:
-        # Without data_files="**", `datasets` would find splits in the names of files.
+        # Without data_files="**", `datasets` would look for names of splits in the names of files.
         data = load_dataset("imagefolder", data_dir=folder, data_files={"train": "**"}, split="train")
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"{folder!r} holds no images: {str(error).splitlines()[0]}") from None
@@ -150,15 +153,16 @@ def _columns(
 
 
 def without_captions(dataset: Dataset) -> Dataset:
-    """A dataset whose captions are all empty."""
+    """The same dataset with an empty caption in each row."""
     return dataset.remove_columns({"text"} & {*dataset.column_names}).add_column("text", [""] * len(dataset))
 
 
 def check_images(data: DatasetDict) -> None:
-    """Read every image and caption once.
+    """Read every image and caption once, so that a bad one is found before the long work.
 
     Raises:
-        ValueError: names the first image that cannot be read, or row whose caption is no text, and an empty split.
+        ValueError: for an image that cannot be read, a caption that is not a text, and an empty split. The error names
+            the first such image or row.
     """
     for name, dataset in data.items():
         if len(dataset) == 0:
@@ -170,7 +174,7 @@ def check_images(data: DatasetDict) -> None:
 
 
 def check_readable(dataset: Dataset, split_name: str) -> None:
-    """Raise `ValueError`, which names it, for the first image that cannot be read."""
+    """Raise `ValueError` for an image that cannot be read. The error names the first such image."""
     undecoded = dataset.cast_column("image", Image(decode=False))
     for row in range(len(undecoded)):
         _read_image(undecoded[row]["image"], split_name, row)
@@ -190,31 +194,35 @@ def _read_image(stored: dict, split_name: str, row: int) -> PILImage.Image:
 
 
 def split(data: DatasetDict, seed: int = 0, fractions: tuple[float, float] = (0.2, 0.2)) -> DatasetDict:
-    """Fill up to the three splits: those that are missing are taken out of `train`, whole groups at a time.
+    """Make the splits that are missing: their rows are taken out of `train`, whole groups at a time.
 
     Args:
-        data (`DatasetDict`): with `train`, and possibly `validation` and `held_out`; columns `image`, `text` and
+        data (`DatasetDict`): `train`, and possibly `validation` and `held_out`, with the columns `image`, `text` and
             possibly `group`.
-        seed (`int`): of the draw.
-        fractions: shares of the rows of `train` that become `validation` and `held_out`, where missing.
+        seed (`int`): random seed of the draw.
+        fractions (tuple of `float`): shares of the rows of `train` that become `validation` and `held_out`, if these
+            splits are missing.
+
+    Returns:
+        `DatasetDict`: the three splits.
 
     Raises:
-        ValueError: when a group or an exact copy of an image lies in more than one of the given splits, or there are
-            too few groups.
+        ValueError: when a group, or an exact copy of an image, lies in more than one of the given splits, or when
+            there are too few groups.
     """
     check_images(data)
     groups = _groups(data)
     owner: dict[int, str] = {}
-    for name, of_rows in groups.items():
-        for group in of_rows:
+    for name, row_groups in groups.items():
+        for group in row_groups:
             if owner.setdefault(group, name) != name:
                 what = "an image or a group" if "group" in data[name].column_names else "an image"
                 raise ValueError(f"{what} is in the {owner[group]} and in the {name} split: they must be disjoint")
     missing = [name for name in SPLITS[1:] if name not in data]
     if not missing:
         return DatasetDict({name: data[name] for name in SPLITS})
-    train, of_rows = data["train"], groups["train"]
-    names = sorted(set(of_rows))
+    train, row_groups = data["train"], groups["train"]
+    names = sorted(set(row_groups))
     if len(names) < 2 * (len(missing) + 1):
         raise ValueError(
             f"{len(names)} different images or groups in train are too few to split into train and "
@@ -222,7 +230,7 @@ def split(data: DatasetDict, seed: int = 0, fractions: tuple[float, float] = (0.
         )
     order = torch.randperm(len(names), generator=seeded_generator(seed)).tolist()
     sizes = dict.fromkeys(names, 0)
-    for group in of_rows:
+    for group in row_groups:
         sizes[group] += 1
     assigned, position = {}, 0
     for name in missing:
@@ -230,7 +238,7 @@ def split(data: DatasetDict, seed: int = 0, fractions: tuple[float, float] = (0.
         while filled < target and position < len(order) - 2:
             group = names[order[position]]
             assigned[group], filled, position = name, filled + sizes[group], position + 1
-    rows = {name: [i for i, g in enumerate(of_rows) if assigned.get(g, "train") == name] for name in SPLITS}
+    rows = {name: [i for i, g in enumerate(row_groups) if assigned.get(g, "train") == name] for name in SPLITS}
     taken = ("train", *missing)
     result = DatasetDict({name: train.select(rows[name]) if name in taken else data[name] for name in SPLITS})
     for name, dataset in result.items():
@@ -240,11 +248,11 @@ def split(data: DatasetDict, seed: int = 0, fractions: tuple[float, float] = (0.
 
 
 def check_near_duplicates(data: DatasetDict, threshold: float = 0.05) -> None:
-    """Raise `ValueError` when two splits hold the same picture, saved once more: compressed, scaled, brightened.
+    """Raise `ValueError` when two splits hold the same picture, saved twice: compressed, scaled or brightened.
 
     Args:
-        data (`DatasetDict`): [`SPLITS`], column `image`.
-        threshold (`float`): of [`~memcontrol_hf.metrics.near_duplicates`].
+        data (`DatasetDict`): [`SPLITS`] with the column `image`.
+        threshold (`float`): threshold of [`~memcontrol_hf.metrics.near_duplicates`].
     """
     small = {name: thumbnails(images, range(len(images))) for name, images in data.items()}
     for one, other in combinations(data, 2):
@@ -259,15 +267,21 @@ def check_near_duplicates(data: DatasetDict, threshold: float = 0.05) -> None:
 
 
 def plant_canaries(train: Dataset, count: int, repeats: int, seed: int = 0) -> Dataset:
-    """Repeat some training images, so that an audit shows whether its attacks find what was learnt by heart.
+    """Repeat some training images as canaries: an audit counts how many of them each attack finds.
+
+    A model is likely to memorize an image that is repeated, so an attack that finds no canary proves little.
 
     Args:
-        train (`Dataset`): column `image`.
-        count (`int`): how many different images are repeated, drawn by the seed.
-        repeats (`int`): how often each occurs in the end, at least 2.
+        train (`Dataset`): training images with the column `image`.
+        count (`int`): number of different images to repeat, drawn by the seed.
+        repeats (`int`): number of times that each canary occurs in the result, at least 2.
+        seed (`int`): random seed of the draw.
+
+    Returns:
+        `Dataset`: the training images, followed by the repeats.
 
     Raises:
-        ValueError: for more canaries than there are images, or no repeat.
+        ValueError: for more canaries than images that occur once, and for `repeats` below 2.
     """
     if count == 0:
         return train
@@ -285,9 +299,10 @@ def plant_canaries(train: Dataset, count: int, repeats: int, seed: int = 0) -> D
 
 
 def _groups(data: DatasetDict) -> dict[str, list[int]]:
-    """For each row of each split a number, the same for rows that belong together.
+    """A number for each row of each split; rows that belong together have the same number.
 
-    These are exact copies of an image, the rows of one group, and what is joined through several of these.
+    Rows belong together when they hold exact copies of an image, when they have the same group, or when a chain of
+    such pairs joins them.
     """
     pixels = [pixel_digest(row["image"]) for dataset in data.values() for row in dataset]
     named = ["group" in dataset.column_names for dataset in data.values()]

@@ -1,10 +1,12 @@
-"""What can be done against memorization beside a mask: mitigations, which combine with it and with each other.
+"""Mitigations: means against memorization that can be added to any mask, and combined with each other.
 
-Each is a small class, named and set up by `NAME[:arguments]`: positional (`rwa:4`), by name (`threshold:q=0.8`), with
-commas between several (`early_stop:metric=noise_norm,limit=20`). They always apply in the order of `MITIGATIONS`.
-Every draw depends on the seed, the epoch and the row alone, so that the batch size, the number of processes and
-resuming play no part. `dp_sgd` alone gives a formal guarantee; its noise depends on a key that is kept secret. Those
-that work while images are sampled are no protection once the weights are published.
+Each mitigation is a small class. A user writes it as `NAME[:arguments]`: arguments by position (`rwa:4`) or by name
+(`threshold:q=0.8`), with commas between several (`early_stop:metric=noise_norm,limit=20`). Mitigations always apply in
+the order of `MITIGATIONS`, whatever the order in which they are given.
+
+Random draws depend only on the seed, the epoch and the row, so the batch size, the number of processes and an
+interruption do not change them. Only `dp_sgd` gives a formal guarantee; its draws depend on a secret key instead of
+the seed. A mitigation that works while images are sampled gives no protection once the weights are published.
 """
 
 from collections.abc import Iterable
@@ -51,16 +53,22 @@ MITIGATIONS: dict[str, type[Mitigation]] = {
     "prompt_embedding": PromptEmbedding,
     "anti_memorization_guidance": AntiMemorizationGuidance,
 }
-"""By name, in the order in which they apply."""
+"""Mitigation classes by name, in the order in which they apply."""
 
 _KINDS = {int: "whole number", float: "number", float | None: "number"}
 
 
 def parse_mitigations(texts: Iterable[str]) -> dict[str, Mitigation]:
-    """Mitigations from `NAME[:arguments]`, by name and in the order in which they apply.
+    """Parse mitigations that are written `NAME[:arguments]`.
+
+    Args:
+        texts (list of `str`): one text for each mitigation.
+
+    Returns:
+        `dict`: mitigations by name, in the order in which they apply.
 
     Raises:
-        ValueError: for an unknown name, one that is given twice, and arguments that it does not take.
+        ValueError: for an unknown name, a name that is given twice, and arguments that the mitigation does not take.
     """
     parsed = {}
     for text in texts:
@@ -77,7 +85,7 @@ def parse_mitigations(texts: Iterable[str]) -> dict[str, Mitigation]:
 
 
 def _arguments(mitigation: type[Mitigation], text: str) -> dict[str, Any]:
-    """`"4"` or `"n=4"` -> `{"n": 4}`, cast as the mitigation's fields are."""
+    """`"4"` or `"n=4"` -> `{"n": 4}`; each value gets the type of the mitigation's field."""
     known = {f.name: f.type for f in fields(mitigation)}
     values = {}
     for position, part in enumerate(text.split(",") if text else ()):

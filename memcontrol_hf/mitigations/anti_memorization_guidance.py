@@ -1,4 +1,4 @@
-"""Anti-memorization guidance, while images are sampled."""
+"""Anti-memorization guidance: a mitigation that works while images are sampled."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -20,30 +20,32 @@ if TYPE_CHECKING:
 
 @dataclass
 class AntiMemorizationGuidance(Mitigation):
-    """Chen et al., CVPR 2024 (https://huggingface.co/papers/2404.00922): sampling turns away from training images.
+    """Steers sampling away from training images: Chen et al., CVPR 2024 (https://huggingface.co/papers/2404.00922).
 
-    At each step with classifier-free guidance of the scale `s₀`, `x̂₀` is what the guided prediction takes for the
-    clean image, `n` its nearest training image and `σ` their similarity. Where `σ > λ_t`, three terms are added to the
-    noise prediction (equations 13 to 17):
+    Sampling uses classifier-free guidance with the scale `s₀`. At each step, `x̂₀` is the clean image that the guided
+    prediction implies, `n` is the training image nearest to `x̂₀`, and `σ` is the similarity of the two. Where
+    `σ > λ_t`, three terms are added to the noise prediction (equations 13 to 17):
 
     - despecification, away from the prompt: `−s₁ (ε(x_t, y) − ε(x_t, ∅))`, `s₁ = max(min(c₁ σ, s₀ − 1), 0)`;
     - caption deduplication, away from the neighbour's caption `y_n`: `−s₂ (ε(x_t, y_n) − ε(x_t, ∅))`,
       `s₂ = max(min(c₂ σ, s₀ − s₁ − 1), 0)`;
-    - dissimilarity: `c₃ √(1 − ᾱ_t) ∇_{x_t} σ`, through the denoiser.
+    - dissimilarity: `c₃ √(1 − ᾱ_t) ∇_{x_t} σ`, with a gradient through the denoiser.
 
-    The paper compares SSCD features of decoded images. Here `σ` is the cosine similarity of latents after the mean
-    training latent is taken off: it finds copies, not the same object elsewhere in the picture. The paper's `λ_t` is
-    a parabola that it does not give; here `λ_t = threshold · (1 − (t / T)²)`.
+    The paper compares SSCD features of decoded images. Here `σ` is the cosine similarity of latents, from which the
+    mean training latent has been subtracted. This similarity finds copies of a picture, but not the same object in
+    another place of the picture. The paper does not give its parabola `λ_t`; here `λ_t = threshold · (1 − (t / T)²)`.
 
-    - Cost: for an image and step above the threshold two forward passes with a gradient and one without.
-    - Against: copies, by whoever samples this way. It needs the training images' latents at hand.
-    - Not against: whoever has the weights, who leaves it out. It changes no weight and no attack on them.
+    - Cost: for each image and step above the threshold, two forward passes with a gradient and one without.
+    - Against: copies, when images are sampled with this mitigation. It reads the latents of the training images.
+    - Not against: anybody who has the weights and samples without it. It changes no weight, so attacks on the weights
+      succeed as before.
 
     Args:
         threshold (`float`):
-            `λ_0`, between 0 and 1; 0.5 is the paper's.
+            Threshold `λ_0`, between 0 and 1; the paper uses 0.5.
         c1, c2, c3 (`float`):
-            At least 0; 0 leaves a term out. `c₃` has to grow with the number of a latent's values.
+            Factors of the three terms, at least 0; with 0 a term is left out. `c₃` has to grow with the number of
+            values in a latent.
     """
 
     usage = (
@@ -64,7 +66,7 @@ class AntiMemorizationGuidance(Mitigation):
                 raise ValueError(f"{name} is {getattr(self, name)}")
 
     def check_arguments(self, args: "TrainingArguments", others: Mapping[str, Mitigation]) -> None:
-        """Raise `ValueError` for sampling without classifier-free guidance, on which the mitigation rests."""
+        """Raise `ValueError` for sampling without classifier-free guidance, which the mitigation needs."""
         if args.eval_guidance_scale <= 1:
             raise ValueError(
                 f"anti_memorization_guidance needs a guidance scale above 1, not {args.eval_guidance_scale:g}"
@@ -87,18 +89,20 @@ class AntiMemorizationGuidance(Mitigation):
         embeds: torch.Tensor,
         guidance_scale: float,
     ) -> Iterator[None]:
-        """Guide whatever a pipeline samples meanwhile with `denoiser`.
+        """A context in which every image that a pipeline samples with `denoiser` is guided.
 
         Args:
-            latents (`torch.Tensor`): of the training images, `[N, C, h, w]`.
-            embeds (`torch.Tensor`): of their captions, `[N, L, D]`.
-            guidance_scale (`float`): `s₀`, that the pipeline samples with; above 1.
+            family ([`~memcontrol_hf.families.StableDiffusionFamily`]): family of the pipeline.
+            denoiser (`nn.Module`): denoiser that the pipeline calls.
+            latents (`torch.Tensor`): latents of the training images, `[N, C, h, w]`.
+            embeds (`torch.Tensor`): text embeddings of the training captions, `[N, L, D]`.
+            guidance_scale (`float`): guidance scale `s₀` of the sampling, above 1.
         """
         center = latents.mean(0, keepdim=True)
         neighbours = F.normalize((latents - center).flatten(1), dim=1)
 
         def guide(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple) -> tuple:
-            """The pipeline's call, whose batch holds the null conditions and then the prompts."""
+            """Change the output of one denoiser call, whose batch holds the null conditions and then the prompts."""
             noisy, timestep = args[0].float().chunk(2)[0], args[1]
             conditions = kwargs["encoder_hidden_states"].chunk(2)
             unconditional, conditional = output[0].float().chunk(2)
@@ -108,7 +112,7 @@ class AntiMemorizationGuidance(Mitigation):
 
             def predict(x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
                 call = {**kwargs, "encoder_hidden_states": condition.to(args[0].dtype)}
-                return module.forward(x.to(args[0].dtype), timestep, **call)[0].float()  # not through this hook
+                return module.forward(x.to(args[0].dtype), timestep, **call)[0].float()  # forward runs no hook
 
             def similarities(x: torch.Tensor, null: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
                 guided = null + guidance_scale * (text - null)
@@ -131,10 +135,12 @@ class AntiMemorizationGuidance(Mitigation):
                     both = similarities(x, *(predict(x, condition[near]) for condition in conditions))
                     to_nearest = both.gather(1, nearest[near][:, None]).sum()
                     (gradient,) = torch.autograd.grad(to_nearest, x)
-                # In the units of the model's own prediction, which where it is the image falls as the noise grows.
+                # The gradient is added in the units of the model's prediction; a predicted clean image goes down where
+                # the predicted noise goes up.
                 sign = -1 if config.prediction_type == "sample" else 1
                 change += sign / family.noise.epsilon_scale(step) * self.c3 * noise * gradient
-            conditional = conditional.index_add(0, near, change / guidance_scale)  # the pipeline multiplies it again
+            # The pipeline multiplies by the guidance scale again.
+            conditional = conditional.index_add(0, near, change / guidance_scale)
             return (torch.cat([unconditional, conditional]).to(output[0].dtype), *output[1:])
 
         handle = denoiser.register_forward_hook(guide, with_kwargs=True)

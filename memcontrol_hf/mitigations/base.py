@@ -1,4 +1,4 @@
-"""What all mitigations have in common: the hooks that training and sampling call."""
+"""The base class of all mitigations: the hooks that training and sampling call."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 class PrivateTraining(Protocol):
-    """What a mitigation puts in the place of the Trainer's batches and gradients; it is a batch sampler, too."""
+    """An object that replaces the Trainer's batches and gradients. It is the batch sampler, too.
+
+    See [`~memcontrol_hf.mitigations.PrivateGradients`].
+    """
 
     def __iter__(self) -> Iterator[list[int]]: ...
 
@@ -36,7 +39,7 @@ class PrivateTraining(Protocol):
 
 
 class Sampling(Protocol):
-    """What a mitigation can ask about the images that are about to be sampled."""
+    """What a mitigation can read about the images that are about to be sampled."""
 
     family: Family
     denoiser: nn.Module
@@ -47,18 +50,19 @@ class Sampling(Protocol):
 
 @dataclass
 class Mitigation:
-    """A mitigation and its arguments, which are its fields.
+    """A mitigation. The fields of the class are the arguments of the mitigation.
 
-    Every hook does nothing by default; a mitigation overrides those that it works by. Training calls, in this order:
-    [`check_arguments`] when the training arguments are made, [`check`] when the trainer is made, [`callback`] and
-    [`private_training`] before the first step; for each row that a step reads [`caption`], then [`embedding`]; for
-    each batch [`losses`]. Every image that an evaluation generates is sampled within [`sampling`].
+    Every hook does nothing by default; a mitigation overrides the hooks that it needs. The hooks are called in this
+    order: [`check_arguments`] when the training arguments are made; [`check`] when the trainer is made; [`callback`]
+    and [`private_training`] before the first step; [`caption`], then [`embedding`] for each row that a step reads;
+    [`losses`] for each batch. Every image that an evaluation generates is sampled within [`sampling`].
 
     Attributes:
-        usage (`str`): how its arguments are written.
-        guards_weights (`bool`): whether it changes the weights. What works while images are sampled protects nobody
-            once the weights are published: whoever has them samples without it.
-        number (`int`): keeps the random draws of [`caption`] and [`embedding`] apart from those of other mitigations.
+        usage (`str`): text that says how the arguments are written.
+        guards_weights (`bool`): whether the mitigation changes the weights. A mitigation that works only while images
+            are sampled protects nobody once the weights are published: anybody can then sample without it.
+        number (`int`): number of the mitigation's stream of random draws for [`caption`] and [`embedding`]; no other
+            mitigation has the same.
     """
 
     usage: ClassVar[str]
@@ -66,23 +70,29 @@ class Mitigation:
     number: ClassVar[int] = 0
 
     def check_arguments(self, args: "TrainingArguments", others: "Mapping[str, Mitigation]") -> None:
-        """See that the mitigation goes with the training arguments and the other mitigations; adjust the arguments.
+        """Check that the mitigation works with the training arguments and the other mitigations.
+
+        A mitigation can also adjust the training arguments here.
+
+        Args:
+            args (`TrainingArguments`): training arguments, which may be changed.
+            others (`dict`): all mitigations of the training, by name.
 
         Raises:
-            ValueError: says what does not go with it.
+            ValueError: names what the mitigation cannot be combined with.
         """
 
     def check(self, family: Family, images: "Dataset", args: "TrainingArguments", tunes_text: bool) -> None:
-        """See that the mitigation goes with the model and the training images.
+        """Check that the mitigation works with the model and the training images.
 
         Args:
             family ([`~memcontrol_hf.families.Family`]): family of the pipeline.
-            images (`Dataset`): the training images and captions.
-            args: the training arguments.
+            images (`Dataset`): training images and captions.
+            args (`TrainingArguments`): training arguments.
             tunes_text (`bool`): whether text encoders are a part of the search space.
 
         Raises:
-            ValueError: says what does not go with it.
+            ValueError: names what the mitigation cannot be combined with.
         """
 
     def caption(
@@ -92,11 +102,23 @@ class Mitigation:
         tokenizer: "PreTrainedTokenizerBase",
         generator: torch.Generator,
     ) -> str:
-        """The caption as a step reads it; `row` holds the columns of the training image, but not the image."""
+        """The caption that a training step reads instead of `caption`.
+
+        Args:
+            caption (`str`): caption, as earlier mitigations have changed it.
+            row (`dict`): columns of the training row, without the image.
+            tokenizer (`PreTrainedTokenizerBase`): tokenizer of the pipeline.
+            generator (`torch.Generator`): generator of the draws for this row, step or epoch, and mitigation.
+        """
         return caption
 
     def embedding(self, embedding: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """One floating-point tensor of a row's condition, say the text embedding `[L, D]`, as a step reads it."""
+        """The tensor that a training step reads instead of `embedding`.
+
+        Args:
+            embedding (`torch.Tensor`): floating-point tensor of a row's condition, say the text embedding `[L, D]`.
+            generator (`torch.Generator`): generator of the draws for this row, step or epoch, and mitigation.
+        """
         return embedding
 
     def losses(
@@ -108,23 +130,28 @@ class Mitigation:
         null: Callable[[], Condition | None],
         batch: Mapping[str, Any],
     ) -> torch.Tensor:
-        """The losses of a batch `[N]`, given the denoiser's prediction `[N, C, h, w]`.
+        """The losses of a batch, `[N]`, that training uses instead of `losses`.
 
         Args:
-            losses (`torch.Tensor`): `[N]`, so far.
-            prediction (`torch.Tensor`): `[N, C, h, w]`, the denoiser's prediction for the batch.
-            family, denoiser: the pipeline's family, and the denoiser with its adapter.
-            null (`Callable`): gives the null condition, one row.
+            losses (`torch.Tensor`): losses `[N]`, as earlier mitigations have changed them.
+            prediction (`torch.Tensor`): prediction `[N, C, h, w]` of the denoiser for the batch.
+            family ([`~memcontrol_hf.families.Family`]): family of the pipeline.
+            denoiser (`nn.Module`): denoiser with its adapter.
+            null (`Callable`): function that returns the null condition, one row.
             batch (`dict`): `latents`, `condition`, `timesteps`, `noise` and `weights` of the batch.
         """
         return losses
 
     def counts(self) -> dict[str, int | torch.Tensor]:
-        """What the training logs: counts on this process since the last call, which sets them to zero."""
+        """Counts on this process since the last call, for the training's log. A call sets the counts to zero."""
         return {}
 
     def callback(self, measure: Callable[[list[str]], dict[str, float]]) -> "TrainerCallback | None":
-        """A callback of the training; `measure` evaluates metrics of the model as it is."""
+        """A callback of the training, or `None`.
+
+        Args:
+            measure (`Callable`): function from names of metrics to the figures of the present model.
+        """
         return None
 
     def stopped(self, state: "TrainerState") -> bool:
@@ -132,23 +159,31 @@ class Mitigation:
         return False
 
     def private_training(self, rows: int, batch_size: int, parts: int, steps: int) -> PrivateTraining | None:
-        """What takes the place of the Trainer's batches and gradients.
+        """The object that replaces the Trainer's batches and gradients, or `None`.
 
         Args:
             rows (`int`): number of training rows.
-            batch_size (`int`): number of rows of a step.
-            parts (`int`): number of batches that the rows of a step are read in.
-            steps (`int`): number of steps of the training.
+            batch_size (`int`): number of rows in a step.
+            parts (`int`): number of batches in which the rows of a step are read.
+            steps (`int`): number of steps in the training.
         """
         return None
 
     def sampling(self, context: Sampling) -> "AbstractContextManager[Callable[..., dict[str, Any]] | None]":
-        """A context in which images are sampled; it may give a function for `generate(adjust_prompts=...)`."""
+        """A context within which images are sampled.
+
+        Args:
+            context ([`Sampling`]): pipeline, denoiser and guidance scale of the sampling, and the training images.
+
+        Returns:
+            A context manager. It can yield a function that changes the pipeline's call: see `adjust_prompts` of
+            [`~memcontrol_hf.sampling.generate`].
+        """
         return nullcontext()
 
 
 def overrides(mitigation: Mitigation, hook: str) -> bool:
-    """Whether a mitigation works by a hook."""
+    """Whether a mitigation overrides a hook."""
     return getattr(type(mitigation), hook) is not getattr(Mitigation, hook)
 
 
@@ -159,7 +194,7 @@ def check_text(mitigation: str, family: Family) -> None:
 
 
 def check_stable_diffusion(mitigation: str, family: Family) -> None:
-    """Raise `ValueError` for a family whose sampling a mitigation does not know."""
+    """Raise `ValueError` for a mitigation that works with Stable Diffusion only, and another family."""
     if not isinstance(family, StableDiffusionFamily):
         raise ValueError(
             f"{mitigation} is there for Stable Diffusion 1.x and 2.x alone, not for {type(family).__name__}: "

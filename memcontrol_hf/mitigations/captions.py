@@ -18,16 +18,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class MultipleCaptions(Mitigation):
-    """One caption drawn uniformly from a row's list of them, at each read (https://huggingface.co/papers/2305.20086).
+    """Draws one caption from a row's list of captions at each read (https://huggingface.co/papers/2305.20086).
 
-    - Cost: no forward pass of the denoiser; the text encoder at each step.
+    All captions of a row have the same probability.
+
+    - Cost: no forward pass of the denoiser, but one of the text encoder at each step.
     - Against: a caption that becomes the key to its image.
     - Not against: an image that is repeated with the same captions, and attacks that need no caption. The measures
-      read the `text` column, which the list should hold.
+      read the `text` column, so each list should contain the row's `text`.
 
     Args:
         column (`str`):
-            Of the training images, with a list of captions in each row.
+            Column of the training images that holds a list of captions in each row.
     """
 
     number = 0
@@ -39,7 +41,7 @@ class MultipleCaptions(Mitigation):
         return captions[int(torch.randint(len(captions), (), generator=generator))]
 
     def check(self, family: Family, images: Dataset, args: "TrainingArguments", tunes_text: bool) -> None:
-        """Raise `ValueError` when the column is missing, or a row holds anything but a list of captions."""
+        """Raise `ValueError` when the column is missing, or when a row does not hold a list of captions."""
         check_text("multiple_captions", family)
         if self.column not in images.column_names:
             raise ValueError(
@@ -56,18 +58,18 @@ class MultipleCaptions(Mitigation):
 
 @dataclass
 class RandomWordAddition(Mitigation):
-    """`n` random tokens of the tokenizer at random places of the caption (https://huggingface.co/papers/2305.20086).
+    """Adds `n` random tokens at random places of the caption (https://huggingface.co/papers/2305.20086).
 
-    Each is put before, between or behind the words that are there. In a caption that fills the text encoder, they push
-    the last words out.
+    Each token is put before, between or after the words of the caption. When the caption already fills the text
+    encoder, the added tokens push its last words out.
 
-    - Cost: no forward pass of the denoiser; the text encoder at each step.
+    - Cost: no forward pass of the denoiser, but one of the text encoder at each step.
     - Against: a caption that becomes the key to its image.
     - Not against: repeated images, and attacks that need no caption.
 
     Args:
         n (`int`):
-            How many tokens, at least 1.
+            Number of tokens, at least 1.
     """
 
     number = 1
@@ -89,7 +91,7 @@ class RandomWordAddition(Mitigation):
         return " ".join(words)
 
     def _token(self, tokenizer: PreTrainedTokenizerBase, generator: torch.Generator) -> str:
-        """A token as text. Drawn again where it has none: the special ones, and parts of a character."""
+        """The text of a random token. Tokens without a text (special tokens, parts of a character) are drawn again."""
         while True:
             token = int(torch.randint(len(tokenizer), (), generator=generator))
             text = tokenizer.decode([token], skip_special_tokens=True).strip()
@@ -99,17 +101,18 @@ class RandomWordAddition(Mitigation):
 
 @dataclass
 class GaussianNoise(Mitigation):
-    """`c + std · n`, `n ~ N(0, 1)`, for the text embedding `c` (https://huggingface.co/papers/2305.20086).
+    """Adds noise to the text embedding `c`: `c + std · n`, `n ~ N(0, 1)` (https://huggingface.co/papers/2305.20086).
 
-    A caption that `caption_dropout` replaces stays the exact null condition.
+    A caption that `caption_dropout` replaces gets the null condition without noise.
 
     - Cost: no forward pass.
     - Against: a text embedding that becomes the key to its image.
-    - Not against: repeated images, and attacks that need no caption. What `std` means depends on the text encoder.
+    - Not against: repeated images, and attacks that need no caption. How strong a given `std` is depends on the text
+      encoder.
 
     Args:
         std (`float`):
-            Above 0.
+            Standard deviation of the noise, above 0.
     """
 
     number = 2
@@ -129,16 +132,17 @@ class GaussianNoise(Mitigation):
 
 @dataclass
 class CaptionDropout(Mitigation):
-    """The empty caption with probability `p` (https://huggingface.co/papers/2207.12598): the same as `caption_dropout`
-    of the training arguments, which it sets.
+    """Replaces a caption by the empty one with probability `p` (https://huggingface.co/papers/2207.12598).
+
+    The mitigation sets the training argument `caption_dropout`.
 
     - Cost: no forward pass.
-    - Against: a caption that is the key to its image, which it loosens. It keeps guidance working.
-    - Not against: memorization without a caption, which it can add to.
+    - Against: a caption that is the key to its image. Guidance goes on working.
+    - Not against: memorization without a caption, which can even become stronger.
 
     Args:
         p (`float`):
-            Between 0 and 1.
+            Probability of the empty caption, between 0 and 1.
     """
 
     usage = "caption_dropout[:p], a share between 0 and 1, such as caption_dropout:p=0.1"

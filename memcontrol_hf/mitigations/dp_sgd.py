@@ -1,4 +1,4 @@
-"""Differentially private training: the one mitigation with a formal guarantee."""
+"""DP-SGD, differentially private training: the only mitigation with a formal guarantee."""
 
 import json
 import math
@@ -26,38 +26,40 @@ if TYPE_CHECKING:
     from ..families import Family
 
 EPSILON_LIMIT = 10.0
-"""The largest epsilon that still says something: tier 2 of https://huggingface.co/papers/2303.00654, section 5.2.1."""
+"""Largest epsilon of a reasonable guarantee: tier 2 of https://huggingface.co/papers/2303.00654, section 5.2.1."""
 STATE_NAME = "dp_sgd.json"
-"""In each checkpoint: the key of the draws and the accountant's history. It must stay as private as the images."""
+"""File in each checkpoint with the secret key and the accountant's history. It must stay as private as the images."""
 
 _ROWS, _NOISE = range(2)
 
 
 @dataclass
 class DPSGD(Mitigation):
-    """DP-SGD of Abadi et al. (https://huggingface.co/papers/1607.00133) on the adapter's parameters, by Opacus.
+    """DP-SGD of Abadi et al. (https://huggingface.co/papers/1607.00133) on the adapter's parameters, with Opacus.
 
-    `g = (Σ_i clip(∇_θ L_i, C) + σ C · n) / B`, `n ~ N(0, 1)`: the gradient of each row that a step has drawn is cut
-    to the norm `C`, and noise is added to the sum. A step draws each row with the probability `B / N` (Poisson), as
-    the accountant assumes; `B` is the batch size times the accumulated batches. The guarantee, `(ε, δ)` by Opacus'
-    RDP accountant, compares the training with one that lacks one *row*: of an image in four rows, or a patient with
-    four images, it says less (as four times the ε does, at a larger δ). It covers the adapter's weights, and no
-    choice or figure that was made with the training images outside of its steps: not the search of a mask and a
-    learning rate, nor the figures of the report.
+    `g = (Σ_i clip(∇_θ L_i, C) + σ C · n) / B`, `n ~ N(0, 1)`: the gradient of each row is clipped to the norm `C`, and
+    noise is added to the sum over the rows of a step. A step draws each row with the probability `B / N` (Poisson
+    sampling), as the accountant assumes; `B` is the batch size times the number of accumulated batches.
 
-    - Cost: no forward pass more, but a gradient of each row: memory of a batch's size times the adapter's.
-    - Against: every attack on the weights, up to ε, while the noise's key is secret (see `STATE_NAME`).
-    - Not against: what the base model knows; several rows of one person; an ε above `EPSILON_LIMIT` says nothing.
+    The guarantee is `(ε, δ)` by Opacus' RDP accountant. It compares the training with a training that lacks one *row*.
+    An image in four rows, or a patient with four images, is protected less: as with four times the ε and a larger δ.
+    The guarantee covers the adapter's weights. It covers neither the search of a mask and a learning rate on the
+    training images, nor the figures of the report that are measured on them.
+
+    - Cost: no further forward pass, but one gradient for each row of a batch, each as large as the adapter.
+    - Against: every attack on the weights, up to ε, while the key of the noise is secret (see `STATE_NAME`).
+    - Not against: what the base model knows, and several rows of one person. An ε above `EPSILON_LIMIT` guarantees
+      practically nothing.
 
     Args:
         epsilon (`float`, *optional*):
-            That the whole training may spend; the noise follows from it. 8 when `noise_multiplier` is not given.
+            Budget ε of the whole training; the noise is computed from it. 8 when `noise_multiplier` is not given.
         delta (`float`):
-            Below 1 over the number of rows.
+            Probability δ of the guarantee, below 1 over the number of rows.
         max_grad_norm (`float`):
-            `C`; about the median norm of a row's gradient is usual, which depends on what is tuned.
+            Clipping norm `C`. A usual value is the median norm of a row's gradient, which depends on what is tuned.
         noise_multiplier (`float`, *optional*):
-            `σ` instead of `epsilon`, which then follows from it.
+            Noise `σ`, given instead of `epsilon`, which is then computed from it.
     """
 
     usage = (
@@ -81,13 +83,13 @@ class DPSGD(Mitigation):
             raise ValueError(f"noise_multiplier is {self.noise_multiplier}, which is no noise")
 
     def check_arguments(self, args: "TrainingArguments", others: Mapping[str, Mitigation]) -> None:
-        """Raise `ValueError` where Opacus is missing or the guarantee would not hold with these arguments."""
+        """Raise `ValueError` when Opacus is missing, or when the guarantee would not hold with these arguments."""
         if find_spec("opacus") is None:
             raise ValueError("dp_sgd needs Opacus, which is not installed: pip install 'memcontrol_hf[dp]'")
         wrong = {
-            "the mitigation threshold, by which rows decide on each other": "threshold" in others,
-            "the mitigation early_stop, which looks at the training images": "early_stop" in others,
-            "load_best_model_at_end, which may go by the training images": args.load_best_model_at_end,
+            "the mitigation threshold, with which rows influence each other": "threshold" in others,
+            "the mitigation early_stop, which measures the training images": "early_stop" in others,
+            "load_best_model_at_end, which may choose by the training images": args.load_best_model_at_end,
             "a schedule that goes by evaluations": args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"),
             "num_train_epochs in the place of max_steps": args.max_steps < 1,
             "several processes": args.world_size > 1,
@@ -104,7 +106,7 @@ class DPSGD(Mitigation):
                 f"dp_sgd cannot be combined with {' and '.join(found)}: train on one device in float32, with "
                 "smaller batches and gradient_accumulation_steps where memory is short"
             )
-        args.max_grad_norm = 0.0  # it clips the gradients itself, before the noise
+        args.max_grad_norm = 0.0  # DP-SGD clips the gradients before it adds the noise
 
     def check(self, family: "Family", images: "Dataset", args: "TrainingArguments", tunes_text: bool) -> None:
         if tunes_text:
@@ -115,21 +117,21 @@ class DPSGD(Mitigation):
 
 
 class PrivateGradients:
-    """The draws, the noise and the account of one training. As a batch sampler it gives the rows of each batch.
+    """The row draws, the noise and the privacy accounting of one training. As a batch sampler, it yields row numbers.
 
-    Whatever the guarantee rests on is drawn by a key from the operating system, and not by the seed, which is
-    published: with it anybody could take the noise off again. Draws depend on the key and the step alone, so that
-    resuming is exact.
+    The draws depend on a secret key from the operating system instead of the seed. The seed is published, and whoever
+    can compute the noise can subtract it. Draws depend only on the key and the step, so that a resumed training is
+    exactly the same.
 
     Args:
-        dp_sgd ([`DPSGD`]): the arguments.
-        rows (`int`): of the training data.
-        batch_size (`int`): rows that a step draws on average.
-        parts (`int`): batches that a step's rows are read in: `gradient_accumulation_steps`.
-        steps (`int`): of the whole training.
+        dp_sgd ([`DPSGD`]): arguments of the mitigation.
+        rows (`int`): number of training rows.
+        batch_size (`int`): number of rows that a step draws on average.
+        parts (`int`): number of batches in which the rows of a step are read: `gradient_accumulation_steps`.
+        steps (`int`): number of steps in the whole training.
 
     Raises:
-        ValueError: for batches larger than the data, and a delta that would allow to publish a whole row.
+        ValueError: for batches larger than the data, and a delta that would allow a whole row to be published.
     """
 
     def __init__(self, dp_sgd: DPSGD, rows: int, batch_size: int, parts: int, steps: int):
@@ -161,12 +163,12 @@ class PrivateGradients:
     # ---- the gradients ----
 
     def start(self, model: nn.Module) -> None:
-        """Take the trainable parameters of a model as they are before the first step."""
+        """Set up Opacus for a model, and keep a copy of its trainable parameters before the first step."""
         from opacus.optimizers import DPOptimizer
 
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.before = {name: p.detach().clone() for name, p in self.parameters.items()}
-        # Only its clipping, noise and accounting are used: the Trainer's own optimizer makes the step.
+        # Only the clipping, noise and accounting of Opacus are used: the Trainer's own optimizer makes the step.
         self.optimizer = DPOptimizer(
             torch.optim.SGD(self.parameters.values(), lr=1.0),
             noise_multiplier=self.noise_multiplier,
@@ -179,17 +181,19 @@ class PrivateGradients:
     def backward(
         self, model: nn.Module, loss_function: Callable, batch: dict[str, Any], step: int, last: bool
     ) -> torch.Tensor:
-        """Add the clipped gradients of a batch; with the last one of a step, set `grad` of the parameters.
+        """Add the clipped gradients of a batch to those of its step; after the last batch, set the parameters' `grad`.
 
         Args:
-            model (`nn.Module`): with the adapter.
-            loss_function (`Callable`): the losses `[N]` of a batch by a denoiser and the batch: [`Family.losses`].
-            batch (`dict`): its arguments beside the denoiser, tensors `[N, ...]`; empty when no row was drawn.
-            step (`int`): the number of the step, from 0.
-            last (`bool`): whether it is the last batch of the step.
+            model (`nn.Module`): model with the adapter.
+            loss_function (`Callable`): function from a denoiser and a batch to losses `[N]`; see
+                [`~memcontrol_hf.families.Family.losses`].
+            batch (`dict`): arguments of `loss_function` beside the denoiser, tensors `[N, ...]`; empty when no row was
+                drawn.
+            step (`int`): number of the step, from 0.
+            last (`bool`): whether the batch is the last one of the step.
 
         Returns:
-            `torch.Tensor`: the sum of the losses over the batch size, for the log.
+            `torch.Tensor`: sum of the losses divided by the batch size, for the log.
         """
         if self.optimizer is None:
             self.start(model)
@@ -205,7 +209,7 @@ class PrivateGradients:
         self.optimizer.generator.manual_seed(seeded_generator(self.key, _NOISE, step).initial_seed())
         self.optimizer.pre_step()
         for parameter in self.parameters.values():
-            parameter.grad_sample = None  # as large as a batch of adapters
+            parameter.grad_sample = None  # frees memory: one gradient for each row
         return losses.sum() / self.batch_size
 
     def check_layers(self, model: nn.Module, loss_function: Callable, batch: dict[str, Any]) -> None:
@@ -227,10 +231,10 @@ class PrivateGradients:
                 "see that the learning rate is above 0"
             )
 
-    # ---- the account ----
+    # ---- privacy accounting ----
 
     def report(self) -> dict[str, Any]:
-        """What the steps so far have spent."""
+        """The epsilon that the steps so far have spent, and what it was computed from."""
         epsilon = self.accountant.get_epsilon(self.delta)
         return {
             "epsilon": epsilon,
@@ -246,16 +250,16 @@ class PrivateGradients:
         }
 
     def save(self, checkpoint: str | Path) -> None:
-        """Write what resuming needs into a checkpoint's folder, readable for its owner only."""
+        """Write the key and the accountant's history into a checkpoint's folder, readable for the owner only."""
         file = Path(checkpoint) / STATE_NAME
         file.touch(mode=0o600)
         file.write_text(json.dumps({"key": self.key, "history": self.accountant.history}), encoding="utf-8")
 
     def load(self, checkpoint: str | Path) -> None:
-        """Go on with the draws and the account of a checkpoint.
+        """Go on with the key and the accountant's history of a checkpoint.
 
         Raises:
-            ValueError: when it was written without DP-SGD.
+            ValueError: when the checkpoint was written without DP-SGD.
         """
         file = Path(checkpoint) / STATE_NAME
         if not file.exists():
@@ -268,22 +272,22 @@ class PrivateGradients:
         self.accountant.history = [tuple(entry) for entry in state["history"]]
 
 
-@cache  # it takes seconds
+@cache  # Opacus searches the value for seconds
 def _noise_multiplier(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
     from opacus.accountants.utils import get_noise_multiplier
 
     try:
         return get_noise_multiplier(target_epsilon=epsilon, target_delta=delta, sample_rate=sample_rate, steps=steps)
     except ValueError:
-        raise ValueError(f"dp_sgd: no noise gives epsilon {epsilon:g} in {steps} steps: allow for more") from None
+        raise ValueError(f"dp_sgd: no noise gives epsilon {epsilon:g} in {steps} steps: use a larger one") from None
 
 
 def per_sample_gradients(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], loss_function: Callable, batch: dict[str, Any]
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The gradient of each row's own loss by `parameters`, `[N, ...]` each, and the losses `[N]`.
+    """The gradient of each row's loss with respect to `parameters`, `[N, ...]` for each of them, and the losses `[N]`.
 
-    Each row passes the model as a batch of one, so that no row can reach the gradient of another.
+    Each row passes through the model as a batch of one, so that no row can influence the gradient of another.
 
     Raises:
         RuntimeError: when torch.func cannot transform the model's layers.

@@ -18,24 +18,26 @@ if TYPE_CHECKING:
 
 @dataclass
 class EarlyStop(Mitigation):
-    """Stops when a memorization metric passes a limit (https://huggingface.co/papers/2505.17638: memorization sets in
-    after quality does, at a time that grows with the number of images).
+    """Stops the training when a memorization metric passes a limit (https://huggingface.co/papers/2505.17638).
 
-    The metric compares the training images with the validation images, which after that are no longer unseen: final
-    figures are for the held-out images.
+    The paper finds that a model first learns to generate well and memorizes later, at a step that grows with the
+    number of images.
 
-    - Cost: an evaluation each `every` steps. For `membership_auc` and `noise_norm` these are `eval_num_timesteps`
-      forward passes (twice as many for `noise_norm`) for each image; `amd` samples images.
-    - Against: what the metric sees, up to `every` steps late.
+    The metric compares the training images with the validation images. The validation images are therefore no longer
+    unseen, and final figures have to be measured on the held-out images.
+
+    - Cost: one evaluation every `every` steps. `membership_auc` takes `eval_num_timesteps` forward passes for each
+      image, and `noise_norm` twice as many; `amd` samples images.
+    - Against: memorization that the metric shows, up to `every` steps late.
     - Not against: other attacks, and a few images that are memorized early (repeated ones), which a mean hides.
 
     Args:
         metric (`str`):
-            `membership_auc`, `noise_norm` or `amd`.
+            Metric: `membership_auc`, `noise_norm` or `amd`.
         limit (`float`, *optional*):
-            The worst value that is allowed; 0.6 for `membership_auc`, to be given for the others.
+            Worst value that is allowed; 0.6 by default for `membership_auc`, required for the other metrics.
         every (`int`):
-            Steps between two looks.
+            Number of steps between two evaluations.
     """
 
     usage = (
@@ -70,18 +72,18 @@ class EarlyStop(Mitigation):
         return value < self.limit if self.metric == "amd" else value > self.limit
 
     def stopped(self, state: TrainerState) -> bool:
-        """Whether a run stopped at this state, say that of a checkpoint."""
+        """Whether a run stopped at this state, for example at the state in a checkpoint."""
         values = [log[f"eval_{self.metric}"] for log in state.log_history
                   if log["step"] == state.global_step and f"eval_{self.metric}" in log]  # fmt: skip
         return bool(values) and state.global_step % self.every == 0 and self.passed(values[-1])
 
 
 class EarlyStopCallback(TrainerCallback):
-    """Measures the metric of an [`EarlyStop`] each `every` steps, and stops the training when it passes the limit.
+    """Measures the metric of an [`EarlyStop`] every `every` steps, and stops the training when it passes the limit.
 
     Args:
-        early_stop ([`EarlyStop`]): the metric, its limit, and the steps between two measurements.
-        measure (`Callable`): from names of metrics to figures whose names begin with `eval_`.
+        early_stop ([`EarlyStop`]): metric, limit, and number of steps between two measurements.
+        measure (`Callable`): function from names of metrics to figures, whose names begin with `eval_`.
     """
 
     def __init__(self, early_stop: EarlyStop, measure: Callable[[list[str]], dict[str, float]]):

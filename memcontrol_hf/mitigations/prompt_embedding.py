@@ -1,4 +1,4 @@
-"""Prompt-embedding adjustment, while images are sampled."""
+"""Prompt-embedding adjustment: a mitigation that works while images are sampled."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,23 +20,25 @@ if TYPE_CHECKING:
 
 @dataclass
 class PromptEmbedding(Mitigation):
-    """Wen et al., ICLR 2024 (https://huggingface.co/papers/2407.21720), section 4.1: the prompt is made to steer less.
+    """Makes a prompt steer less: Wen et al., ICLR 2024 (https://huggingface.co/papers/2407.21720), section 4.1.
 
-    Before an image is sampled, Adam lowers `||ε(x_T, T, e) − ε(x_T, T, ∅)||₂` over the text embedding `e`, from the
-    caption's own, at the first step with the image's own noise, until the norm is at most `target` or for `iterations`
-    steps. The embedding of the start token is kept. With a target, prompts that steer little are left as they are.
+    Before an image is sampled, Adam changes its text embedding `e` to lower `||ε(x_T, T, e) − ε(x_T, T, ∅)||₂`. Adam
+    starts from the embedding of the caption and uses the first sampling step and the image's own noise. It ends when
+    the norm is at most `target`, or after `iterations` steps. The embedding of the start token is not changed. With a
+    target, a prompt whose norm is already at most the target is not changed either.
 
-    - Cost: up to `iterations` forward and backward passes of an image, and one forward pass.
-    - Against: captions that call up their image, by whoever samples this way.
-    - Not against: whoever has the weights, who leaves it out. It changes no weight and no attack on them.
+    - Cost: for each image, up to `iterations` forward and backward passes and one further forward pass.
+    - Against: captions that call up their image, when images are sampled with this mitigation.
+    - Not against: anybody who has the weights and samples without it. It changes no weight, so attacks on the weights
+      succeed as before.
 
     Args:
         target (`float`, *optional*):
-            A norm of the model's prediction, in the units of the metric `noise_norm`; none by default.
+            Norm at which Adam stops, in the units of the metric `noise_norm`; none by default.
         iterations (`int`):
-            At least 1; 10 is the paper's.
+            Largest number of Adam's steps, at least 1; the paper uses 10.
         lr (`float`):
-            Of Adam; 0.05 is the paper's.
+            Learning rate of Adam; the paper uses 0.05.
     """
 
     usage = (
@@ -70,17 +72,18 @@ class PromptEmbedding(Mitigation):
         resolution: int,
         num_inference_steps: int,
     ) -> dict[str, Any]:
-        """What changes in the call of a pipeline with `N` prompts.
+        """The arguments that change in the pipeline's call for `N` prompts.
 
         Args:
-            family: the pipeline's, whose own denoiser is used.
-            generators (list of `torch.Generator`): one for each image; its first noise is drawn here.
-            resolution (`int`): of the images in pixels.
-            num_inference_steps (`int`): of their sampling.
+            family ([`~memcontrol_hf.families.StableDiffusionFamily`]): family of the pipeline, with its denoiser.
+            prompts (list of `str`): prompts `[N]`.
+            generators (list of `torch.Generator`): one generator for each image; the first noise is drawn from it.
+            resolution (`int`): side of the images in pixels.
+            num_inference_steps (`int`): number of sampling steps.
 
         Returns:
-            `dict`: no `prompt`, but `prompt_embeds` and `negative_prompt_embeds`, `[N, L, D]`, and the first noise
-            `latents`.
+            `dict`: `prompt_embeds` and `negative_prompt_embeds`, `[N, L, D]`, in the place of `prompt`, and the first
+            noise `latents`, `[N, C, h, w]`.
         """
         pipeline, denoiser = family.pipeline, family.denoiser
         side = resolution // pipeline.vae_scale_factor

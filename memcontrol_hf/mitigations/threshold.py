@@ -1,4 +1,4 @@
-"""Threshold mitigation: samples that steer hard are left out of the loss."""
+"""Threshold mitigation: rows whose caption steers hard do not count in the loss."""
 
 import math
 from dataclasses import dataclass
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
 @dataclass
 class Threshold(Mitigation):
-    """Leaves samples out of the loss whose text steers hard (https://huggingface.co/papers/2407.21720).
+    """Leaves rows out of the loss whose caption steers hard (https://huggingface.co/papers/2407.21720).
 
-    Left out is each sample of a batch with `||ε(x_t, t, c) − ε(x_t, t, ∅)||₂` above `value`, or above the quantile `q`
-    of the batch. It counts as a loss of 0, so that what is kept weighs the same whatever else is in the batch. A fixed
-    value therefore does the same at every batch size. A quantile depends, by definition, on what is in the batch of
-    each device: it leaves out at least the sample with the largest norm (unless there are ties), so one in four at
+    A row of a batch is left out when its `||ε(x_t, t, c) − ε(x_t, t, ∅)||₂` is above `value`, or above the quantile
+    `q` of the batch. A row that is left out counts as a loss of 0, so the weight of the other rows does not change. A
+    fixed value therefore works the same at every batch size. A quantile depends on the other rows in the batch of the
+    same device: it leaves out at least the row with the largest norm (unless there are ties), so one of four rows at
     batch size 4, and none at batch size 1.
 
-    - Cost: one forward pass without a gradient more, for the null condition; the conditional one is the loss's own.
+    - Cost: one further forward pass without a gradient, for the null condition.
     - Against: captions that have begun to call up their image.
-    - Not against: memorization that does not show in the norm, and whatever is learnt before it does.
+    - Not against: memorization that the norm does not show, and what is learnt before the norm shows it.
 
     Args:
         value (`float`, *optional*):
-            A fixed norm, in the units of the metric `noise_norm`.
+            Fixed limit of the norm, in the units of the metric `noise_norm`.
         q (`float`, *optional*):
-            A quantile instead; 0.9 when neither is given.
+            Quantile of the batch that is the limit instead of `value`; 0.9 when neither is given.
     """
 
     usage = "threshold[:value] with a norm above 0, or threshold[:q=0.9] with a quantile between 0 and 1, not both"
@@ -49,14 +49,14 @@ class Threshold(Mitigation):
             self.q = 0.9
         if self.q is not None and not 0 < self.q < 1:
             raise ValueError(f"q is {self.q}")
-        self.dropped: int | torch.Tensor = 0  # since the last call of `counts`
+        self.dropped: int | torch.Tensor = 0  # number of rows since the last call of `counts`
 
     def check(self, family: Family, images: "Dataset", args: "TrainingArguments", tunes_text: bool) -> None:
         if "noise_norm" in family.not_applicable:
             raise ValueError(f"threshold needs the noise norm: {family.not_applicable['noise_norm']}; leave it out")
 
     def losses(self, losses, prediction, family, denoiser, null, batch):
-        """The losses of a batch `[N]`, 0 for the samples that are left out."""
+        """The losses of a batch, `[N]`, with 0 for the rows that are left out."""
         without_text = null_like(null(), batch["condition"])
         with torch.no_grad():
             unconditional = family.predict(
