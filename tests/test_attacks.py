@@ -272,18 +272,18 @@ def test_members_of_an_overfitted_model_are_found(overfitted, attack):
         ("secmi", {"timestep": 25}, "positive multiple of stride 10, but got 25"),
         ("secmi", {"timestep": 0}, "positive multiple of stride 10, but got 0"),
         ("secmi", {"timestep": 990}, "timestep 1000 lies outside the schedule: use 0 to 999"),
-        ("secmi", {"latents": torch.empty(0, 4, 8, 8), "embeds": torch.empty(0, 8, 8)}, "at least one"),
+        ("secmi", {"latents": torch.empty(0, 4, 8, 8), "condition": torch.empty(0, 8, 8)}, "at least one"),
         ("pia", {"timestep": -1}, "timestep -1 lies outside"),
-        ("pia", {"embeds": torch.ones(2, 8, 8)}, r"as many images as conditions, at least one, not \[5, 2\]"),
+        ("pia", {"condition": torch.ones(2, 8, 8)}, r"as many images as conditions, at least one, not \[5, 2\]"),
         ("clid", {"timesteps": [1000]}, "timestep 1000 lies outside"),
         ("clid", {"seeds": [1]}, "5 images but 1 seeds"),
     ],
 )
 def test_the_scores_refuse_what_they_cannot_judge(inputs, attack, arguments, message):
     family = family_of(tiny_pipeline())
-    given = {"latents": inputs[0], "embeds": inputs[1]}
+    given = {"latents": inputs[0], "condition": inputs[1]}
     if attack == "clid":
-        given |= {"null_embedding": inputs[2], "timesteps": [5], "seeds": range(5)}
+        given |= {"null": inputs[2], "timesteps": [5], "seeds": range(5)}
     with pytest.raises(ValueError, match=message):
         getattr(metrics, attack)(family, family.pipeline.unet, **{**given, **arguments})
 
@@ -534,38 +534,40 @@ def test_measures_refuse_what_they_cannot_judge(call, message):
 def test_the_evaluate_modules_give_what_the_functions_give():
     generated, train, held_out = draw(12, 6, seed=1), draw(12, 6, seed=2), draw(12, 6, seed=3)
 
-    def of(name, *arguments, **keywords):
+    def computed(name, *arguments, **keywords):
         return evaluate.load(metrics.path(name)).compute(*arguments, **keywords)
 
-    actual = of("copy_similarity", predictions=generated, train=train.tolist(), held_out=held_out.tolist())
+    actual = computed("copy_similarity", predictions=generated, train=train.tolist(), held_out=held_out.tolist())
     expected = metrics.copy_similarity(generated, train, held_out)
     assert actual["copy_share"] == expected.share and actual["copy_share_high"] == expected.interval[1]
     assert actual["copy_similarity"] == pytest.approx(expected.percentile_95, abs=1e-6)
-    assert of("kid", predictions=generated, real=train.tolist())["kid"] == pytest.approx(metrics.kid(generated, train))
-    actual = of("precision_recall", predictions=generated, real=train.tolist(), neighbors=2)
+    assert computed("kid", predictions=generated, real=train.tolist())["kid"] == pytest.approx(
+        metrics.kid(generated, train)
+    )
+    actual = computed("precision_recall", predictions=generated, real=train.tolist(), neighbors=2)
     assert actual == metrics.precision_recall(generated, train, 2)._asdict()
 
-    actual = of("amd", predictions=generated, train=train.tolist(), held_out=held_out.tolist())
+    actual = computed("amd", predictions=generated, train=train.tolist(), held_out=held_out.tolist())
     expected = metrics.nearest_share(generated, train, held_out)
     assert actual["amd"] == pytest.approx(metrics.amd(generated, train), abs=1e-6)
     assert (actual["nearest_share"], actual["nearest_share_high"]) == (expected.share, expected.interval[1])
     assert actual["c_t"] == pytest.approx(metrics.c_t(generated, train, held_out), abs=1e-6)
     assert actual["quantiles"][4] == pytest.approx(expected.to_train.median().item(), abs=0.05)
     scores = draw(1300, seed=4)
-    actual = of("membership", predictions=scores.tolist(), references=[1] * 200 + [0] * 1100)
+    actual = computed("membership", predictions=scores.tolist(), references=[1] * 200 + [0] * 1100)
     assert actual["tpr_at_1_percent_fpr"] < 0.1 and actual["tpr_at_0.1_percent_fpr"] < 0.05
-    assert of("membership", predictions=[0.1, 0.2], references=[1, 0])["tpr_at_0.1_percent_fpr"] is None
+    assert computed("membership", predictions=[0.1, 0.2], references=[1, 0])["tpr_at_0.1_percent_fpr"] is None
 
     images, originals = pictures(3, 4, seed=3), pictures(3, seed=1)
     images[0] = originals[0]
     others = pictures(9, seed=2)
     arguments = {"predictions": images.tolist(), "references": originals.tolist(), "threshold": 1.0}
-    actual = of("extraction", **arguments, held_out=others.tolist())
+    actual = computed("extraction", **arguments, held_out=others.tolist())
     expected = metrics.extraction(images, originals, 1.0, held_out=others)
     assert actual["extraction_rate"] == actual["calibrated_rate"] == expected.rate == 1 / 3
     assert actual["extracted"] == actual["calibrated"] == [True, False, False]
     assert actual["extraction_rate_high"] == expected.interval[1]
-    assert "calibrated" not in of("extraction", **arguments)
+    assert "calibrated" not in computed("extraction", **arguments)
 
 
 def to_pil_image(image: torch.Tensor) -> Image.Image:

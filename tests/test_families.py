@@ -1,6 +1,9 @@
 """Each family × each tuner: one table, the same checks for all. The models are tiny and random."""
 
+import inspect
 import math
+import re
+from pathlib import Path
 
 import peft
 import pytest
@@ -16,6 +19,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     PNDMScheduler,
+    StableDiffusionPipeline,
     UNet2DModel,
 )
 from peft import PeftModel
@@ -25,7 +29,7 @@ from memcontrol_hf import MemControlConfig, SearchSpace, audit_memorization, dem
 from memcontrol_hf.audit import AuditSettings
 from memcontrol_hf.data import encode
 from memcontrol_hf.evaluation import METRICS
-from memcontrol_hf.families import family_of
+from memcontrol_hf.families import FAMILIES, DDPMNoise, Family, StableDiffusionFamily, family_of
 from memcontrol_hf.randomness import seeded_generator
 from memcontrol_hf.report import load_gate
 from memcontrol_hf.sampling import generate
@@ -127,6 +131,35 @@ def test_the_demos_weights_are_a_family_too(tmp_path):
     trainer.train()
     latents, condition, _ = inputs_of(trainer)
     assert torch.isfinite(metrics.secmi(trainer.family, trainer.model.eval(), latents, condition)).all()
+
+
+def test_the_example_of_the_docs_is_a_family():
+    docs = Path(__file__).parents[1] / "docs" / "families.md"
+    (example,) = re.findall(r"^```python\n(.*?)^```$", docs.read_text(encoding="utf-8"), re.S | re.M)
+    known = list(FAMILIES)
+
+    class MyPipeline(StableDiffusionPipeline):
+        pass
+
+    pipeline = MyPipeline(**tiny_pipeline().components, requires_safety_checker=False)
+    try:
+        exec(example, {})
+        family, stable_diffusion = family_of(pipeline), StableDiffusionFamily(pipeline)
+        condition = family.encode_prompts(["a", "b"])
+        latents = family.encode_images(torch.rand(2, 3, RESOLUTION, RESOLUTION))
+        arguments = (pipeline.unet, latents, condition, [5, 500], [0, 1])
+        losses = metrics.denoising_losses(family, *arguments)
+        assert torch.equal(losses, metrics.denoising_losses(stable_diffusion, *arguments))
+        images = generate(pipeline, ["a", "b"], [(0,), (1,)], RESOLUTION, num_inference_steps=1)
+        assert images.shape == (2, 3, RESOLUTION, RESOLUTION)
+    finally:
+        FAMILIES[:] = known
+
+
+def test_a_family_and_its_noise_process_share_no_method():
+    noise = {name for name, _ in inspect.getmembers(DDPMNoise, inspect.isfunction) if not name.startswith("_")}
+    for family in (Family, *FAMILIES):
+        assert not noise & set(dir(family)), family.__name__
 
 
 # --- the loss

@@ -1,4 +1,10 @@
+"""Measures of quality and memorization beside independent implementations of their formulas."""
+
+import importlib
+import inspect
 import math
+import pkgutil
+from itertools import combinations
 
 import evaluate
 import numpy as np
@@ -8,12 +14,24 @@ from conftest import tiny_pipeline, tiny_unet
 from scipy.linalg import sqrtm
 from scipy.stats import norm
 
+import memcontrol_hf
 from memcontrol_hf import metrics
 from memcontrol_hf.families import family_of
+from memcontrol_hf.randomness import seeded_generator
 
 
 def features(count: int, seed: int, shift: float = 0.0) -> torch.Tensor:
     return torch.randn(count, 6, generator=torch.Generator().manual_seed(seed)) + shift
+
+
+def test_functions_stay_functions_when_every_module_is_imported():
+    functions = {name: value for name in metrics.__all__ if inspect.isfunction(value := getattr(metrics, name))}
+    assert {"amd", "fid", "membership", "noise_norm", "extraction"} <= functions.keys()
+    for module in pkgutil.walk_packages(memcontrol_hf.__path__, "memcontrol_hf."):
+        importlib.import_module(module.name)
+    for name in metrics.MODULES:
+        importlib.import_module(f"memcontrol_hf.metrics.evaluate_modules.{name}.{name}")
+    assert {name: getattr(metrics, name) for name in functions} == functions
 
 
 def test_amd_is_the_mean_cosine_distance_to_the_nearest():
@@ -147,8 +165,6 @@ def test_noise_norm_of_an_image_depends_on_its_own_seed_alone(noised):
 def test_noise_norm_follows_its_formula(noised):
     unet, family = tiny_unet().eval(), family_of(tiny_pipeline())
     seed = (1, 2)
-    from memcontrol_hf.randomness import seeded_generator
-
     x, c = noised["latents"][:1], noised["embeds"][:1]
     noise = torch.randn((1, 4, 8, 8), generator=seeded_generator(*seed))
     steps = torch.tensor([300])
@@ -214,7 +230,6 @@ def test_c_t_follows_its_formula_and_is_negative_for_copies():
 
 def extraction_by_hand(generated, train, threshold, size):
     """Every subset of the images, and every tile."""
-    from itertools import combinations
 
     def distance(a, b):
         side = a.shape[-1] // 4

@@ -1,7 +1,7 @@
-"""What differs between model families: encoding images and captions, calling the denoiser, and the noise process.
+"""Model families: how images and captions are encoded, how the denoiser is called, and which noise process it has.
 
-A family is one short class in a file of its own; [`family_of`] picks it by the pipeline's class. How to add one:
-docs/families.md.
+A family is one short class in a file of its own; [`family_of`] picks it by the pipeline's class. docs/families.md says
+how to add one.
 """
 
 from .base import Condition, Family, null_like

@@ -1,4 +1,4 @@
-"""What all families have in common, and what a new one has to say."""
+"""The base class of all families: how a pipeline of Stable Diffusion's kind is encoded, called and sampled."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,17 +17,25 @@ if TYPE_CHECKING:
 
 
 Condition = Mapping[str, torch.Tensor]
-"""What a denoiser is told beside the noisy latents: named tensors `[N, ...]`, a row for each image."""
+"""The inputs of a denoiser beside the noisy latents: named tensors `[N, ...]`, a row for each image."""
 
 
 def null_like(null: Condition, condition: Condition) -> Condition:
-    """The null condition, whose tensors are one row with or without its dimension, for each row of a condition."""
+    """The null condition, repeated for each row of a condition.
+
+    Args:
+        null (`Condition`): tensors of one row, `[...]` or `[1, ...]`.
+        condition (`Condition`): tensors `[N, ...]`, whose precision and device the result takes.
+
+    Returns:
+        `Condition`: tensors `[N, ...]`.
+    """
     return {name: null[name].reshape(1, *t.shape[1:]).to(t).expand_as(t) for name, t in condition.items()}
 
 
 @contextmanager
 def captions_kept_out_of_logs(pipeline: "DiffusionPipeline") -> Iterator[None]:
-    """Silence a pipeline that prints the ends of captions that are too long: they may be reports of patients."""
+    """Silence the warning that prints the end of a caption that is too long: captions may be reports on patients."""
     logger = logging.getLogger(type(pipeline).__module__)
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -39,9 +47,10 @@ def captions_kept_out_of_logs(pipeline: "DiffusionPipeline") -> Iterator[None]:
 
 @contextmanager
 def safety_checker_off(pipeline: "DiffusionPipeline") -> Iterator[None]:
-    """Let a pipeline sample without its filter, which whoever has the weights can leave out.
+    """Let a pipeline sample without its safety checker.
 
-    It blacks images out before they are measured, and it is on no device that a trainer moves.
+    The checker blacks images out before they are measured, anybody who has the weights can leave it out, and a trainer
+    does not move it to its device.
     """
     checker = getattr(pipeline, "safety_checker", None)
     if checker is None:
@@ -55,22 +64,30 @@ def safety_checker_off(pipeline: "DiffusionPipeline") -> Iterator[None]:
 
 
 class Family:
-    """What all families have in common: DDPM noise over VAE latents, conditioned on a caption.
+    """A pipeline's parts: how they encode images and captions, how the denoiser is called, and how images are sampled.
+
+    The base class is for VAE latents, a caption and DDPM noise. A subclass changes what differs; the noise process is
+    an object of its own, `noise`.
+
+    Args:
+        pipeline (`DiffusionPipeline`): pipeline of one of the `pipeline_classes`.
 
     Attributes:
         pipeline_classes (tuple of `str`): names of the pipelines of this family.
-        denoiser_name (`str`): the pipeline's part that is tuned.
-        encoders (tuple of `str`): its parts that encode images and captions; those of them that are there.
-        optional (tuple of `str`): those that may be missing.
-        penultimate (tuple of `str`): text encoders whose last layer the pipeline does not read.
-        conditions (tuple of `str`): names of a condition's tensors, in the order in which [`Family.encode`] gives
+        denoiser_name (`str`): name of the pipeline's part that is tuned.
+        encoders (tuple of `str`): names of the parts that encode images and captions.
+        optional (tuple of `str`): names of the encoders that a pipeline may lack.
+        penultimate (tuple of `str`): names of the text encoders whose last layer the pipeline does not read.
+        conditions (tuple of `str`): names of a condition's tensors, in the order in which [`Family.encode`] returns
             them; also the arguments of [`Family.call_denoiser`] and the columns of the cached data.
-        not_applicable (dict of `str`): measures that say nothing of this family, and why.
-        scheduler: of the training: `DDPMScheduler` with the pipeline's settings.
+        not_applicable (dict of `str`): names of the measures that have no meaning for this family, each with the
+            reason.
+        noise_class (`type`): class of the noise process.
+        noise ([`DDPMNoise`]): noise process with the settings of the pipeline's scheduler.
 
     Raises:
-        ValueError: when the pipeline lacks a part, for an unknown prediction type, and for a scheduler or a VAE of
-            another kind.
+        ValueError: when the pipeline lacks a part, for an unknown prediction type, for a scheduler of another noise
+            process, and for a VAE whose latents are scaled by channel.
     """
 
     pipeline_classes: ClassVar[tuple[str, ...]] = ()
@@ -93,7 +110,7 @@ class Family:
 
     @classmethod
     def of_scheduler(cls, scheduler: SchedulerMixin) -> "Family":
-        """The family without a pipeline: it can add noise and call a denoiser, but not encode or sample."""
+        """The family without a pipeline, which can add noise and call a denoiser, but not encode or sample."""
         family = cls.__new__(cls)
         family.pipeline = None
         family.noise = cls.noise_class(scheduler)
@@ -102,53 +119,53 @@ class Family:
     # ---- a family's own: most write `encode` and `call_denoiser` and leave the rest as it is ----
 
     def encode(self, prompts: list[str]) -> tuple[torch.Tensor, ...]:
-        """`N` captions -> the tensors `[N, ...]` that `conditions` names."""
+        """The tensors `[N, ...]` of `N` captions, in the order of `conditions`."""
         raise NotImplementedError
 
     def call_denoiser(
         self, denoiser: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, **condition: torch.Tensor
-    ):
+    ) -> torch.Tensor:
         """The prediction `[N, C, h, w]` for noisy latents `[N, C, h, w]` at `timesteps` `[N]` under a condition."""
         raise NotImplementedError
 
     def null_condition(self) -> dict[str, torch.Tensor] | None:
-        """What guidance steers away from, one row: the empty caption. `None` where there is no such thing."""
+        """The condition that guidance steers away from, one row: the empty caption. `None` where a family has none."""
         return self.encode_prompts([""])
 
     def pipeline_arguments(self, prompts: list[str], resolution: int, guidance_scale: float) -> dict[str, Any]:
-        """The arguments with which the pipeline samples an image for each caption."""
+        """The arguments with which the pipeline samples one image for each caption."""
         return {"prompt": prompts, "height": resolution, "width": resolution, "guidance_scale": guidance_scale}
 
     def meta_condition(self) -> dict[str, torch.Tensor]:
-        """A condition of one row on the meta device, as `encode` makes them; read off configs, for the dry run."""
+        """A condition of one row on the meta device, shaped as by `encode`; the dry run reads the configs alone."""
         raise NotImplementedError
 
     @property
     def latent_channels(self) -> int:
-        """Channels of the latents."""
+        """Number of channels of the latents."""
         return self.pipeline.vae.config.latent_channels
 
     @property
     def pixels_per_latent(self) -> int:
-        """Pixels of the image for one value of the latent, in each direction."""
+        """Number of pixels for one latent value, in each direction."""
         return self.pipeline.vae_scale_factor
 
     @property
     def patch(self) -> int:
-        """Latent values that one token of a transformer covers, in each direction."""
+        """Number of latent values that one token of a transformer covers, in each direction."""
         return self.denoiser.config.get("patch_size", 1)
 
     def tokens(self, shape: Sequence[int]) -> int:
-        """Number of tokens that a transformer makes of one image's latents of a shape `(C, h, w)`."""
+        """Number of tokens of one image, whose latents have the shape `(C, h, w)`."""
         return shape[1] * shape[2] // self.patch**2
 
     @property
     def trained_at(self) -> int:
-        """Side in pixels of the images that the model was trained at."""
+        """Side in pixels of the images that the model was trained on."""
         return self.denoiser.config.sample_size * self.pixels_per_latent
 
     def check_resolution(self, resolution: int) -> None:
-        """Raise `ValueError` when the VAE and the patches of a transformer do not divide `resolution` (pixels)."""
+        """Raise `ValueError` for a `resolution` in pixels that does not give whole latents and whole patches."""
         # An odd size on the way down is rounded up and no longer meets its skip connection on the way up, except
         # that diffusers' UNet forwards the upsample size below the first levels: only whole latents are needed.
         factor = self.pixels_per_latent * self.patch
@@ -167,7 +184,7 @@ class Family:
 
     @property
     def device(self) -> torch.device:
-        """Where captions are encoded."""
+        """The device on which captions are encoded."""
         return [self.denoiser, *self.encoder_modules][-1].device
 
     @property
@@ -178,22 +195,27 @@ class Family:
 
     @property
     def text_encoders(self) -> dict[str, nn.Module]:
-        """The text encoders that are there, by name."""
+        """The text encoders that the pipeline has, by name."""
         names = (name for name in self.encoders if name.startswith("text_encoder"))
         return {name: part for name in names if (part := getattr(self.pipeline, name, None)) is not None}
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        """What can have an adapter, by the folder in which that is saved: the denoiser's is the adapter's own."""
+        """The parts that can have an adapter, by its folder: `""`, the adapter folder itself, is the denoiser's."""
         return {"": self.denoiser, **self.text_encoders}
 
     def search_space(
         self, granularity: str | Sequence[str] = "block", text_encoder_blocks: bool = False
     ) -> SearchSpace:
-        """The blocks that a mask switches: those of the denoiser, and if wanted the layers of the text encoders.
+        """The blocks that a mask switches.
+
+        Args:
+            granularity (`str` or list of `str`): size of a block, as in [`SearchSpace.from_model`].
+            text_encoder_blocks (`bool`): whether the layers of the text encoders are blocks, beside the denoiser's.
 
         Raises:
-            ValueError: as [`SearchSpace.from_model`], and when there is no text encoder.
+            ValueError: in the cases of [`SearchSpace.from_model`], and for text encoder blocks of a pipeline without
+                a text encoder.
         """
         if text_encoder_blocks and not self.text_encoders:
             raise ValueError(f"--text_encoder_blocks: the {type(self.pipeline).__name__} has no text encoder")
@@ -201,13 +223,13 @@ class Family:
         return SearchSpace.from_model(self.denoiser, granularity, encoders, self.penultimate)
 
     def cache_key(self) -> list[Any]:
-        """What cached latents and conditions depend on beside the data and the encoders' weights."""
+        """The settings that cached latents and conditions depend on, beside the data and the encoders' weights."""
         config = self.pipeline.vae.config
         return [type(self).__name__, config.scaling_factor, config.shift_factor]
 
     @torch.no_grad()
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Images `[N, 3, H, W]` in [0, 1] -> latents `[N, C, h, w]`, the mean of the posterior, scaled."""
+        """Latents `[N, C, h, w]` of images `[N, 3, H, W]` in [0, 1]: the scaled mean of the posterior, in float32."""
         vae = self.pipeline.vae
         overflows = vae.dtype == torch.float16 and vae.config.force_upcast  # as diffusers' own pipelines take it
         if overflows:
@@ -219,9 +241,9 @@ class Family:
         return ((latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).float()
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """`N` captions -> a condition of `N` rows, floating-point tensors in float32.
+        """The condition of `N` captions, `N` rows; its floating-point tensors are in float32.
 
-        Gradients flow to the text encoders unless they are frozen, or disabled with `torch.no_grad()`.
+        Gradients flow to the text encoders unless these are frozen, or `torch.no_grad()` is on.
         """
         # Always in the text encoders' own precision: they are called outside of the denoiser's autocast in training.
         with captions_kept_out_of_logs(self.pipeline), torch.autocast(self.device.type, enabled=False):
@@ -240,7 +262,20 @@ class Family:
         guidance_scale: float,
         changes: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
-        """An image for each caption: `[N, 3, H, W]` in [0, 1] on the CPU; `changes` override `pipeline_arguments`."""
+        """One image for each caption.
+
+        Args:
+            prompts (list of `str`): `N` captions.
+            generators (list of `torch.Generator`): source of each image's noise.
+            resolution (`int`): side of the images in pixels.
+            num_inference_steps (`int`): number of sampling steps.
+            guidance_scale (`float`): guidance scale.
+            changes (dict, *optional*): arguments of the pipeline's call that replace those of
+                [`Family.pipeline_arguments`].
+
+        Returns:
+            `torch.Tensor`: images in [0, 1] on the CPU, `[N, 3, H, W]`.
+        """
         with captions_kept_out_of_logs(self.pipeline), safety_checker_off(self.pipeline):
             images = self.pipeline(
                 **{**self.pipeline_arguments(list(prompts), resolution, guidance_scale), **(changes or {})},
@@ -250,7 +285,7 @@ class Family:
             ).images
         return images.float().cpu()
 
-    # ---- the loss ----
+    # ---- the denoiser, and its loss ----
 
     def denoise(
         self,
@@ -259,23 +294,23 @@ class Family:
         timesteps: torch.Tensor,
         condition: "Condition | torch.Tensor",
     ) -> torch.Tensor:
-        """What the denoiser says of noisy latents, in float32.
+        """The denoiser's prediction for noisy latents.
 
         Args:
-            denoiser (`nn.Module`): the pipeline's, or that with an adapter.
-            noisy (`torch.Tensor`): `[N, C, h, w]`.
-            timesteps (`torch.Tensor`): `[N]`.
+            denoiser (`nn.Module`): the pipeline's denoiser, with its adapter if it has one.
+            noisy (`torch.Tensor`): noisy latents, `[N, C, h, w]`.
+            timesteps (`torch.Tensor`): timestep of each row, `[N]`.
             condition (`Condition`): `N` rows. A tensor stands for the first of `conditions`.
 
         Returns:
-            `torch.Tensor`: `[N, C, h, w]`.
+            `torch.Tensor`: `[N, C, h, w]` in float32.
         """
         dtype = noisy.dtype if self.pipeline is None else self.denoiser.dtype
         cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in self.named(condition).items()}
         return self.call_denoiser(denoiser, noisy.to(dtype), timesteps, **cast).float()
 
     def named(self, condition: "Condition | torch.Tensor") -> Condition:
-        """A condition; a tensor alone is the first of `conditions`."""
+        """The condition with the names of its tensors; a tensor alone is the first of `conditions`."""
         return {self.conditions[0]: condition} if isinstance(condition, torch.Tensor) else condition
 
     def predict(
@@ -286,7 +321,7 @@ class Family:
         timesteps: torch.Tensor,
         noise: torch.Tensor,
     ) -> torch.Tensor:
-        """What the denoiser says of `latents` `[N, C, h, w]` with `noise` added at `timesteps` `[N]`."""
+        """The denoiser's prediction for `latents` `[N, C, h, w]` with `noise` added at `timesteps` `[N]`."""
         return self.denoise(denoiser, self.noise.add_noise(latents, noise, timesteps), timesteps, condition)
 
     def losses(
@@ -301,13 +336,14 @@ class Family:
         """The denoising loss of each image of a batch.
 
         Args:
-            latents, noise (`torch.Tensor`): `[N, C, h, w]`.
-            condition (`Condition`): `N` rows.
-            timesteps (`torch.Tensor`): `[N]`.
-            weights (`torch.Tensor`, *optional*): `[N]`, as [`DDPMNoise.loss_weights`] gives them for training.
+            denoiser (`nn.Module`): the pipeline's denoiser, with its adapter if it has one.
+            latents, noise (`torch.Tensor`): latents and the noise added to them, `[N, C, h, w]`.
+            condition (`Condition`): `N` rows. A tensor stands for the first of `conditions`.
+            timesteps (`torch.Tensor`): timestep of each row, `[N]`.
+            weights (`torch.Tensor`, *optional*): weights of [`DDPMNoise.loss_weights`], `[N]`; 1 by default.
 
         Returns:
-            `torch.Tensor`: `[N]`, the mean squared error to [`DDPMNoise.target`], weighted.
+            `torch.Tensor`: `[N]`, the mean squared error to [`DDPMNoise.target`] times the weight.
         """
         prediction = self.predict(denoiser, latents, condition, timesteps, noise)
         return self.losses_from_prediction(prediction, latents, timesteps, noise, weights)
@@ -320,11 +356,12 @@ class Family:
         noise: torch.Tensor,
         weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[`Family.losses`] of predictions that are there already."""
+        """[`Family.losses`] where the predictions `[N, C, h, w]` are known already."""
         losses = (prediction - self.noise.target(latents, noise, timesteps).float()).square().flatten(1).mean(1)
         return losses if weights is None else losses * weights
 
 
 def check_only_resolution(resolution: int, trained_at: int) -> None:
+    """Raise `ValueError` for a resolution other than the one that a model was trained at, both in pixels."""
     if resolution != trained_at:
         raise ValueError(f"resolution {resolution} is not {trained_at}, the only one that this model samples at")

@@ -7,11 +7,12 @@ from .base import Family, check_only_resolution
 
 
 class DiTFamily(Family):
-    """DiT: a transformer over VAE latents, conditioned on a class; a caption is its number or its name.
+    """DiT: a transformer over VAE latents, conditioned on a class.
 
-    Names are those of the pipeline's `id2label`. diffusers has no training script: uniform timesteps and the mean
-    squared error of the noise, as the DiT paper (https://huggingface.co/papers/2212.09748); the channels of the
-    learned variance are dropped. The null condition is the class that DiT adds for guidance.
+    A caption is the number of a class, or its name in the pipeline's `id2label`. diffusers has no training script for
+    DiT; timesteps are drawn uniformly and the loss is the mean squared error of the noise, as in the DiT paper
+    (https://huggingface.co/papers/2212.09748). The channels of the learned variance are dropped. The null condition is
+    the class that DiT adds for guidance.
     """
 
     pipeline_classes = ("DiTPipeline",)
@@ -22,7 +23,7 @@ class DiTFamily(Family):
         super().__init__(pipeline)
         for module in pipeline.transformer.modules():
             if isinstance(module, LabelEmbedding):
-                module.dropout_prob = 0.0  # it would draw from the global random state; `caption_dropout` is ours
+                module.dropout_prob = 0.0  # it draws from the global random state; the training has `caption_dropout`
 
     @property
     def pixels_per_latent(self):
@@ -35,7 +36,11 @@ class DiTFamily(Family):
         return [*super().cache_key(), self.pipeline.labels]
 
     def labels(self, captions: list[str]) -> list[int]:
-        """The classes that captions name."""
+        """The numbers of the classes that captions name.
+
+        Raises:
+            ValueError: for a caption that is neither a name nor a number of a class.
+        """
         names, count = self.pipeline.labels, self.denoiser.config.num_embeds_ada_norm
         labels = [names.get(text, int(text) if text.isdecimal() else -1) for text in captions]
         for text, label in zip(captions, labels):
@@ -58,7 +63,7 @@ class DiTFamily(Family):
 
     def pipeline_arguments(self, prompts, resolution, guidance_scale):
         count = self.denoiser.config.num_embeds_ada_norm
-        if guidance_scale > 1 and count != 1000:  # what the pipeline takes for the null class
+        if guidance_scale > 1 and count != 1000:  # the pipeline takes class 1000 for the null class
             raise ValueError(
                 f"DiTPipeline guides only models of 1000 classes, not {count}: set the guidance scale to 1"
             )

@@ -11,9 +11,10 @@ from .noise import FlowMatchingNoise
 class FluxFamily(Family):
     """Flux: a transformer, conditioned on T5 and a pooled CLIP embedding.
 
-    As in diffusers' `train_dreambooth_flux.py`: the place in the schedule is drawn uniformly, no weights. A model that
-    guidance was distilled into (dev) is given the scale 3.5 in training and by every attack. Such a model was not
-    trained to leave a caption out, so that its null condition, the empty caption, is one caption among others.
+    The training follows diffusers' `train_dreambooth_flux.py`: the place in the schedule is drawn uniformly, and all
+    losses weigh alike. A model with distilled guidance (dev) gets the guidance scale 3.5 in training and in every
+    attack. Such a model was not trained to leave a caption out; its null condition, the empty caption, is one caption
+    among others.
     """
 
     pipeline_classes = ("FluxPipeline",)

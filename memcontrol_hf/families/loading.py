@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-"""Of a pipeline's weights, by name."""
+"""Precisions of a pipeline's weights, by name."""
 
 QUANTIZATIONS = {
     "bnb_4bit": ("bitsandbytes", 0.5),
     "bnb_8bit": ("bitsandbytes", 1.0),
     "torchao_int8": ("torchao", 1.0),
 }
-"""How the denoiser can be quantized: the package that does it, and bytes for each parameter."""
+"""Quantizations of the denoiser: the package that does each, and its bytes for each parameter."""
 
 
 def load_pipeline(
@@ -43,15 +43,18 @@ def load_pipeline(
     """A pipeline by name.
 
     Args:
-        name (`str`): a Hub id, a folder or a single `.safetensors` file; `"demo"` for the one in the package.
-        revision, variant (`str`, *optional*): on the Hub; and of the weights, say `"fp16"`.
-        dtype (`str`, *optional*): of the weights, out of `DTYPES`; float32 by default.
-        quantization (`str`, *optional*): of the denoiser, out of `QUANTIZATIONS`; only LoRA trains on such a base.
-        config (`str`, *optional*): for a single file, a folder or Hub id of a pipeline with the same architecture; by
+        name (`str`): Hub id, folder or single `.safetensors` file; `"demo"` is the pipeline in this package.
+        revision (`str`, *optional*): revision on the Hub.
+        variant (`str`, *optional*): variant of the weights' files, say `"fp16"`.
+        dtype (`str`, *optional*): precision of the weights, one of `DTYPES`; float32 by default.
+        quantization (`str`, *optional*): quantization of the denoiser, one of `QUANTIZATIONS`; only LoRA trains on a
+            quantized base.
+        config (`str`, *optional*): folder or Hub id of a pipeline with the same architecture, for a single file; by
             default the one that diffusers recognizes in the file's tensors.
 
     Raises:
-        ValueError: when it cannot be loaded, and for a quantization whose package is missing.
+        ValueError: when the pipeline cannot be loaded, for an unknown precision or quantization, and for a
+            quantization whose package is missing.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: use {', '.join(DTYPES)}")
@@ -92,14 +95,14 @@ def _load_single_file(file: str, config: str | None, **arguments: Any) -> "Diffu
     pipeline = getattr(diffusers, index["_class_name"]).from_single_file(file, config=known, **arguments)
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
-            vars(part).pop("hf_device_map", None)  # it says CPU, and the Trainer would leave the denoiser there
+            vars(part).pop("hf_device_map", None)  # else the Trainer would leave the denoiser on the CPU
     return pipeline
 
 
 def _quantization(quantization: str, parts: Iterable[str], dtype: torch.dtype) -> diffusers.PipelineQuantizationConfig:
-    """For the denoiser among a pipeline's parts."""
+    """The quantization of the denoiser among a pipeline's parts, given by their names."""
     if quantization == "torchao_int8":
-        from torchao.quantization import Int8WeightOnlyConfig
+        from torchao.quantization import Int8WeightOnlyConfig  # an optional package
 
         config = diffusers.TorchAoConfig(Int8WeightOnlyConfig())
     elif quantization == "bnb_4bit":

@@ -15,13 +15,13 @@ class DDPMNoise:
     uniformly, and weighs all of them alike unless min-SNR weighting is asked for.
 
     Args:
-        scheduler (`SchedulerMixin`): The pipeline's scheduler, whose noise schedule and prediction type are read.
+        scheduler (`SchedulerMixin`): the pipeline's scheduler, whose noise schedule and prediction type are read.
 
     Attributes:
-        scheduler (`SchedulerMixin`): The scheduler of training, with the settings of the pipeline's scheduler.
+        scheduler (`SchedulerMixin`): scheduler of the training, with the settings of the pipeline's scheduler.
 
     Raises:
-        ValueError: For a scheduler of another noise process, and for an unknown prediction type.
+        ValueError: for a scheduler of another noise process, and for an unknown prediction type.
     """
 
     def __init__(self, scheduler: SchedulerMixin):
@@ -58,8 +58,8 @@ class DDPMNoise:
         """The noise `ε` that a prediction implies for noisy latents, for every prediction type.
 
         Args:
-            prediction, noisy (`torch.Tensor`): The denoiser's prediction and its input, `[N, C, h, w]`.
-            timestep (`float`): The timestep of all rows.
+            prediction, noisy (`torch.Tensor`): the denoiser's prediction and its input, `[N, C, h, w]`.
+            timestep (`float`): timestep of all rows.
 
         Returns:
             `torch.Tensor`: `[N, C, h, w]`.
@@ -104,8 +104,8 @@ class DDPMNoise:
         """A deterministic sampler (DDIM; Euler for flow matching) whose timesteps are set.
 
         Args:
-            num_inference_steps (`int`): Number of sampling steps.
-            tokens (`int`): Number of tokens that a transformer makes of one image ([`Family.tokens`]), by which some
+            num_inference_steps (`int`): number of sampling steps.
+            tokens (`int`): number of tokens that a transformer makes of one image ([`Family.tokens`]), by which some
                 flow-matching models shift their timesteps.
         """
         scheduler = DDIMScheduler.from_config(self.scheduler.config)
@@ -119,7 +119,7 @@ class DDPMNoise:
         """The weights `[N]` of training's losses at `timesteps` `[N]`, or `None` when all losses weigh 1.
 
         Args:
-            timesteps (`torch.Tensor`): Timesteps, `[N]`.
+            timesteps (`torch.Tensor`): timesteps, `[N]`.
             snr_gamma (`float`, *optional*): `γ` of min-SNR weighting (https://huggingface.co/papers/2303.09556).
         """
         if snr_gamma is None:

@@ -10,8 +10,8 @@ from .base import Family
 class PixArtFamily(Family):
     """PixArt-α and PixArt-Σ: a transformer that predicts the noise, conditioned on T5.
 
-    As in diffusers' `research_projects/pixart`: uniform timesteps, no weights but min-SNR where asked for, and the
-    channels of the learned variance are dropped.
+    The training follows diffusers' `research_projects/pixart`: timesteps are drawn uniformly, all losses weigh alike
+    unless min-SNR weighting is asked for, and the channels of the learned variance are dropped.
     """
 
     pipeline_classes = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
@@ -45,5 +45,5 @@ class PixArtFamily(Family):
         return prediction[:, : noisy.shape[1]]
 
     def pipeline_arguments(self, prompts, resolution, guidance_scale):
-        request = super().pipeline_arguments(prompts, resolution, guidance_scale)
-        return request | {"clean_caption": False, "use_resolution_binning": False}  # as `encode` does it
+        arguments = super().pipeline_arguments(prompts, resolution, guidance_scale)
+        return arguments | {"clean_caption": False, "use_resolution_binning": False}  # as in `encode`

@@ -1,4 +1,4 @@
-"""The families that are known, and the family of a pipeline."""
+"""The list of families, and the family of a pipeline."""
 
 from typing import TYPE_CHECKING
 
@@ -24,14 +24,15 @@ FAMILIES: list[type[Family]] = [
     DiTFamily,
     UnconditionalFamily,
 ]
-"""The families that are known; append your own (docs/families.md)."""
+"""The families, each found by the pipeline's class; append your own (docs/families.md)."""
 
 
 def family_of(pipeline: "DiffusionPipeline") -> Family:
     """The family of a pipeline.
 
     Raises:
-        ValueError: for a pipeline class that no family claims, one that lacks a part, or an unknown prediction type.
+        ValueError: for a pipeline class that no family names, a pipeline that lacks a part, and an unknown prediction
+            type.
     """
     for family in FAMILIES:
         if type(pipeline).__name__ in family.pipeline_classes:

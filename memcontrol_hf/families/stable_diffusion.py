@@ -8,7 +8,8 @@ from .base import Family
 class StableDiffusionFamily(Family):
     """Stable Diffusion 1.x and 2.x: a UNet, conditioned on CLIP text embeddings.
 
-    As in diffusers' `train_text_to_image.py`: uniform timesteps, no weights but min-SNR where asked for.
+    The training follows diffusers' `train_text_to_image.py`: timesteps are drawn uniformly, and all losses weigh alike
+    unless min-SNR weighting is asked for.
     """
 
     pipeline_classes = ("StableDiffusionPipeline",)

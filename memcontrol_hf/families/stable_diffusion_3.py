@@ -10,7 +10,7 @@ from .noise import FlowMatchingNoise
 
 
 class StableDiffusion3Noise(FlowMatchingNoise):
-    """Flow matching with logit-normal timesteps, whose losses are those of `x_0`: `σ²` times the velocity's."""
+    """Flow matching with logit-normal timesteps and the loss of `x_0`: `σ²` times the loss of the velocity."""
 
     def sample_timestep(self, generator):
         place = compute_density_for_timestep_sampling("logit_normal", 1, 0.0, 1.0, generator=generator)
@@ -21,10 +21,10 @@ class StableDiffusion3Noise(FlowMatchingNoise):
 
 
 class StableDiffusion3Family(Family):
-    """Stable Diffusion 3 and 3.5: a transformer, conditioned on two CLIPs and (if it is there) T5.
+    """Stable Diffusion 3 and 3.5: a transformer, conditioned on two CLIPs and, where the pipeline has it, T5.
 
-    As in diffusers' `train_dreambooth_sd3.py`: the place in the schedule is drawn logit-normal, and the outputs are
-    preconditioned, so that the loss is that of `x_0`: `σ²` times the loss of the velocity.
+    The training follows diffusers' `train_dreambooth_sd3.py`: the place in the schedule is drawn logit-normal, and the
+    outputs are preconditioned, which makes the loss that of `x_0` ([`StableDiffusion3Noise`]).
     """
 
     pipeline_classes = ("StableDiffusion3Pipeline",)

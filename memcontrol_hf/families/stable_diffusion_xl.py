@@ -8,9 +8,10 @@ from .base import Family
 class StableDiffusionXLFamily(Family):
     """SDXL: a UNet, conditioned on two text encoders, a pooled embedding, and sizes.
 
-    As in diffusers' `train_text_to_image_sdxl.py`: uniform timesteps, no weights but min-SNR where asked for. The time
-    ids are those of an image that was neither resized nor cropped, as the pipeline samples by default. The null
-    condition is the pipeline's own: zeros with `force_zeros_for_empty_prompt`, else the empty caption.
+    The training follows diffusers' `train_text_to_image_sdxl.py`: timesteps are drawn uniformly, and all losses weigh
+    alike unless min-SNR weighting is asked for. The time ids describe an image that was neither resized nor cropped,
+    as the pipeline samples by default. The null condition is the pipeline's own: zeros with
+    `force_zeros_for_empty_prompt`, else the empty caption.
     """
 
     pipeline_classes = ("StableDiffusionXLPipeline",)

@@ -7,7 +7,7 @@ from .noise import DDPMNoise
 
 
 class UnconditionalNoise(DDPMNoise):
-    """DDPM noise whose losses weigh as much as the signal-to-noise ratio where the denoiser predicts the image."""
+    """DDPM noise; where the denoiser predicts the image, a loss weighs as much as the signal-to-noise ratio."""
 
     def loss_weights(self, timesteps, snr_gamma=None):
         if snr_gamma is None and self.scheduler.config.prediction_type == "sample":
@@ -18,8 +18,9 @@ class UnconditionalNoise(DDPMNoise):
 class UnconditionalFamily(Family):
     """DDPM and DDIM: a UNet over pixels, without a condition; captions are not read.
 
-    As in diffusers' `train_unconditional.py`: uniform timesteps, no weights, but the SNR where the image itself is
-    predicted. Images of one channel are the mean of the three.
+    The training follows diffusers' `train_unconditional.py`: timesteps are drawn uniformly, and all losses weigh
+    alike, except where the image itself is predicted ([`UnconditionalNoise`]). For a model of one channel, an image is
+    the mean of its three channels.
     """
 
     pipeline_classes = ("DDPMPipeline", "DDIMPipeline")

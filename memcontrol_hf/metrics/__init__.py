@@ -79,7 +79,7 @@ def path(name: str) -> str:
     """The folder of an evaluate module, for `evaluate.load`.
 
     Raises:
-        ValueError: for a name that is none of `MODULES`.
+        ValueError: for a name that is not in `MODULES`.
     """
     if name not in MODULES:
         raise ValueError(f"unknown metric {name!r}: use one of {', '.join(MODULES)}")

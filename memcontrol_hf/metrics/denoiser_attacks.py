@@ -1,7 +1,10 @@
-"""Attacks that query a denoiser. No result depends on the batch size or on the global random state."""
+"""Attacks that query a denoiser. No result depends on the batch size or on the global random state.
+
+All but [`noise_norm`] begin with `(family, denoiser, latents, condition, ...)`; [`trajectory_noise_norms`] needs no
+image and has the null condition in the place of the latents: `(family, denoiser, condition, null, ...)`.
+"""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
@@ -11,60 +14,41 @@ from ..families import Condition, Family, StableDiffusionFamily, null_like
 from ..randomness import seeded_generator
 
 
-def _noise(seed: int | tuple[int, ...], shape: Sequence[int], count: int) -> torch.Tensor:
-    key = (seed,) if isinstance(seed, int) else seed
-    return torch.randn((count, *shape), generator=seeded_generator(*key))
-
-
-def _noises(seeds: Sequence, rows: torch.Tensor, latents: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` draws for each of a batch's rows, of its own seed: `[n, count, C, h, w]`."""
-    draws = [_noise(seeds[row], latents.shape[1:], count) for row in rows.tolist()]
-    return torch.stack(draws).to(latents.device)
-
-
-def _check_seeds(latents: torch.Tensor, seeds: Sequence) -> None:
-    if len(seeds) != len(latents):
-        raise ValueError(f"{len(latents)} images but {len(seeds)} seeds: give one for each image")
-
-
 @torch.no_grad()
 def denoising_losses(
     family: Family,
     denoiser: nn.Module,
     latents: torch.Tensor,
-    embeds: Condition | torch.Tensor,
-    timesteps: Sequence[int],
+    condition: Condition | torch.Tensor,
+    timesteps: Sequence[float],
     seeds: Sequence[int | tuple[int, ...]],
     batch_size: int = 64,
 ) -> torch.Tensor:
-    """The unweighted denoising loss of each image at fixed timesteps under its own fixed noise.
+    """The unweighted denoising loss of each image at fixed timesteps, under fixed noise of its own.
 
-    Its negative mean over the timesteps is the score of the loss-threshold membership attack
+    The negative mean over the timesteps is the score of the loss-threshold membership attack
     (https://huggingface.co/papers/2301.09956).
 
     Args:
-        family: the pipeline's family (`memcontrol_hf.families.family_of`).
-        denoiser (`nn.Module`): as the family calls it.
-        latents (`torch.Tensor`): `[N, C, h, w]`.
-        embeds (`Condition`): `N` rows; a tensor alone is the first of the family's conditions, `[N, L, D]`.
-        timesteps (list of `int`): `T` of them.
-        seeds (list of `int` or tuples): one for each image.
-        batch_size (`int`): only a matter of speed.
+        family ([`~memcontrol_hf.families.Family`]): family of the pipeline.
+        denoiser (`nn.Module`): the pipeline's denoiser, with its adapter if it has one, in evaluation mode.
+        latents (`torch.Tensor`): latents of the images, `[N, C, h, w]`.
+        condition (`Condition`): `N` rows. A tensor `[N, L, D]` stands for the first of the family's `conditions`.
+        timesteps (list of `float`): the `T` timesteps.
+        seeds (list of `int` or tuples): random seed of the noise of each image.
+        batch_size (`int`): number of images measured at once; only the speed depends on it.
 
     Returns:
-        `torch.Tensor`: `[N, T]` on the CPU.
+        `torch.Tensor`: `[N, T]` on the CPU, ≥ 0. The cost is `T` forward passes for each image.
+
+    Raises:
+        ValueError: when there are not as many conditions or seeds as images, and for no image at all.
     """
-    _check_seeds(latents, seeds)
 
-    def score(x: torch.Tensor, c: Condition, rows: torch.Tensor) -> torch.Tensor:
-        noise = _noises(seeds, rows, x, len(timesteps))
-        columns = [
-            family.losses(denoiser, x, c, torch.full((len(x),), t, device=x.device), noise[:, k])
-            for k, t in enumerate(timesteps)
-        ]
-        return torch.stack(columns, dim=1)
+    def losses(x: torch.Tensor, c: Condition, steps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        return family.losses(denoiser, x, c, steps, noise)
 
-    return _in_batches(score, denoiser, batch_size, latents, family.named(embeds), torch.arange(len(latents)))
+    return _at_timesteps(losses, denoiser, latents, family.named(condition), timesteps, seeds, batch_size)
 
 
 def steering_norms(conditional: torch.Tensor, unconditional: torch.Tensor) -> torch.Tensor:
@@ -79,82 +63,44 @@ def noise_norm(
     embeddings: Condition | torch.Tensor,
     null_embedding: Condition | torch.Tensor,
     scheduler: SchedulerMixin | Family,
-    timesteps: Sequence[int],
+    timesteps: Sequence[float],
     seeds: Sequence[int | tuple[int, ...]],
     batch_size: int = 64,
 ) -> torch.Tensor:
     """How hard the text alone steers: the norm of the conditional minus the unconditional prediction.
 
     `||ε(x_t, t, c) − ε(x_t, t, ∅)||₂` of Wen et al. (https://huggingface.co/papers/2407.21720), on noised latents, at
-    fixed timesteps and with one generator for each image.
+    fixed timesteps, under fixed noise of each image's own.
+
+    The arguments differ from those of the other attacks on purpose: the function can be called with a Stable Diffusion
+    UNet and its scheduler alone, without a pipeline, and its signature is a promise to such callers.
 
     Args:
-        unet (`nn.Module`): the denoiser.
-        latents (`torch.Tensor`): `[N, C, h, w]`.
-        embeddings (`Condition`): `N` rows; a tensor alone is the first of the family's conditions, `[N, L, D]`.
-        null_embedding (`Condition`): of the empty prompt; its tensors are one row, `[L, D]` or `[1, L, D]`.
-        scheduler: the pipeline's family; for Stable Diffusion its scheduler will do.
-        timesteps (list of `int`): `T` of them.
-        seeds (list of `int` or tuples): one for each image.
-        batch_size (`int`): only a matter of speed.
+        unet (`nn.Module`): the denoiser, in evaluation mode.
+        latents (`torch.Tensor`): latents of the images, `[N, C, h, w]`.
+        embeddings (`Condition`): `N` rows. A tensor `[N, L, D]` stands for the first of the family's `conditions`.
+        null_embedding (`Condition`): null condition, as a rule the empty prompt: one row, `[L, D]` or `[1, L, D]`.
+        scheduler (`SchedulerMixin` or [`~memcontrol_hf.families.Family`]): family of the pipeline. A scheduler stands
+            for Stable Diffusion with the noise of that scheduler.
+        timesteps (list of `float`): the `T` timesteps.
+        seeds (list of `int` or tuples): random seed of the noise of each image.
+        batch_size (`int`): number of images measured at once; only the speed depends on it.
 
     Returns:
-        `torch.Tensor`: `[N, T]` on the CPU, ≥ 0.
+        `torch.Tensor`: `[N, T]` on the CPU, ≥ 0. The cost is `2 T` forward passes for each image.
+
+    Raises:
+        ValueError: when there are not as many conditions or seeds as images, for no image at all, and for a family
+            without a null condition.
     """
-    _check_seeds(latents, seeds)
-    family = _as_family(scheduler)
-    null = _null(family, null_embedding)
+    family = scheduler if isinstance(scheduler, Family) else StableDiffusionFamily.of_scheduler(scheduler)
+    null = _null_condition(family, null_embedding)
 
-    def score(x: torch.Tensor, c: Condition, rows: torch.Tensor) -> torch.Tensor:
-        noise = _noises(seeds, rows, x, len(timesteps))
-        both = _with_null(c, null)
-        columns = []
-        for k, t in enumerate(timesteps):
-            steps = torch.full((2 * len(x),), t, device=x.device)
-            twice = noise[:, k].repeat(2, 1, 1, 1)
-            conditional, unconditional = family.predict(unet, x.repeat(2, 1, 1, 1), both, steps, twice).chunk(2)
-            columns.append(steering_norms(conditional, unconditional))
-        return torch.stack(columns, dim=1)
+    def norms(x: torch.Tensor, c: Condition, steps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        noisy = family.noise.add_noise(x, noise, steps)
+        return steering_norms(*_both_predictions(family, unet, noisy, steps, c, null))
 
-    return _in_batches(score, unet, batch_size, latents, family.named(embeddings), torch.arange(len(latents)))
-
-
-def _as_family(scheduler: SchedulerMixin | Family) -> Family:
-    return scheduler if isinstance(scheduler, Family) else StableDiffusionFamily.of_scheduler(scheduler)
-
-
-def _null(family: Family, null: Condition | torch.Tensor | None) -> Condition:
-    if null is None:
-        raise ValueError(f"{type(family).__name__} has no null condition, without which this has no meaning")
-    return family.named(null)
-
-
-def _with_null(condition: Condition, null: Condition) -> Condition:
-    """The rows of a condition `[n, ...]`, then the null condition as often: `[2 n, ...]`."""
-    expanded = null_like(null, condition)
-    return {name: torch.cat([tensor, expanded[name]]) for name, tensor in condition.items()}
-
-
-def _epsilon(family: Family, denoiser: nn.Module, noisy: torch.Tensor, c: Condition, timestep: int) -> torch.Tensor:
-    """The noise that the denoiser sees in `noisy` `[N, C, h, w]`, whatever it predicts."""
-    steps = torch.full((len(noisy),), timestep, device=noisy.device)
-    return family.noise.to_epsilon(family.denoise(denoiser, noisy, steps, c), noisy, timestep)
-
-
-def _in_batches(
-    score: Callable, denoiser: nn.Module, batch_size: int, latents: torch.Tensor, condition: Condition, *rest: Any
-) -> torch.Tensor:
-    """`score` of what has `N` rows, in batches on the denoiser's device -> `[N, ...]` on the CPU."""
-    lengths = [len(tensor) for tensor in (latents, *condition.values(), *rest)]
-    if len(set(lengths)) > 1 or len(latents) == 0:
-        raise ValueError(f"give as many images as conditions, at least one, not {lengths}")
-    device = next(denoiser.parameters()).device
-    results = []
-    for start in range(0, len(latents), batch_size):
-        rows = slice(start, start + batch_size)
-        c = {name: tensor[rows].to(device) for name, tensor in condition.items()}
-        results.append(score(latents[rows].to(device), c, *(tensor[rows].to(device) for tensor in rest)).cpu())
-    return torch.cat(results)
+    return _at_timesteps(norms, unet, latents, family.named(embeddings), timesteps, seeds, batch_size)
 
 
 @torch.no_grad()
@@ -162,47 +108,49 @@ def secmi(
     family: Family,
     denoiser: nn.Module,
     latents: torch.Tensor,
-    embeds: Condition | torch.Tensor,
+    condition: Condition | torch.Tensor,
     timestep: int = 100,
     stride: int = 10,
     batch_size: int = 64,
 ) -> torch.Tensor:
     """Membership score SecMI_stat of Duan et al. (https://huggingface.co/papers/2302.01316).
 
-    The negative t-error: an image is carried to `timestep` by deterministic DDIM steps of the model itself, then one
-    step on and back again; `-||back - before||²`. Members come back closer. It draws no noise.
+    The negative t-error: the model's own deterministic DDIM steps carry an image to `timestep`, then one step on and
+    one step back; the score is `-||back - before||²`. Members come back closer. No noise is drawn.
 
     Args:
-        family: the pipeline's family (`memcontrol_hf.families.family_of`).
-        denoiser (`nn.Module`): as the family calls it, in evaluation mode.
-        latents (`torch.Tensor`): `[N, C, h, w]`.
-        embeds (`Condition`): `N` rows; a tensor alone is the first of the family's conditions, `[N, L, D]`.
-        timestep (`int`): a multiple of `stride`; the paper's is 100 of 1,000.
-        stride (`int`): timesteps that one step goes over; the paper's is 10.
-        batch_size (`int`): only a matter of speed.
+        family ([`~memcontrol_hf.families.Family`]): family of the pipeline.
+        denoiser (`nn.Module`): the pipeline's denoiser, with its adapter if it has one, in evaluation mode.
+        latents (`torch.Tensor`): latents of the images, `[N, C, h, w]`.
+        condition (`Condition`): `N` rows. A tensor `[N, L, D]` stands for the first of the family's `conditions`.
+        timestep (`int`): timestep of the t-error, a multiple of `stride`; the paper's is 100 of 1,000.
+        stride (`int`): number of timesteps that one step goes over; the paper's is 10.
+        batch_size (`int`): number of images measured at once; only the speed depends on it.
 
     Returns:
-        `torch.Tensor`: `[N]` on the CPU, ≤ 0; higher = more member-like. Costs `timestep / stride + 2` forward passes.
+        `torch.Tensor`: `[N]` on the CPU, ≤ 0; higher = more member-like. The cost is `timestep / stride + 2` forward
+        passes for each image.
 
     Raises:
-        ValueError: for a timestep outside the schedule or that is no multiple of the stride.
+        ValueError: when there are not as many conditions as images, for no image at all, and for a timestep outside
+            the schedule or that is no multiple of the stride.
     """
     if stride < 1 or timestep < stride or timestep % stride:
         raise ValueError(f"timestep must be a positive multiple of stride {stride}, but got {timestep}")
     family.noise.check_timesteps(timestep + stride)
 
     def step(x: torch.Tensor, c: Condition, start: int, stop: int) -> torch.Tensor:
-        noise = _epsilon(family, denoiser, x, c, start)
+        noise = _implied_noise(family, denoiser, x, c, start)
         (signal, amount), (next_signal, next_amount) = (family.noise.coefficients(t) for t in (start, stop))
         return next_signal / signal * (x - amount * noise) + next_amount * noise
 
-    def score(x: torch.Tensor, c: Condition) -> torch.Tensor:
+    def score(x: torch.Tensor, c: Condition, _: slice) -> torch.Tensor:
         for start in range(0, timestep, stride):
             x = step(x, c, start, start + stride)
         back = step(step(x, c, timestep, timestep + stride), c, timestep + stride, timestep)
         return -(back - x).square().flatten(1).sum(1)
 
-    return _in_batches(score, denoiser, batch_size, latents, family.named(embeds))
+    return _in_batches(score, denoiser, latents, family.named(condition), batch_size)
 
 
 @torch.no_grad()
@@ -210,93 +158,96 @@ def pia(
     family: Family,
     denoiser: nn.Module,
     latents: torch.Tensor,
-    embeds: Condition | torch.Tensor,
+    condition: Condition | torch.Tensor,
     timestep: int = 200,
     p: float = 4.0,
     batch_size: int = 64,
 ) -> torch.Tensor:
     """Membership score PIA of Kong et al. (https://huggingface.co/papers/2305.18355), equation 9.
 
-    `-||ε(x_0, 0) - ε(√ᾱ_t x_0 + √(1 - ᾱ_t) ε(x_0, 0), t)||_p`: the model's own noise at t = 0 is put on the image, and
-    is found again better on members. It draws no noise.
+    `-||ε(x_0, 0) - ε(√ᾱ_t x_0 + √(1 - ᾱ_t) ε(x_0, 0), t)||_p`: the noise that the model sees at t = 0 is put on the
+    image, and the model finds that noise again better on members. No noise is drawn.
 
     Args:
-        family: the pipeline's family (`memcontrol_hf.families.family_of`).
-        denoiser (`nn.Module`): as the family calls it, in evaluation mode.
-        latents (`torch.Tensor`): `[N, C, h, w]`.
-        embeds (`Condition`): `N` rows; a tensor alone is the first of the family's conditions, `[N, L, D]`.
-        timestep (`int`): 200 of 1,000 is where the paper's figures peak.
-        p (`float`): of the norm; 4 is the paper's.
-        batch_size (`int`): only a matter of speed.
+        family ([`~memcontrol_hf.families.Family`]): family of the pipeline.
+        denoiser (`nn.Module`): the pipeline's denoiser, with its adapter if it has one, in evaluation mode.
+        latents (`torch.Tensor`): latents of the images, `[N, C, h, w]`.
+        condition (`Condition`): `N` rows. A tensor `[N, L, D]` stands for the first of the family's `conditions`.
+        timestep (`int`): timestep t; the paper's figures peak at 200 of 1,000.
+        p (`float`): order of the norm; the paper's is 4.
+        batch_size (`int`): number of images measured at once; only the speed depends on it.
 
     Returns:
-        `torch.Tensor`: `[N]` on the CPU, ≤ 0; higher = more member-like. Costs two forward passes.
+        `torch.Tensor`: `[N]` on the CPU, ≤ 0; higher = more member-like. The cost is two forward passes an image.
 
     Raises:
-        ValueError: for a timestep outside the schedule.
+        ValueError: when there are not as many conditions as images, for no image at all, and for a timestep outside
+            the schedule.
     """
     family.noise.check_timesteps(timestep)
     signal, amount = family.noise.coefficients(timestep)
 
-    def score(x: torch.Tensor, c: Condition) -> torch.Tensor:
-        noise = _epsilon(family, denoiser, x, c, 0)
-        again = _epsilon(family, denoiser, signal * x + amount * noise, c, timestep)
+    def score(x: torch.Tensor, c: Condition, _: slice) -> torch.Tensor:
+        noise = _implied_noise(family, denoiser, x, c, 0)
+        again = _implied_noise(family, denoiser, signal * x + amount * noise, c, timestep)
         return -(noise - again).flatten(1).norm(p=p, dim=1)
 
-    return _in_batches(score, denoiser, batch_size, latents, family.named(embeds))
+    return _in_batches(score, denoiser, latents, family.named(condition), batch_size)
 
 
 def clid(
     family: Family,
     denoiser: nn.Module,
     latents: torch.Tensor,
-    embeds: Condition | torch.Tensor,
-    null_embedding: Condition | torch.Tensor,
-    timesteps: Sequence[int],
+    condition: Condition | torch.Tensor,
+    null: Condition | torch.Tensor,
+    timesteps: Sequence[float],
     seeds: Sequence[int | tuple[int, ...]],
     batch_size: int = 64,
     losses: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Membership score CLiD of Zhai et al. (https://huggingface.co/papers/2405.14800), equation 13.
 
-    `E_{t,ε}[ ||ε(x_t, t, ∅) - ε||² - ||ε(x_t, t, c) - ε||² ]`, the mean over the latent's values: how much its caption
-    helps the model to denoise an image, which is more for the captions it was trained with. The paper's CLiD_th also
-    adds the loss itself; both are rescaled there by the quartiles of all images, so that no image has a score of its
-    own, which is why it is left out.
+    `E_{t,ε}[ ||ε(x_t, t, ∅) - ε||² - ||ε(x_t, t, c) - ε||² ]`, the mean over the latent's values: how much a caption
+    helps the model to denoise its image, which is more for the captions of the training. The paper's CLiD_th also
+    adds the loss itself. That sum is left out here: the paper rescales both terms by the quartiles of all images, so
+    that the score of one image would depend on the other images.
 
     Args:
-        family: the pipeline's family (`memcontrol_hf.families.family_of`).
-        denoiser (`nn.Module`): as the family calls it, in evaluation mode.
-        latents (`torch.Tensor`): `[N, C, h, w]`.
-        embeds (`Condition`): `N` rows; a tensor alone is the first of the family's conditions, `[N, L, D]`.
-        null_embedding (`Condition`): of the empty prompt; its tensors are one row, `[L, D]` or `[1, L, D]`.
-        timesteps (list of `int`): `T` of them.
-        seeds (list of `int` or tuples): one for each image.
-        batch_size (`int`): only a matter of speed.
-        losses (`torch.Tensor`, *optional*): what [`denoising_losses`] gives for the same arguments, if it is there.
+        family ([`~memcontrol_hf.families.Family`]): family of the pipeline.
+        denoiser (`nn.Module`): the pipeline's denoiser, with its adapter if it has one, in evaluation mode.
+        latents (`torch.Tensor`): latents of the images, `[N, C, h, w]`.
+        condition (`Condition`): `N` rows. A tensor `[N, L, D]` stands for the first of the family's `conditions`.
+        null (`Condition`): null condition, as a rule the empty prompt: one row, `[L, D]` or `[1, L, D]`.
+        timesteps (list of `float`): the `T` timesteps.
+        seeds (list of `int` or tuples): random seed of the noise of each image.
+        batch_size (`int`): number of images measured at once; only the speed depends on it.
+        losses (`torch.Tensor`, *optional*): result of [`denoising_losses`] for the same arguments, where it is known.
 
     Returns:
-        `torch.Tensor`: `[N]` on the CPU; higher = more member-like. Costs `2 T` forward passes, `T` with `losses`.
+        `torch.Tensor`: `[N]` on the CPU; higher = more member-like. The cost is `2 T` forward passes for each image,
+        `T` with `losses`.
 
     Raises:
-        ValueError: for a timestep outside the schedule, and when the seeds are not as many as the images.
+        ValueError: when there are not as many conditions or seeds as images, for no image at all, for a timestep
+            outside the schedule, and for a family without a null condition.
     """
     family.noise.check_timesteps(*timesteps)
-    embeds = family.named(embeds)
-    null = null_like(_null(family, null_embedding), embeds)
+    condition = family.named(condition)
+    without = null_like(_null_condition(family, null), condition)
     if losses is None:
-        losses = denoising_losses(family, denoiser, latents, embeds, timesteps, seeds, batch_size)
-    without = denoising_losses(family, denoiser, latents, null, timesteps, seeds, batch_size)
+        losses = denoising_losses(family, denoiser, latents, condition, timesteps, seeds, batch_size)
+    null_losses = denoising_losses(family, denoiser, latents, without, timesteps, seeds, batch_size)
     scales = torch.tensor([family.noise.epsilon_scale(t) for t in timesteps])
-    return ((without - losses) * scales.square()).mean(1)
+    return ((null_losses - losses) * scales.square()).mean(1)
 
 
 @torch.no_grad()
 def trajectory_noise_norms(
     family: Family,
     denoiser: nn.Module,
-    embeds: Condition | torch.Tensor,
-    null_embedding: Condition | torch.Tensor,
+    condition: Condition | torch.Tensor,
+    null: Condition | torch.Tensor,
     shape: Sequence[int],
     seeds: Sequence[int | tuple[int, ...]],
     num_inference_steps: int = 50,
@@ -306,48 +257,131 @@ def trajectory_noise_norms(
 ) -> torch.Tensor:
     """How hard a prompt steers the sampling of an image: Wen et al. (https://huggingface.co/papers/2407.21720).
 
-    The mean over the steps of a sampling trajectory of `||ε(x_t, t, c) - ε(x_t, t, ∅)||₂`. It needs no training image,
-    only the prompt. Trajectories are those of DDIM (of Euler steps for flow matching), which draw no noise on the way,
-    with guidance.
+    The mean over the steps of a sampling trajectory of `||ε(x_t, t, c) - ε(x_t, t, ∅)||₂`. Only the prompt is needed,
+    no training image. Trajectories are DDIM's (Euler steps for flow matching), with guidance; they draw no noise after
+    the start.
 
     Args:
-        family: the pipeline's family (`memcontrol_hf.families.family_of`).
-        denoiser (`nn.Module`): in evaluation mode.
-        embeds (`Condition`): of the prompts, `N` rows; a tensor alone is the first of the family's conditions.
-        null_embedding (`Condition`): of the empty prompt; its tensors are one row, `[L, D]` or `[1, L, D]`.
-        shape (list of `int`): of one image's latent, `(C, h, w)`.
-        seeds (list of `int` or tuples): one for each prompt.
-        num_inference_steps (`int`): of the trajectory.
-        guidance_scale (`float`): of the trajectory; the norm is taken before it.
-        first (`int`, *optional*): stop after so many steps; all, when not given. The paper detects memorized prompts
-            by the first one.
-        batch_size (`int`): only a matter of speed.
+        family ([`~memcontrol_hf.families.Family`]): family of the pipeline.
+        denoiser (`nn.Module`): the pipeline's denoiser, with its adapter if it has one, in evaluation mode.
+        condition (`Condition`): `N` rows, one for each prompt. A tensor `[N, L, D]` stands for the first of the
+            family's `conditions`.
+        null (`Condition`): null condition, as a rule the empty prompt: one row, `[L, D]` or `[1, L, D]`.
+        shape (list of `int`): shape of one image's latents, `(C, h, w)`.
+        seeds (list of `int` or tuples): random seed of the start of each prompt's trajectory.
+        num_inference_steps (`int`): number of steps of a trajectory.
+        guidance_scale (`float`): guidance scale of the trajectory; the norm is taken of the difference before it is
+            scaled.
+        first (`int`, *optional*): number of steps to take; all steps by default. The paper detects memorized prompts
+            by the first step.
+        batch_size (`int`): number of prompts measured at once; only the speed depends on it.
 
     Returns:
-        `torch.Tensor`: `[N]` on the CPU, ≥ 0; higher = more like a memorized prompt. Costs two forward passes a step.
+        `torch.Tensor`: `[N]` on the CPU, ≥ 0; higher = more like a memorized prompt. The cost is two forward passes
+        for each prompt and step.
 
     Raises:
-        ValueError: when the seeds are not as many as the prompts, and for no step at all.
+        ValueError: when there are not as many seeds as prompts, for no prompt at all, for a `first` outside the
+            trajectory, and for a family without a null condition.
     """
-    embeds, null = family.named(embeds), _null(family, null_embedding)
-    _check_seeds(next(iter(embeds.values())), seeds)
     first = num_inference_steps if first is None else first
     if not 1 <= first <= num_inference_steps:
         raise ValueError(f"first must lie between 1 and num_inference_steps {num_inference_steps}, but got {first}")
-    steps = family.noise.trajectory(num_inference_steps, family.tokens(shape)).timesteps[:first]
-    start = torch.cat([_noise(seed, shape, 1) for seed in seeds])
+    condition, null = family.named(condition), _null_condition(family, null)
+    _check_seeds(seeds, len(next(iter(condition.values()))))
+    start = torch.cat([_draw_noise(seed, (1, *shape)) for seed in seeds])
 
-    def score(x: torch.Tensor, c: Condition) -> torch.Tensor:
-        both = _with_null(c, null)
+    def score(x: torch.Tensor, c: Condition, _: slice) -> torch.Tensor:
         sampler = family.noise.trajectory(num_inference_steps, family.tokens(shape))
         norms = []
-        for t in steps:
-            twice = x.repeat(2, 1, 1, 1)
-            prediction = family.denoise(denoiser, twice, t.expand(len(twice)).to(x.device), both)
-            conditional, unconditional = prediction.chunk(2)
+        for t in sampler.timesteps[:first]:
+            steps = t.expand(len(x)).to(x.device)
+            conditional, unconditional = _both_predictions(family, denoiser, x, steps, c, null)
             norms.append(family.noise.epsilon_scale(t.item()) * steering_norms(conditional, unconditional))
             guided = unconditional + guidance_scale * (conditional - unconditional)
             x = sampler.step(guided, t, x).prev_sample
         return torch.stack(norms).mean(0)
 
-    return _in_batches(score, denoiser, batch_size, start, embeds)
+    return _in_batches(score, denoiser, start, condition, batch_size)
+
+
+# ---- what the attacks share ----
+
+
+def _draw_noise(seed: int | tuple[int, ...], shape: Sequence[int]) -> torch.Tensor:
+    key = (seed,) if isinstance(seed, int) else seed
+    return torch.randn(tuple(shape), generator=seeded_generator(*key))
+
+
+def _check_seeds(seeds: Sequence[int | tuple[int, ...]], images: int) -> None:
+    if len(seeds) != images:
+        raise ValueError(f"{images} images but {len(seeds)} seeds: give one for each image")
+
+
+def _null_condition(family: Family, null: Condition | torch.Tensor | None) -> Condition:
+    if null is None:
+        raise ValueError(f"{type(family).__name__} has no null condition, without which this has no meaning")
+    return family.named(null)
+
+
+def _implied_noise(
+    family: Family, denoiser: nn.Module, noisy: torch.Tensor, condition: Condition, timestep: int
+) -> torch.Tensor:
+    """The noise that the denoiser sees in `noisy` `[n, C, h, w]`, for every prediction type."""
+    steps = torch.full((len(noisy),), timestep, device=noisy.device)
+    return family.noise.to_epsilon(family.denoise(denoiser, noisy, steps, condition), noisy, timestep)
+
+
+def _both_predictions(
+    family: Family,
+    denoiser: nn.Module,
+    noisy: torch.Tensor,
+    timesteps: torch.Tensor,
+    condition: Condition,
+    null: Condition,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The predictions for `noisy` `[n, C, h, w]` under the condition and under the null condition, in one pass."""
+    without = null_like(null, condition)
+    both = {name: torch.cat([tensor, without[name]]) for name, tensor in condition.items()}
+    return family.denoise(denoiser, noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), both).chunk(2)
+
+
+def _at_timesteps(
+    measure: Callable[[torch.Tensor, Condition, torch.Tensor, torch.Tensor], torch.Tensor],
+    denoiser: nn.Module,
+    latents: torch.Tensor,
+    condition: Condition,
+    timesteps: Sequence[float],
+    seeds: Sequence[int | tuple[int, ...]],
+    batch_size: int,
+) -> torch.Tensor:
+    """`measure(latents, condition, steps, noise)` `[n]` at each timestep, under each image's own noise: `[N, T]`."""
+    _check_seeds(seeds, len(latents))
+
+    def score(x: torch.Tensor, c: Condition, rows: slice) -> torch.Tensor:
+        draws = [_draw_noise(seed, (len(timesteps), *x.shape[1:])) for seed in seeds[rows]]
+        noise = torch.stack(draws, dim=1).to(x.device)
+        steps = (torch.full((len(x),), t, device=x.device) for t in timesteps)
+        return torch.stack([measure(x, c, *pair) for pair in zip(steps, noise, strict=True)], dim=1)
+
+    return _in_batches(score, denoiser, latents, condition, batch_size)
+
+
+def _in_batches(
+    score: Callable[[torch.Tensor, Condition, slice], torch.Tensor],
+    denoiser: nn.Module,
+    latents: torch.Tensor,
+    condition: Condition,
+    batch_size: int,
+) -> torch.Tensor:
+    """`score(latents, condition, rows)` of `N` rows, in batches on the denoiser's device: `[N, ...]` on the CPU."""
+    lengths = [len(tensor) for tensor in (latents, *condition.values())]
+    if len(set(lengths)) > 1 or len(latents) == 0:
+        raise ValueError(f"give as many images as conditions, at least one, not {lengths}")
+    device = next(denoiser.parameters()).device
+    results = []
+    for start in range(0, len(latents), batch_size):
+        rows = slice(start, start + batch_size)
+        batch = {name: tensor[rows].to(device) for name, tensor in condition.items()}
+        results.append(score(latents[rows].to(device), batch, rows).cpu())
+    return torch.cat(results)

@@ -1,4 +1,4 @@
-"""How near generated images are to training images, by their features.
+"""How near generated images are to training images, by the features of an encoder.
 
 No result depends on the batch size or on the global random state.
 """
@@ -17,7 +17,7 @@ from .intervals import clopper_pearson
 
 
 def check_features(**sets: torch.Tensor) -> None:
-    """Raise `ValueError` for sets of features that are empty, not finite or of different widths."""
+    """Raise `ValueError` for sets of features that are empty, not finite, or of different widths."""
     widths = set()
     for name, features in sets.items():
         if features.ndim != 2 or len(features) == 0:
@@ -36,7 +36,7 @@ def nearest_distances(queries: torch.Tensor, references: torch.Tensor, chunk: in
     Args:
         queries (`torch.Tensor`): features `[M, D]`.
         references (`torch.Tensor`): features `[N, D]`.
-        chunk (`int`): queries and references compared at once; bounds the memory.
+        chunk (`int`): number of queries and of references compared at once; bounds the memory.
 
     Returns:
         `torch.Tensor`: `[M]`, in [0, 2]; 0 for a copy.
@@ -61,8 +61,8 @@ def nearest_distances(queries: torch.Tensor, references: torch.Tensor, chunk: in
 def amd(generated: torch.Tensor, train: torch.Tensor) -> float:
     """Average minimum distance: the mean cosine distance of generated images to the nearest training image.
 
-    As in MemControl (https://huggingface.co/papers/2405.19458). Higher is safer; it means little without the same
-    distance to as many held-out images of the same domain beside it.
+    The measure is MemControl's (https://huggingface.co/papers/2405.19458). Higher is safer. The figure means little
+    without the same distance to as many held-out images of the same domain beside it.
 
     Args:
         generated (`torch.Tensor`): features `[M, D]`.
@@ -85,7 +85,7 @@ def auth_pct(generated: torch.Tensor, train: torch.Tensor) -> float:
         train (`torch.Tensor`): features `[N, D]`, at least two of them different.
 
     Returns:
-        `float`: in [0, 100]; higher is safer, and 50 is about what fresh images of the same distribution have.
+        `float`: in [0, 100]; higher is safer. Fresh images of the same distribution have about 50.
     """
     check_features(generated=generated, train=train)
     train = torch.unique(train.double(), dim=0)
@@ -97,10 +97,10 @@ def auth_pct(generated: torch.Tensor, train: torch.Tensor) -> float:
 
 
 def c_t(generated: torch.Tensor, train: torch.Tensor, held_out: torch.Tensor) -> float:
-    """Data-copying test C_T of Meehan et al. (https://huggingface.co/papers/2004.05675), with space as one cell.
+    """Data-copying test C_T of Meehan et al. (https://huggingface.co/papers/2004.05675), all of space as one cell.
 
-    The z score of the Mann-Whitney U statistic that compares the Euclidean distance to the nearest training image of
-    generated images with that of held-out ones; ties count half.
+    The z score of the Mann-Whitney U statistic that compares generated with held-out images by their Euclidean
+    distance to the nearest training image; ties count half.
 
     Args:
         generated (`torch.Tensor`): features `[M, D]`.
@@ -108,17 +108,18 @@ def c_t(generated: torch.Tensor, train: torch.Tensor, held_out: torch.Tensor) ->
         held_out (`torch.Tensor`): features `[L, D]`, of the same distribution as `train`.
 
     Returns:
-        `float`: well below 0, generated images are nearer to the training images than held-out ones are (copying);
-        well above 0, farther (underfitting). Standard normal for independent images that are alike: several images of
-        a prompt are not independent, and a generator's style alone moves it.
+        `float`: well below 0 where generated images are nearer to the training images than held-out ones are
+        (copying), well above 0 where they are farther (underfitting). The score is standard normal for independent
+        images of one distribution; but several images of a prompt are not independent, and a generator's style alone
+        moves the score.
     """
     check_features(generated=generated, train=train, held_out=held_out)
-    of_generated, _ = _nearest_euclidean(generated.double(), train.double())
-    of_held_out, _ = _nearest_euclidean(held_out.double(), train.double())
+    generated_distances, _ = _nearest_euclidean(generated.double(), train.double())
+    held_out_distances, _ = _nearest_euclidean(held_out.double(), train.double())
     m, n = len(generated), len(held_out)
-    ordered = of_held_out.sort().values
-    below = torch.searchsorted(ordered, of_generated, right=False)
-    up_to = torch.searchsorted(ordered, of_generated, right=True)
+    ordered = held_out_distances.sort().values
+    below = torch.searchsorted(ordered, generated_distances, right=False)
+    up_to = torch.searchsorted(ordered, generated_distances, right=True)
     u = (below + up_to).double().sum().item() / 2
     return (u - m * n / 2) / math.sqrt(m * n * (m + n + 1) / 12)
 
@@ -126,7 +127,7 @@ def c_t(generated: torch.Tensor, train: torch.Tensor, held_out: torch.Tensor) ->
 def _nearest_euclidean(
     queries: torch.Tensor, references: torch.Tensor, exclude_self: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Euclidean distance to the nearest reference and its index, `[M]` each, with about 2^24 distances at once."""
+    """Euclidean distance to the nearest reference, and its index: `[M]` each. About 2^24 distances fit in memory."""
     chunk = max(1, 2**24 // len(references))
     distances, indices = [], []
     for start in range(0, len(queries), chunk):
@@ -146,13 +147,13 @@ class NearestShareResult:
 
     Args:
         share (`float`):
-            Of the generated images that are nearer to the training images; .5 where nothing was memorized.
+            Share of the generated images that are nearer to the training images; .5 where nothing was memorized.
         interval (`tuple[float, float]`):
-            Of the share, at 95 %.
+            Interval of the share at 95 %.
         references (`int`):
-            How many images of each set they were compared with.
+            Number of images of each set that the generated images were compared with.
         to_train, to_held_out (`torch.Tensor`):
-            `[M]`, of each generated image the cosine distance to the nearest image of the set.
+            Cosine distance of each generated image to the nearest image of the set, `[M]`.
     """
 
     share: float
@@ -171,20 +172,20 @@ def distances_to_both(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine distances of generated images to the nearest of equally many training and held-out images.
 
-    The larger set is subsampled, since more images are nearer by chance alone. Of a larger training set the prompts'
-    own images are taken first, as far as they go, and the others at random. Whatever is left out, each generated image
-    is also compared with its own prompt's image: else a copy of it had nothing to be near to.
+    The larger set is subsampled, because the nearest of more images is nearer by chance alone. A larger training set
+    gives the images of the prompts first, as many as fit, and the others at random. Each generated image is also
+    compared with its own prompt's image, which the subsample may lack: else a copy of that image would go unseen.
 
     Args:
         generated (`torch.Tensor`): features `[M, D]`.
         train (`torch.Tensor`): features `[N, D]`.
         held_out (`torch.Tensor`): features `[L, D]`.
-        seed (`int` or tuple of `int`): of the subsample.
-        own (list of `int`): `P` rows of `train`, the images of the prompts, each of which `M / P` generated images in
-            a row are of. Nothing where the prompts are not known.
+        seed (`int` or tuple of `int`): random seed of the subsample.
+        own (list of `int`): row in `train` of each of the `P` prompts' images; the generated images are `M / P` of
+            the first prompt, then as many of the second, and so on. Empty where the prompts are not known.
 
     Returns:
-        two of `torch.Tensor`, `[M]`: to the training and to the held-out images.
+        pair of `torch.Tensor`, `[M]` each: distances to the training and to the held-out images.
 
     Raises:
         ValueError: for empty, non-finite, zero or mismatched features.
@@ -220,32 +221,32 @@ def nearest_share(
 ) -> NearestShareResult:
     """The share of generated images that are nearer to the training images than to held-out ones.
 
-    By cosine distance to the nearest image, against equally many images of both sets ([`distances_to_both`]). A tie
-    counts half.
+    Nearer is meant by the cosine distance to the nearest image, against equally many images of both sets
+    ([`distances_to_both`]). A tie counts half.
 
     The interval is the percentile bootstrap over the prompts (Efron & Tibshirani 1993, section 13.3): images of one
-    prompt are alike and stay together. Where all of them agree there is nothing to resample, and it is that of Clopper
-    and Pearson. It takes the references as given: which images happen to be in `train` and `held_out` moves the share
-    by more than the interval says, so it counts only beside the same share of a model that saw none of them.
+    prompt are alike and stay together. Where all prompts agree there is nothing to resample, and the interval is
+    Clopper and Pearson's. The references are taken as given: which images happen to be in `train` and `held_out` moves
+    the share by more than the interval says. Compare the share only with that of a model that saw none of the images.
 
     Args:
         generated (`torch.Tensor`): features `[M, D]`.
         train (`torch.Tensor`): features `[N, D]`.
         held_out (`torch.Tensor`): features `[L, D]`, of the same domain as `train`.
-        seed (`int`): of the subsample and of the bootstrap.
-        resamples (`int`): of the bootstrap.
-        per_prompt (`int`): so many generated images in a row are of one prompt.
-        own (list of `int`): the row in `train` of each prompt's image, where the prompts are those of training images:
-            without, copies of images that the subsample of a larger `train` leaves out are not seen.
+        seed (`int`): random seed of the subsample and of the bootstrap.
+        resamples (`int`): number of resamples of the bootstrap.
+        per_prompt (`int`): number of generated images in a row that belong to one prompt.
+        own (list of `int`): row in `train` of each prompt's image, where the prompts are those of training images.
+            Without these rows, copies of images that the subsample of a larger `train` leaves out are not seen.
 
     Returns:
-        [`NearestShareResult`]: a share well above that of such a model means that the training images were memorized.
+        [`NearestShareResult`]: a share well above that of a model that saw none of the images means memorization.
 
     Raises:
         ValueError: for empty, non-finite, zero or mismatched features.
     """
-    distances = distances_to_both(generated, train, held_out, seed, own)
-    to_train, to_held_out = (of_set.double().cpu() for of_set in distances)
+    both = distances_to_both(generated, train, held_out, seed, own)
+    to_train, to_held_out = (distances.double().cpu() for distances in both)
     nearer = (to_train < to_held_out).double() + (to_train == to_held_out).double() / 2
     nearer = nearer.view(-1, per_prompt).mean(1).numpy()
     share = float(nearer.mean())
@@ -261,14 +262,15 @@ def nearest_share(
 
 @dataclass(frozen=True)
 class CopySimilarityResult:
-    """What a copy detector says of generated images.
+    """How alike generated images are to training images, in the features of a copy detector.
 
     Args:
-        percentile_95 (`float`): of the generated images' similarity to the nearest training image, in [-1, 1].
-        threshold (`float`): above it an image counts as a copy.
-        share (`float`): of the generated images that count as copies.
-        interval (`tuple[float, float]`): of the share, Clopper-Pearson at 95 % over the prompts.
-        similarities (`torch.Tensor`): `[M]`, of each generated image, on the CPU.
+        percentile_95 (`float`): 95th percentile of the similarity to the nearest training image, in [-1, 1].
+        threshold (`float`): similarity above which an image counts as a copy.
+        share (`float`): share of the generated images that count as copies.
+        interval (`tuple[float, float]`): interval of the share, Clopper-Pearson at 95 % over the prompts.
+        similarities (`torch.Tensor`): similarity of each generated image to its nearest training image, `[M]`, on the
+            CPU.
     """
 
     percentile_95: float
@@ -288,25 +290,26 @@ def copy_similarity(
     """How alike generated images are to the nearest training image, in the features of a copy detector.
 
     The 95th percentile of the cosine similarity is what Somepalli et al. report
-    (https://huggingface.co/papers/2212.03860). No threshold of it carries from one detector or domain to another, so
-    it is the similarity to the nearest training image that all but `false_alarms` of the held-out images stay below:
-    they cannot be copies.
+    (https://huggingface.co/papers/2212.03860). No threshold carries from one detector or domain to another. The
+    threshold here is the similarity to the nearest training image that all but `false_alarms` of the held-out images,
+    which cannot be copies, stay below.
 
     Args:
         generated (`torch.Tensor`): features `[M, D]`.
         train (`torch.Tensor`): features `[N, D]`.
         held_out (`torch.Tensor`): features `[L, D]`, of the same domain as `train`. With fewer than `1 / false_alarms`
-            images the threshold lies near the largest of them, and more than the nominal share is called a copy.
-        false_alarms (`float`): nominal share of images that are no copies and are called so; .01 takes the 99th
+            images the threshold lies near their largest similarity, and more than the nominal share is called a copy.
+        false_alarms (`float`): nominal share of the images that are called copies and are none; .01 takes the 99th
             percentile.
-        per_prompt (`int`): so many generated images in a row are of one prompt, which counts as one draw.
+        per_prompt (`int`): number of generated images in a row that belong to one prompt, which counts as one draw.
 
     Returns:
         [`CopySimilarityResult`]: compare the share with `false_alarms`.
 
     Raises:
-        ValueError: for empty, non-finite, zero or mismatched features, and when no image could pass the threshold:
-            held-out images are among the training images, or the detector cannot tell images apart.
+        ValueError: for empty, non-finite, zero or mismatched features, for `false_alarms` outside (0, 1), and when no
+            image could pass the threshold: held-out images are among the training images, or the detector cannot tell
+            images apart.
     """
     if not 0 < false_alarms < 1:
         raise ValueError(f"false_alarms must lie between 0 and 1, but got {false_alarms}")

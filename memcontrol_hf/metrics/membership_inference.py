@@ -1,4 +1,4 @@
-"""How well a membership inference attack does, by its scores."""
+"""How well the scores of a membership inference attack tell members from non-members."""
 
 import math
 from dataclasses import dataclass
@@ -19,9 +19,11 @@ class MembershipResult:
         auc (`float`):
             Area under the ROC curve: .5 is chance, 1 finds every member.
         interval (`tuple[float, float]`):
-            Of `auc`, at 95 %.
+            Interval of `auc` at 95 %.
         members, nonmembers (`int`):
-            How many scores of each.
+            Number of scores of each kind.
+        fpr, tpr (`torch.Tensor`):
+            False-positive and true-positive rates of the ROC curve, `[K]` each.
     """
 
     auc: float
@@ -34,7 +36,10 @@ class MembershipResult:
     def tpr_at_fpr(self, fpr: float) -> float:
         """The share of members found at a false-positive rate of at most `fpr`.
 
-        NaN where it cannot be estimated: with fewer than `1 / fpr` non-members.
+        The rate is NaN where it cannot be estimated: with fewer than `1 / fpr` non-members.
+
+        Raises:
+            ValueError: for an `fpr` outside (0, 1).
         """
         if not 0 < fpr < 1:
             raise ValueError(f"fpr must lie between 0 and 1, but got {fpr}")
@@ -43,9 +48,9 @@ class MembershipResult:
         return self.tpr[self.fpr <= fpr].max().item()
 
     def tpr_interval(self, fpr: float) -> tuple[float, float]:
-        """Of [`tpr_at_fpr`]: Clopper-Pearson at 95 % over the members, at the threshold that these non-members set.
+        """Interval of [`tpr_at_fpr`]: Clopper-Pearson at 95 % over the members, at the threshold of these non-members.
 
-        `(nan, nan)` where the rate cannot be estimated.
+        The bounds are NaN where the rate cannot be estimated.
         """
         rate = self.tpr_at_fpr(fpr)
         if math.isnan(rate):
@@ -57,15 +62,15 @@ def membership(member_scores: torch.Tensor, nonmember_scores: torch.Tensor) -> M
     """Judge a membership inference attack by its scores.
 
     Args:
-        member_scores (`torch.Tensor`): `[M]`, of images that were trained on; higher = more member-like.
-        nonmember_scores (`torch.Tensor`): `[N]`, of held-out images of the same domain.
+        member_scores (`torch.Tensor`): scores of training images, `[M]`; higher = more member-like.
+        nonmember_scores (`torch.Tensor`): scores of held-out images of the same domain, `[N]`.
 
     Returns:
         [`MembershipResult`]: AUC with its 95 % score interval (Newcombe 2006, method 5, which keeps a width at
         AUC 0 and 1), and the ROC curve.
 
     Raises:
-        ValueError: when a set has no score, or one that is not finite.
+        ValueError: when a set has no score, or a score that is not finite.
     """
     member_scores, nonmember_scores = (torch.as_tensor(s).double().cpu() for s in (member_scores, nonmember_scores))
     for name, scores in (("member_scores", member_scores), ("nonmember_scores", nonmember_scores)):
@@ -74,7 +79,7 @@ def membership(member_scores: torch.Tensor, nonmember_scores: torch.Tensor) -> M
         if not torch.isfinite(scores).all():
             raise ValueError(f"{name}: {int((~torch.isfinite(scores)).sum())} of {len(scores)} are not finite")
     auc = mannwhitneyu(member_scores, nonmember_scores).statistic.item() / (len(member_scores) * len(nonmember_scores))
-    # Ranks in [0, 1]: torchmetrics takes scores as logits unless all lie there. Ties stay ties.
+    # Ranks in [0, 1], with ties kept: torchmetrics takes scores for logits unless all lie in [0, 1].
     ranks = torch.unique(torch.cat([member_scores, nonmember_scores]), return_inverse=True)[1].double()
     ranks = ranks / ranks.max().clamp(min=1)
     labels = torch.cat([torch.ones(len(member_scores)), torch.zeros(len(nonmember_scores))]).int()
@@ -84,7 +89,7 @@ def membership(member_scores: torch.Tensor, nonmember_scores: torch.Tensor) -> M
 
 
 def _auc_interval(auc: float, members: int, nonmembers: int, level: float = 0.95) -> tuple[float, float]:
-    """Where the observed AUC lies within z standard errors of the true one (Newcombe, Stat. Med. 2006, 25:559)."""
+    """The true AUCs within z standard errors of the observed one (Newcombe, Statistics in Medicine 2006, 25:559)."""
     z = norm.ppf((1 + level) / 2)
     mean_size = (members + nonmembers) / 2 - 1
 
@@ -93,7 +98,7 @@ def _auc_interval(auc: float, members: int, nonmembers: int, level: float = 0.95
         variance *= 1 + mean_size * ((1 - theta) / (2 - theta) + theta / (1 + theta))
         return abs(auc - theta) - z * math.sqrt(variance)
 
-    # 0 and 1 themselves are roots without a meaning: stay off them.
+    # 0 and 1 are roots without a meaning; the brackets end just before them.
     low = 0.0 if auc <= 0 else brentq(excess, 0.0, min(auc, 1 - 1e-9))
     high = 1.0 if auc >= 1 else brentq(excess, max(auc, 1e-9), 1.0)
     return low, high

@@ -1,31 +1,33 @@
-"""Measures of quality. No result depends on the batch size or on the global random state."""
+"""Measures of image quality. No result depends on the batch size or on the global random state."""
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
+from transformers import CLIPModel, CLIPProcessor
 
 from .distances import check_features
-
-if TYPE_CHECKING:
-    from transformers import CLIPModel, CLIPProcessor
 
 
 def fid(generated: torch.Tensor, real: torch.Tensor) -> float:
     """Fréchet distance between two sets of features (https://huggingface.co/papers/1706.08500).
 
-    Biased upwards for small sets: compare figures only at equal numbers of images, and have more images than features.
+    The estimate is biased upwards for small sets: compare figures only at equal numbers of images, and have more
+    images than features.
 
     Args:
         generated (`torch.Tensor`): features `[M, D]`, M > 1.
         real (`torch.Tensor`): features `[N, D]`, N > 1.
 
     Returns:
-        `float`: 0 for equal sets, unbounded above.
+        `float`: 0 for equal sets, unbounded above; lower is better.
+
+    Raises:
+        ValueError: for fewer than 2 images, and for non-finite or mismatched features.
     """
     check_features(generated=generated, real=real)
     for name, features in (("generated", generated), ("real", real)):
@@ -38,7 +40,7 @@ def fid(generated: torch.Tensor, real: torch.Tensor) -> float:
             )
     identity = nn.Identity()
     identity.num_features = real.shape[1]
-    # Each process holds all of the features: summing them over the processes would count them several times.
+    # Each process holds all features; a sum over the processes would count each image several times.
     metric = FrechetInceptionDistance(feature=identity, sync_on_compute=False)
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
@@ -54,7 +56,7 @@ def kid(generated: torch.Tensor, real: torch.Tensor, chunk: int = 2048) -> float
     Args:
         generated (`torch.Tensor`): features `[M, D]`, M > 1.
         real (`torch.Tensor`): features `[N, D]`, N > 1.
-        chunk (`int`): images compared at once; bounds the memory.
+        chunk (`int`): number of images compared at once; bounds the memory.
 
     Returns:
         `float`: 0 on average for sets of one distribution (it can be below), unbounded above; lower is better.
@@ -81,7 +83,7 @@ def kid(generated: torch.Tensor, real: torch.Tensor, chunk: int = 2048) -> float
 
 
 class PrecisionRecall(NamedTuple):
-    """How many generated images look real, and how much of the real images is covered: each in [0, 1]."""
+    """The share of generated images that look real, and the share of real images that are covered, each in [0, 1]."""
 
     precision: float
     recall: float
@@ -92,15 +94,16 @@ def precision_recall(
 ) -> PrecisionRecall:
     """Precision and recall of Kynkäänniemi et al. 2019 (https://huggingface.co/papers/1904.06991).
 
-    A set covers the balls around its images that reach to each one's k-th nearest image of the same set, by Euclidean
-    distance. Precision is the share of generated images that the real ones cover, recall the share of real images that
-    the generated ones cover. Copies of real images have perfect precision: read it beside a measure of memorization.
+    Around each image of a set lies a ball that reaches to the k-th nearest image of the same set, by Euclidean
+    distance; the set covers what lies in its balls. Precision is the share of generated images that the real set
+    covers, recall the share of real images that the generated set covers. Copies of real images have perfect
+    precision: read the figures beside a measure of memorization.
 
     Args:
         generated (`torch.Tensor`): features `[M, D]`, M > `neighbors`.
         real (`torch.Tensor`): features `[N, D]`, N > `neighbors`; the figures change with M and N.
-        neighbors (`int`): k; the paper's is 3.
-        chunk (`int`): images compared at once; bounds the memory.
+        neighbors (`int`): rank k of the image that a ball reaches to; the paper's is 3.
+        chunk (`int`): number of images compared at once; bounds the memory.
 
     Returns:
         [`PrecisionRecall`]: `precision` and `recall`, each in [0, 1], higher is better.
@@ -118,7 +121,7 @@ def precision_recall(
     def each(queries: torch.Tensor, references: torch.Tensor, judge: Callable) -> torch.Tensor:
         return torch.cat([judge(torch.cdist(part, references)) for part in queries.split(chunk)])
 
-    def radii(features: torch.Tensor) -> torch.Tensor:  # an image is its own nearest, at 0
+    def radii(features: torch.Tensor) -> torch.Tensor:  # k + 1, because each image is its own nearest
         return each(features, features, lambda distances: distances.kthvalue(neighbors + 1, dim=1).values)
 
     def covered(queries: torch.Tensor, references: torch.Tensor) -> float:
@@ -129,14 +132,12 @@ def precision_recall(
     return PrecisionRecall(covered(x, y), covered(y, x))
 
 
-def load_clip(model: str) -> "tuple[CLIPModel, CLIPProcessor]":
+def load_clip(model: str) -> tuple[CLIPModel, CLIPProcessor]:
     """A CLIP model of a Hub id or folder, with its processor.
 
     Raises:
-        ValueError: when it cannot be loaded.
+        ValueError: when the model or its processor cannot be loaded.
     """
-    from transformers import CLIPModel, CLIPProcessor
-
     try:
         return CLIPModel.from_pretrained(model).eval(), CLIPProcessor.from_pretrained(model)
     except (OSError, ValueError) as error:
@@ -146,22 +147,23 @@ def load_clip(model: str) -> "tuple[CLIPModel, CLIPProcessor]":
 def clip_score(
     images: torch.Tensor,
     captions: Sequence[str],
-    model: "str | tuple[CLIPModel, CLIPProcessor]",
+    model: str | tuple[CLIPModel, CLIPProcessor],
     batch_size: int = 32,
 ) -> float:
     """How well images fit their captions (CLIPScore, Hessel et al., https://huggingface.co/papers/2104.08718).
 
-    100 times the cosine similarity of the two CLIP embeddings, at least 0; the mean over the images. (torchmetrics 1.9
-    has it too, but for an older transformers.)
+    The score of an image is 100 times the cosine similarity of the CLIP embeddings of image and caption, at least 0;
+    the figure is the mean over the images. (The function of torchmetrics 1.9 needs an older transformers.)
 
     Args:
-        images (`torch.Tensor`): `[N, 3, H, W]` in [0, 1].
-        captions (list of `str`): one for each image.
-        model (`str`): Hub id or folder of a `transformers` CLIP model with its processor, or what [`load_clip`] gives.
-        batch_size (`int`): only a matter of memory.
+        images (`torch.Tensor`): images in [0, 1], `[N, 3, H, W]`.
+        captions (list of `str`): caption of each image.
+        model (`str` or tuple): Hub id or folder of a `transformers` CLIP model with its processor, or the result of
+            [`load_clip`].
+        batch_size (`int`): number of images embedded at once; bounds the memory.
 
     Returns:
-        `float`: in [0, 100]; higher is better. Compare figures of one model only.
+        `float`: in [0, 100]; higher is better. Only figures of the same CLIP model can be compared.
 
     Raises:
         ValueError: when there are not as many captions as images, and for a model that cannot be loaded.

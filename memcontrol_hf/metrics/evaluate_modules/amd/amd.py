@@ -14,11 +14,12 @@ Args:
     held_out: features of held-out images of the same domain, `[N', D]`; optional.
 Returns:
     amd: in [0, 2], higher is safer.
-    With held-out images also, each beside equally many of them where the size of the set matters:
-    amd_held_out: the same to the held-out images.
-    nearest_share with its 95 % interval (nearest_share_low, nearest_share_high): of the generated images that are
-    nearer to the training images than to the held-out ones; .5 where nothing was memorized.
-    c_t: the data-copying test's z score, well below 0 for copies. auth_pct: authentic images in percent.
+    The following need held-out images; the larger set is subsampled where the size of a set matters.
+    amd_held_out: the same distance to the held-out images.
+    nearest_share with its 95 % interval (nearest_share_low, nearest_share_high): share of the generated images that
+    are nearer to the training images than to the held-out ones; .5 where nothing was memorized.
+    c_t: z score of the data-copying test, well below 0 for copies.
+    auth_pct: share of authentic images in percent.
     quantiles, quantiles_held_out: minimum, 1, 5, 25, 50, 75, 95 % and maximum of the distances.
 """
 

@@ -11,7 +11,7 @@ _DESCRIPTION = """How well generated images fit their captions, by a CLIP model.
 _INPUTS = """
 Args:
     predictions: the generated images, N PIL images of one size.
-    references: a caption for each image.
+    references: caption of each image.
     model: Hub id or folder of a CLIP model of transformers.
 Returns:
     clip_score: in [0, 100], higher is better.

@@ -16,7 +16,7 @@ Args:
 Returns:
     copy_similarity: 95th percentile of the similarity to the nearest training image, in [-1, 1], lower is safer.
     copy_threshold: the similarity that all but false_alarms of the held-out images stay below.
-    copy_share with its 95 % interval (copy_share_low, copy_share_high): of the images above it.
+    copy_share with its 95 % interval (copy_share_low, copy_share_high): share of the generated images above it.
 """
 
 

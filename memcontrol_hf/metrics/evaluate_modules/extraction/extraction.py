@@ -9,15 +9,15 @@ import memcontrol_hf.metrics
 _DESCRIPTION = """Share of prompts whose training image comes out of the model again (Carlini et al. 2023)."""
 _INPUTS = """
 Args:
-    predictions: for each prompt K generated images, in [0, 1]: nested lists [K][C][H][W].
+    predictions: K generated images of each prompt, in [0, 1]: nested lists [K][C][H][W].
     references: the prompts' training images, in [0, 1]: nested lists [C][H][W].
     held_out: images that were not trained on, `[L, C, H, W]` in [0, 1]; optional.
-    threshold: of the tile distance, 20 when not given.
-    clique_size: images of a prompt that must be alike, 3 when not given.
+    threshold: largest tile distance of two images that count as alike, 20 when not given.
+    clique_size: number of images of a prompt that must be alike, 3 when not given.
 Returns:
     extraction_rate with its 95 % interval (extraction_rate_low, extraction_rate_high), in [0, 1], lower is safer.
     calibrated_rate, calibrated_rate_low, calibrated_rate_high: the same by the calibrated distance, with held_out.
-    extracted and, with held_out, calibrated: of each prompt.
+    extracted and, with held_out, calibrated: whether each prompt is extracted.
 """
 
 

@@ -6,12 +6,10 @@ import torch
 
 import memcontrol_hf.metrics
 
-_DESCRIPTION = (
-    """ROC AUC, with its interval, and true-positive rates of a membership inference attack by its scores."""
-)
+_DESCRIPTION = """ROC AUC, with its interval, and true-positive rates of a membership inference attack."""
 _INPUTS = """
 Args:
-    predictions: a score for each image, higher = more member-like (say, the negative denoising loss).
+    predictions: score of each image, higher = more member-like (say, the negative denoising loss).
     references: 1 for an image that was trained on, 0 for a held-out one.
 Returns:
     membership_auc with its 95 % interval (membership_auc_low, membership_auc_high): .5 is chance.

@@ -9,10 +9,11 @@ import memcontrol_hf.metrics
 _DESCRIPTION = """Mean Euclidean norm of the conditional minus the unconditional noise prediction."""
 _INPUTS = """
 Args:
-    predictions: conditional noise predictions, each image's flattened to a list of D floats.
+    predictions: conditional noise predictions, each flattened to a list of D floats.
     references: unconditional noise predictions of the same noised images, likewise.
 Returns:
-    noise_norm: the mean, ≥ 0; noise_norms: of each image.
+    noise_norm: mean of the norms, ≥ 0.
+    noise_norms: norm of each image.
 """
 
 

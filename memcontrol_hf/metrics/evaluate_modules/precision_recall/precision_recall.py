@@ -11,7 +11,7 @@ _INPUTS = """
 Args:
     predictions: features of the generated images, M lists of D floats.
     real: features of the real images, `[N, D]`.
-    neighbors: that each image's ball reaches to, 3 when not given.
+    neighbors: rank of the nearest image that each image's ball reaches to, 3 when not given.
 Returns:
     precision, recall: each in [0, 1], higher is better.
 """
