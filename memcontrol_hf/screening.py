@@ -2,8 +2,8 @@
 
 Loss change allocation (Lan et al., NeurIPS 2019, https://huggingface.co/papers/1909.01440) attributes the change of a
 loss along a training to the parameters that moved. Each step changes the loss by about `g · Δθ`, the gradient times
-the update, and that product is a sum over parameters. Here the products are summed over the parameters of each block, once
-for a loss on images that the training does not see, and once for a loss on the training images:
+the update, and that product is a sum over parameters. Here the products are summed over the parameters of each block,
+once for a loss on images that the training does not see, and once for a loss on the training images:
 
     learns_b    = -Σ_t g_validation(θ_t) · Δθ_{b,t}
     memorizes_b = -Σ_t g_train(θ_t) · Δθ_{b,t} - learns_b

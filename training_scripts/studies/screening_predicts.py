@@ -179,8 +179,8 @@ def render(content: dict[str, Any]) -> str:
         "",
         f"Spearman's rank correlation over {content['masks']} masks of six groups of blocks, with 95 % bootstrap "
         f"intervals over masks, of the mean over {len(settings['seeds'])} screening seed(s) of {settings['steps']} "
-        f"steps at the learning rate {settings['learning_rate']:g}, run on: {', '.join(devices)}. In brackets: lowest and "
-        "highest seed by itself.",
+        f"steps at the learning rate {settings['learning_rate']:g}, run on: {', '.join(devices)}. In brackets: lowest "
+        "and highest seed by itself.",
         "",
     ]
     for rate in sorted({row["masks_rate"] for row in rows}):
