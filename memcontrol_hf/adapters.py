@@ -97,13 +97,13 @@ def adapter_in_place(pipeline: "DiffusionPipeline", adapter: str | Path | None) 
 @contextmanager
 def merged(adapted: Iterable[PeftModel]) -> Iterator[None]:
     """Merge adapters of this package, which unmerge exactly, for the time being: merged layers sample faster."""
-    ours = [model for model in adapted if isinstance(model.active_peft_config, MemControlConfig)]
-    for model in ours:
+    own = [model for model in adapted if isinstance(model.active_peft_config, MemControlConfig)]
+    for model in own:
         model.merge_adapter()
     try:
         yield
     finally:
-        for model in ours:
+        for model in own:
             model.unmerge_adapter()
 
 

@@ -6,8 +6,6 @@ those for type checkers count, too.
 
 import ast
 import re
-import subprocess
-import sys
 from dataclasses import fields
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -132,21 +130,6 @@ def test_the_pictures_of_the_package_are_this_list(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     blocks = re.findall(r"^```\w*\n(.*?)^```$", text, re.S | re.M)
     assert ROOMS in [re.findall(r"^(\w+)  +\S", block, re.M) for block in blocks]
-
-
-def test_importing_every_module_leaves_the_public_functions_as_they_are():
-    code = """
-import importlib, pkgutil, types
-import memcontrol_hf
-for module in pkgutil.walk_packages(memcontrol_hf.__path__, "memcontrol_hf."):
-    importlib.import_module(module.name)
-importlib.import_module("memcontrol_hf.metrics.evaluate_modules.fid.fid")
-for package in (memcontrol_hf, memcontrol_hf.metrics):
-    for name in package.__all__:
-        value = getattr(package, name)
-        assert not isinstance(value, types.ModuleType) or name in ("metrics", "workflow"), name
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_a_long_file_says_why_it_is_one_file():
