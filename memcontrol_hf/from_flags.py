@@ -259,7 +259,7 @@ def dry_run(args: ScriptArguments) -> str:
 
 def granularity_of(args: ScriptArguments) -> str | list[str]:
     """A name, or a list of expressions."""
-    return args.granularity[0] if args.granularity in (["block"], ["site"]) else args.granularity
+    return args.granularity[0] if args.granularity in (["block"], ["site"], ["module"]) else args.granularity
 
 
 def make_trainer(args: ScriptArguments) -> tuple[MemControlTrainer, DatasetDict, tuple[float, float], dict | None]:

@@ -27,9 +27,15 @@ from .encoders import Encoder, load_encoder
 from .evaluation import METRICS, Evaluator, check_objectives
 from .families import Condition, family_of
 from .mitigations import PrivateTraining, parse_mitigations
+from .mitigations.base import overrides
 from .publish.hub import push
 from .randomness import Purpose, seeded_generator
 from .report import MemorizationReport
+from .screening import Screening
+from .screening.aside import training_aside
+from .screening.estimates import estimate
+from .screening.probes import BlockProbes, ProbeImages
+from .screening.settings import ScreeningSettings
 from .search import run_search
 from .search.ray import run_search_on_ray
 from .search_space import SearchSpace
@@ -482,6 +488,82 @@ class MemControlTrainer(Trainer):
         return self._encoder
 
     # ---- the outer level ----
+
+    def screen(
+        self, steps: int | None = None, every: int = 4, learning_rate: float | None = None, seeds: int = 1
+    ) -> Screening:
+        """Train all blocks together, and read off what each block learns and what it memorizes.
+
+        The run is a training as every other one, with the trainer's optimizer, schedule and mitigations, on
+        `train_dataset`; no callback is called, so that early stopping does not end it. Each `every` steps, gradients
+        of the loss on training and on validation images say how much each block's update lowers them; see
+        [`~memcontrol_hf.screening.probes.BlockProbes`]. Nothing is saved: a screening costs about as much as one or
+        two trials, and is cheap enough to repeat. The trainer is afterwards as before.
+
+        Args:
+            steps (`int`, *optional*):
+                Number of steps of each run; `search_max_steps` or else `max_steps` of the arguments by default.
+            every (`int`):
+                Number of steps for each probe.
+            learning_rate (`float`, *optional*):
+                Learning rate of the runs; that of the arguments by default.
+            seeds (`int`):
+                Number of runs, each with a random seed of its own, over which the figures are averaged.
+
+        Returns:
+            [`~memcontrol_hf.screening.Screening`]: the figures of each block.
+
+        Raises:
+            ValueError: before any work, for settings out of range, a search space of fewer than two blocks, a trainer
+                without validation images, and `dp_sgd`, whose guarantee would not cover the screening; and in the run,
+                when a loss is not finite.
+        """
+        args, space = self.args, self.search_space
+        settings = ScreeningSettings(
+            steps=(args.search_max_steps or args.max_steps) if steps is None else steps,
+            every=every,
+            learning_rate=args.learning_rate if learning_rate is None else learning_rate,
+            seeds=seeds,
+            seed=args.seed,
+        )
+        self._check_screening()
+        train, validation = self.train_dataset, self.encode(self.eval_dataset)
+        runs = []
+        with training_aside(self, settings.arguments), self._adapters.set_aside():
+            self.mask = space.mask(True)
+            tunes_text = bool(space.text_encoders)
+            for seed in settings.run_seeds:
+                self.args.seed = seed
+                sets = [
+                    ProbeImages(data, purpose, self.family, seed, self.args.device, tunes_text)
+                    for data, purpose in (
+                        (train, Purpose.SCREENING_TRAIN),
+                        (validation, Purpose.SCREENING_VALIDATION),
+                    )
+                ]
+                probes = BlockProbes(
+                    sets, self.family, space, settings.stretches, self.args.per_device_train_batch_size,
+                    self.accelerator, partial(self.evaluate_mid_training, ["loss"]),
+                )  # fmt: skip
+                self.add_callback(probes)
+                self.train()
+                self.remove_callback(probes)
+                runs.append(probes)
+        images = {"train_images": len(train.distinct), "validation_images": len(validation.distinct)}
+        return estimate(list(space.blocks), runs, settings, images)
+
+    def _check_screening(self) -> None:
+        """Raise `ValueError` where blocks cannot be screened."""
+        if len(self.search_space.blocks) < 2:
+            raise ValueError("a screening compares blocks, but the search space has only one: use a finer granularity")
+        if self.eval_dataset is None or not len(self.eval_dataset):
+            raise ValueError("a screening compares with validation images, but there are none: give an eval_dataset")
+        for name, mitigation in self._mitigations.items():
+            if overrides(mitigation, "private_training"):
+                raise ValueError(
+                    f"a screening looks at the training images outside of the account of {name}, whose guarantee would "
+                    "not hold: screen without it, on images that need no guarantee, or leave the screening out"
+                )
 
     def hyperparameter_search(
         self,

@@ -36,6 +36,7 @@ ROOMS = [
     "mitigations",
     "evaluation",
     "training_loss",
+    "screening",
     "search",
     "report",
     "audit",
