@@ -96,7 +96,9 @@ class SearchSpace:
                 names = [m for block in names for m in modules if m in maps and m.startswith(block + ".")]
             blocks = {name: [m for m in modules if m == name or m.startswith(name + ".")] for name in names}
         elif isinstance(granularity, str):
-            raise ValueError(f"unknown granularity {granularity!r}: use 'block', 'site', 'module' or a list of expressions")
+            raise ValueError(
+                f"unknown granularity {granularity!r}: use 'block', 'site', 'module' or a list of expressions"
+            )
         else:
             blocks = {pattern: _matching(pattern, modules) for pattern in granularity}
             seen: dict[str, str] = {}

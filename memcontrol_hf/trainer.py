@@ -440,14 +440,18 @@ class MemControlTrainer(Trainer):
         wanted = self.args.objectives if metrics is None else metrics
         check_objectives(wanted)
         others = self.encode(self.eval_dataset if eval_dataset is None else eval_dataset)
-        train = self.train_dataset
+        measured = self._measure(wanted, self.train_dataset, others)
+        figures = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+        self.log(dict(figures))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+        return figures
+
+    def _measure(self, wanted: Sequence[str], train: EncodedImages, others: EncodedImages) -> dict[str, float]:
+        """Figures of the model as it is on some training images and others: [`Evaluator.measure`]."""
         training, _ = self.model.training, self.model.eval()
         with torch.no_grad(), self.accelerator.autocast(), merged(self._adapters.adapted.values()):
             figures = self.evaluator().measure(wanted, train, others, self.args.eval_num_images, lambda: self.encoder)
         self.model.train(training)
-        figures = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
-        self.log(dict(figures))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
         return figures
 
     def evaluate_mid_training(self, metrics: list[str]) -> dict[str, float]:
@@ -518,7 +522,7 @@ class MemControlTrainer(Trainer):
                 without validation images, and `dp_sgd`, whose guarantee would not cover the screening; and in the run,
                 when a loss is not finite.
         """
-        args, space = self.args, self.search_space
+        args = self.args
         settings = ScreeningSettings(
             steps=(args.search_max_steps or args.max_steps) if steps is None else steps,
             every=every,
@@ -530,27 +534,34 @@ class MemControlTrainer(Trainer):
         train, validation = self.train_dataset, self.encode(self.eval_dataset)
         runs = []
         with training_aside(self, settings.arguments), self._adapters.set_aside():
-            self.mask = space.mask(True)
-            tunes_text = bool(space.text_encoders)
+            self.mask = self.search_space.mask(True)
             for seed in settings.run_seeds:
                 self.args.seed = seed
-                sets = [
-                    ProbeImages(data, purpose, self.family, seed, self.args.device, tunes_text)
-                    for data, purpose in (
-                        (train, Purpose.SCREENING_TRAIN),
-                        (validation, Purpose.SCREENING_VALIDATION),
-                    )
-                ]
-                probes = BlockProbes(
-                    sets, self.family, space, settings.stretches, self.args.per_device_train_batch_size,
-                    self.accelerator, partial(self.evaluate_mid_training, ["loss"]),
-                )  # fmt: skip
-                self.add_callback(probes)
+                runs.append(self._probes(settings, train, validation))
+                self.add_callback(runs[-1])
                 self.train()
-                self.remove_callback(probes)
-                runs.append(probes)
+                self.remove_callback(runs[-1])
         images = {"train_images": len(train.distinct), "validation_images": len(validation.distinct)}
-        return estimate(list(space.blocks), runs, settings, images)
+        return estimate(list(self.search_space.blocks), runs, settings, images)
+
+    def _probes(self, settings: ScreeningSettings, train: EncodedImages, validation: EncodedImages) -> BlockProbes:
+        """The probes of one run of a screening, by the seed of the arguments."""
+        args, text = self.args, bool(self.search_space.text_encoders)
+        sets = [
+            ProbeImages(data, purpose, self.family, args.seed, args.device, text)
+            for data, purpose in ((train, Purpose.SCREENING_TRAIN), (validation, Purpose.SCREENING_VALIDATION))
+        ]
+        # Few images, and the same ones before and after: what this costs shall not grow with the data.
+        measured = [data.select(images.rows(settings.steps)) for data, images in zip((train, validation), sets)]
+        return BlockProbes(
+            sets,
+            self.family,
+            self.search_space,
+            settings.stretches,
+            args.per_device_train_batch_size,
+            self.accelerator,
+            measure=partial(self._measure, ["loss"], *measured),
+        )
 
     def _check_screening(self) -> None:
         """Raise `ValueError` where blocks cannot be screened."""
@@ -561,7 +572,7 @@ class MemControlTrainer(Trainer):
         for name, mitigation in self._mitigations.items():
             if overrides(mitigation, "private_training"):
                 raise ValueError(
-                    f"a screening looks at the training images outside of the account of {name}, whose guarantee would "
+                    f"a screening looks at training images outside of the account of {name}, whose guarantee would "
                     "not hold: screen without it, on images that need no guarantee, or leave the screening out"
                 )
 

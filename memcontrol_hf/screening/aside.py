@@ -26,8 +26,8 @@ def training_aside(trainer: Trainer, arguments: Mapping[str, Any]) -> Iterator[N
 
     Within the context the trainer has a copy of its arguments, some of them changed. It saves, evaluates and logs
     nothing by itself, and none of its callbacks is called, trackers included; only the progress bar stays. Afterwards
-    its attributes, the global random states, the gradient scaler and the modules' training modes are as before. Whoever
-    puts another adapter on the model takes it off again.
+    its attributes, the global random states, the gradient scaler and the modules' training modes are as before. The
+    caller takes off the adapters that are put on in between.
 
     Args:
         trainer (`transformers.Trainer`): The trainer.

@@ -31,7 +31,7 @@ def estimate(
         return dict(zip(blocks, values, strict=True))
 
     losses = {
-        f"{name}_{when}": statistics.fmean(getattr(run, when)[f"eval_{name}"] for run in runs)
+        f"{name}_{when}": statistics.fmean(getattr(run, when)[name] for run in runs)
         for name in ("loss", "loss_train")
         for when in ("before", "after")
     }

@@ -41,10 +41,10 @@ class Screening:
         parameters (`dict[str, int]`):
             Number of parameters that the method trains in each block.
         settings (`dict`):
-            How the figures were made: `steps`, `every`, `learning_rate`, `seeds` (number of runs), `seed` (of the first
-            run), `train_images` and `validation_images` (numbers of distinct images), and the losses on fixed
-            timesteps before and after the training: `loss_before`, `loss_after` (validation images),
-            `loss_train_before`, `loss_train_after` (training images).
+            How the figures were made: `steps`, `every`, `learning_rate`, `seeds` (number of runs), `seed` (of the
+            first run), `train_images` and `validation_images` (numbers of distinct images), and the losses at fixed
+            timesteps before and after the training, of at most 64 images of each set: `loss_before`, `loss_after`
+            (validation images), `loss_train_before`, `loss_train_after` (training images).
         version (`int`):
             Version of the file format; see `SCREENING_VERSION`.
 
