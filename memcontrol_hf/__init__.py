@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .audit import audit_memorization
     from .demo import demo_dataset, demo_pipeline
     from .report import MemorizationReport
+    from .screening import Screening
     from .search import select_run
     from .search_space import SearchSpace
     from .trainer import MemControlTrainer
@@ -28,6 +29,7 @@ __all__ = [
     "MemControlTrainer",
     "MemControlTrainingArguments",
     "MemorizationReport",
+    "Screening",
     "SearchSpace",
     "audit_memorization",
     "demo_dataset",
@@ -42,6 +44,7 @@ _MODULE_OF_NAME = {
     "MemControlTrainer": "trainer",
     "MemControlTrainingArguments": "training_arguments",
     "MemorizationReport": "report",
+    "Screening": "screening",
     "SearchSpace": "search_space",
     "audit_memorization": "audit",
     "demo_dataset": "demo",

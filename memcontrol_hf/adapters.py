@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import file_exists
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
@@ -190,6 +191,26 @@ class MaskedAdapters:
         return any(part for part in self.adapted)
 
     @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Other adapters, or none, for a while; afterwards the very same ones, with their weights, are back."""
+        adapted, bases = self.adapted, [model.get_base_model() for model in self.adapted.values()]
+        layers = [(base, name, layer) for base in bases for name, layer in _tuner_layers(base)]
+        configs = [(base, vars(base).pop("peft_config")) for base in bases if "peft_config" in vars(base)]
+        for base, name, layer in layers:
+            base.set_submodule(name, layer.get_base_layer())
+        self.adapted = {}
+        try:
+            yield
+        finally:
+            for other in self.adapted.values():
+                other.unload()
+            self.adapted = adapted
+            for base, name, layer in layers:
+                base.set_submodule(name, layer)
+            for base, config in configs:
+                base.peft_config = config
+
+    @contextmanager
     def text_encoders_disabled(self) -> Iterator[None]:
         """The base's own text encoders, whatever adapters they have."""
         with ExitStack() as stack:
@@ -197,19 +218,6 @@ class MaskedAdapters:
                 if part:
                     stack.enter_context(adapted.disable_adapter())
             yield
-
-    def trained_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters that are trained now, by the name of their block."""
-        owner = {module: block for block, modules in self._space.blocks.items() for module in modules}
-        trained: dict[str, list[nn.Parameter]] = {block: [] for block in self._space.blocks}
-        for part, adapted in self.adapted.items():
-            for name, parameter in adapted.named_parameters():
-                if parameter.requires_grad:
-                    module = f"{part}.{name.removeprefix('base_model.model.')}".lstrip(".")
-                    while module not in owner:
-                        module = module.rpartition(".")[0]
-                    trained[owner[module]].append(parameter)
-        return trained
 
     def save(self, folder: Path, state_dict: dict | None = None) -> None:
         """Write the adapters alone, a text encoder's into a folder of its name, and nothing of the base."""
@@ -244,6 +252,15 @@ class MaskedAdapters:
                 if were != are:
                     differing.append(f"{name} was {shorten(str(were), 300)} and is {shorten(str(are), 300)}")
         return differing
+
+
+def _tuner_layers(model: nn.Module) -> list[tuple[str, BaseTunerLayer]]:
+    """The layers with which PEFT has replaced modules of a model, without those inside of other ones."""
+    found: dict[str, BaseTunerLayer] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not name.startswith(tuple(f"{outer}." for outer in found)):
+            found[name] = module
+    return list(found.items())
 
 
 def check_leaves_base(config: PeftConfig) -> None:

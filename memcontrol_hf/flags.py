@@ -182,8 +182,8 @@ class ScriptArguments:
     )
     granularity: list[str] = _flag(
         ["block"],
-        "What a bit of the mask stands for: block, site (attn1, attn2, ff), or regular expressions over the "
-        "denoiser's module names, one for each bit.",
+        "What a bit of the mask stands for: block, site (attn1, attn2, ff), module (each linear layer and each "
+        "convolution), or regular expressions over the denoiser's module names, one for each bit.",
         study=True,
         publish="yes",
     )

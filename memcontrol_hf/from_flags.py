@@ -269,7 +269,7 @@ def dry_run(args: ScriptArguments) -> str:
 
 def granularity_of(args: ScriptArguments) -> str | list[str]:
     """The granularity: a name, or a list of regular expressions."""
-    return args.granularity[0] if args.granularity in (["block"], ["site"]) else args.granularity
+    return args.granularity[0] if args.granularity in (["block"], ["site"], ["module"]) else args.granularity
 
 
 def make_trainer(args: ScriptArguments) -> tuple[MemControlTrainer, DatasetDict, tuple[float, float], dict | None]:

@@ -3,6 +3,9 @@
 import re
 from collections.abc import Mapping
 
+# Blocks, and what a finer granularity names inside of them, are together in a part.
+_PART = re.compile(r"(.+?)\.attentions\.\d+|(text_encoder.*?\.(?:layers|block)|.*?transformer_blocks)\.\d+(?=\.|$)")
+
 
 def block_map(mask: Mapping[str, bool]) -> list[tuple[str, str]]:
     """A mask as rows of a table: each part of the model with its blocks in order, ■ for on and □ for off.
@@ -16,7 +19,7 @@ def block_map(mask: Mapping[str, bool]) -> list[tuple[str, str]]:
     """
     rows: dict[str, str] = {}
     for name, on in mask.items():
-        part = re.match(r"(.+?)\.attentions\.\d+|(.*transformer_blocks|text_encoder.*\.(?:layers|block))\.\d+$", name)
+        part = _PART.match(name)
         key = (part[1] or part[2]) if part else name
         rows[key] = rows.get(key, "") + ("■" if on else "□")
     return list(rows.items())

@@ -24,6 +24,7 @@ _BLOCK = re.compile(
     r"^(?:.+\.)?attentions\.\d+$|^(?:single_)?transformer_blocks\.\d+$"
     r"|^text_encoder\w*\.(?:text_model\.)?encoder\.(?:layers|block)\.\d+$"
 )
+_LINEAR_MAPS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _SITE = re.compile(r"\.(?:attn\d*|ff(?:_context)?|self_attn|mlp|layer\.\d+)$")
 
 
@@ -60,8 +61,8 @@ class SearchSpace:
                 A diffusers UNet or transformer, without an adapter.
             granularity (`str` or list of `str`, *optional*, defaults to `"block"`):
                 `"block"`: each attention site of a UNet, each block of a transformer. `"site"`: each `attn1`, `attn2`
-                and `ff` inside them. A list of regular expressions: one block for each, holding the modules whose
-                full name it finds (`re.search`).
+                and `ff` inside them. `"module"`: each linear layer and each convolution inside them. A list of
+                regular expressions: one block for each, holding the modules whose full name it finds (`re.search`).
             text_encoders (`dict[str, nn.Module]`, *optional*):
                 By name in the pipeline: CLIPs and T5s, whose layers are blocks, too.
             penultimate (names of text encoders):
@@ -80,7 +81,7 @@ class SearchSpace:
             unread = [name for name in names if name.startswith(f"{part}.")][-1]
             names.remove(unread)
             modules = [name for name in modules if not name.startswith(f"{unread}.")]
-        if granularity in ("block", "site"):
+        if granularity in ("block", "site", "module"):
             if not names:
                 raise ValueError(
                     f"{type(denoiser).__name__} has no attention blocks: pass `granularity` as a list of regular "
@@ -90,9 +91,14 @@ class SearchSpace:
                 sites = [name for name, _ in model.named_modules() if _SITE.search(name)]
                 inside = {block: [s for s in sites if s.startswith(block + ".")] for block in names}
                 names = [name for block in names for name in inside[block] or [block]]
+            elif granularity == "module":
+                maps = {name for name, m in model.named_modules() if isinstance(m, _LINEAR_MAPS)}
+                names = [m for block in names for m in modules if m in maps and m.startswith(block + ".")]
             blocks = {name: [m for m in modules if m == name or m.startswith(name + ".")] for name in names}
         elif isinstance(granularity, str):
-            raise ValueError(f"unknown granularity {granularity!r}: use 'block', 'site' or a list of expressions")
+            raise ValueError(
+                f"unknown granularity {granularity!r}: use 'block', 'site', 'module' or a list of expressions"
+            )
         else:
             blocks = {pattern: _matching(pattern, modules) for pattern in granularity}
             seen: dict[str, str] = {}

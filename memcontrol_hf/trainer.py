@@ -15,14 +15,7 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftType
 from torch import nn
-from transformers import (
-    DefaultFlowCallback,
-    ProgressCallback,
-    SchedulerType,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-)
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, BestRun, TrainOutput, get_last_checkpoint
 
@@ -34,10 +27,13 @@ from .encoders import Encoder, load_encoder
 from .evaluation import METRICS, Evaluator, check_objectives
 from .families import Condition, family_of
 from .mitigations import PrivateTraining, parse_mitigations
+from .mitigations.base import overrides
 from .publish.hub import push
 from .randomness import Purpose, seeded_generator
 from .report import MemorizationReport
-from .screening import PROBE_SHARE, LossAllocation, Probe, Screening, check_screening, combine
+from .screening import Screening
+from .screening.run import run_screening
+from .screening.settings import ScreeningSettings
 from .search import run_search
 from .search.ray import run_search_on_ray
 from .search_space import SearchSpace
@@ -112,7 +108,7 @@ class MemControlTrainer(Trainer):
         images = train_dataset.images if isinstance(train_dataset, EncodedImages) else train_dataset
         for mitigation in self._mitigations.values():
             mitigation.check(self.family, images, args, tunes_text=bool(self.search_space.text_encoders))
-        self._adapters = MaskedAdapters(self.family, self.search_space, peft_config)
+        self.adapters = MaskedAdapters(self.family, self.search_space, peft_config)
         self.mask = self.search_space.check(self.search_space.mask(True) if mask is None else mask)
         self._encoder: str | nn.Module | Encoder = encoder
         self._replaced: dict[str, Any] = {}  # values of the arguments before `apply_hyperparameters`
@@ -146,7 +142,7 @@ class MemControlTrainer(Trainer):
             self.family, [*self._mitigations.values()], train_dataset.images, train_dataset.numbers
         )
         self._private: PrivateTraining | None = None
-        if self._adapters.adapted and (private := self._private_training()):
+        if self.adapters.adapted and (private := self._private_training()):
             inputs = self._prepare_inputs(self.data_collator(self.train_dataset.__getitems__([0])))
             private.check_layers(self.model, self.family.losses, self._draws(inputs))
         for mitigation in self._mitigations.values():
@@ -159,11 +155,11 @@ class MemControlTrainer(Trainer):
 
     def _init_model(self) -> nn.Module:
         """The model with new adapters for the current mask. With all blocks off, it is the frozen denoiser alone."""
-        return self._adapters.put_on(self.mask)
+        return self.adapters.put_on(self.mask)
 
     def _null(self) -> Condition | None:
         """The null condition, encoded by the present text encoders."""
-        return self.family.null_condition() if self._adapters.tunes_text else self._base_null
+        return self.family.null_condition() if self.adapters.tunes_text else self._base_null
 
     def set_mask(self, mask: Mapping[str, bool]) -> None:
         """Discard the trained adapters, and add new ones to the blocks that `mask` selects."""
@@ -185,7 +181,7 @@ class MemControlTrainer(Trainer):
     @property
     def trainable_percent(self) -> float:
         """Trained parameters in percent of all parameters of the denoiser and the tuned text encoders."""
-        return 100 * self.trainable_parameters / self._adapters.base_size
+        return 100 * self.trainable_parameters / self.adapters.base_size
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
         """As in transformers.
@@ -215,7 +211,7 @@ class MemControlTrainer(Trainer):
 
     def check_resumes(self, checkpoint: str) -> None:
         """Raise `ValueError` for a checkpoint of another mask, method or learning rate, as far as it holds them."""
-        differing = self._adapters.differences(Path(checkpoint))
+        differing = self.adapters.differences(Path(checkpoint))
         file = Path(checkpoint) / SCHEDULER_NAME
         rates = torch.load(file, map_location="cpu", weights_only=True).get("base_lrs", []) if file.exists() else []
         if rates and not math.isclose(rates[0], self.args.learning_rate):
@@ -257,7 +253,7 @@ class MemControlTrainer(Trainer):
             self._null,
             self.args.caption_dropout,
             self.args.snr_gamma,
-            encode_captions=self._adapters.tunes_text,
+            encode_captions=self.adapters.tunes_text,
         )
 
     # ---- differentially private training ----
@@ -320,16 +316,16 @@ class MemControlTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:  # the Trainer's own method would pickle the arguments
-            self._adapters.save(Path(output_dir or self.args.output_dir), state_dict)
+            self.adapters.save(Path(output_dir or self.args.output_dir), state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._adapters.tunes_text:
-            self._adapters.load(Path(resume_from_checkpoint))
+        if self.adapters.tunes_text:
+            self.adapters.load(Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if self._adapters.tunes_text:
+        if self.adapters.tunes_text:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
@@ -394,7 +390,7 @@ class MemControlTrainer(Trainer):
             return images
         key = images._fingerprint
         if key not in self._encoded:
-            with self._adapters.text_encoders_disabled():
+            with self.adapters.text_encoders_disabled():
                 self._encoded[key] = EncodedImages(images, self._resolution).encoded_by(self.family, self._digests)
         return self._encoded[key]
 
@@ -429,14 +425,18 @@ class MemControlTrainer(Trainer):
         wanted = self.args.objectives if metrics is None else metrics
         check_objectives(wanted)
         others = self.encode(self.eval_dataset if eval_dataset is None else eval_dataset)
-        train = self.train_dataset
-        training, _ = self.model.training, self.model.eval()
-        with torch.no_grad(), self.accelerator.autocast(), merged(self._adapters.adapted.values()):
-            figures = self.evaluator().measure(wanted, train, others, self.args.eval_num_images, lambda: self.encoder)
-        self.model.train(training)
-        figures = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        measured = self.measure(wanted, self.train_dataset, others)
+        figures = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.log(dict(figures))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+        return figures
+
+    def measure(self, wanted: Sequence[str], train: EncodedImages, others: EncodedImages) -> dict[str, float]:
+        """Figures of the model as it is on some training images and others: [`Evaluator.measure`]."""
+        training, _ = self.model.training, self.model.eval()
+        with torch.no_grad(), self.accelerator.autocast(), merged(self.adapters.adapted.values()):
+            figures = self.evaluator().measure(wanted, train, others, self.args.eval_num_images, lambda: self.encoder)
+        self.model.train(training)
         return figures
 
     def evaluate_mid_training(self, metrics: list[str]) -> dict[str, float]:
@@ -459,7 +459,7 @@ class MemControlTrainer(Trainer):
             inference_steps=args.eval_inference_steps,
             guidance_scale=args.eval_guidance_scale,
             null=self._null(),
-            encode_captions=self._adapters.tunes_text,
+            encode_captions=self.adapters.tunes_text,
             mitigations=self._mitigations.values(),
             training_images=self.train_dataset,
             rank=args.process_index,
@@ -478,81 +478,47 @@ class MemControlTrainer(Trainer):
     def screen(
         self, steps: int | None = None, every: int = 4, learning_rate: float | None = None, seeds: int = 1
     ) -> Screening:
-        """Train once with every block on, and read off what each block learns and what it memorizes.
+        """Train all blocks together, and read off what each block learns and what it memorizes.
 
-        Like a trial, the screening starts from the base, and so does what follows: an adapter that was trained before
-        is lost. It takes about half as long again as its training, and is not resumed: a run of some hundred steps is
-        cheap enough to be repeated. The learning rate falls to 0 over the steps, so that the sums over the steps end
-        where the training ends, and not in the jitter of a constant rate.
+        The run is a training as every other one, with the trainer's optimizer, schedule and mitigations, on
+        `train_dataset`; no callback is called, so that early stopping does not end it. Each `every` steps, gradients
+        of the loss on training and on validation images say how much each block's update lowers them; see
+        [`~memcontrol_hf.screening.probes.BlockProbes`]. Nothing is saved: a screening costs half as much again as its
+        training, and is cheap enough to repeat. The trainer is afterwards as before.
 
         Args:
-            steps (`int`, *optional*): number of training steps; `search_max_steps` or `max_steps` by default.
-            every (`int`): steps from one probe to the next.
-            learning_rate (`float`, *optional*): learning rate at the first step; that of the arguments by default.
-            seeds (`int`): number of trainings, each with a seed of its own, whose figures are averaged.
+            steps (`int`, *optional*):
+                Number of steps of each run; `search_max_steps` or else `max_steps` of the arguments by default.
+            every (`int`):
+                Number of steps for each probe.
+            learning_rate (`float`, *optional*):
+                Learning rate of the runs; that of the arguments by default.
+            seeds (`int`):
+                Number of runs, each with a random seed of its own, over which the figures are averaged.
 
         Returns:
-            [`~memcontrol_hf.screening.Screening`]: `learns` and `memorizes` by block, and masks along their trade-off.
+            [`~memcontrol_hf.screening.Screening`]: the figures of each block.
 
         Raises:
-            ValueError: before any training, for numbers that are too small, less than two blocks, and a mitigation
-                that takes the place of the gradients (`dp_sgd`).
+            ValueError: before any work, for settings out of range, a search space of fewer than two blocks, a trainer
+                without validation images, and `dp_sgd`, whose guarantee would not cover the screening; and in the run,
+                when a loss is not finite.
         """
-        steps = steps or self.args.search_max_steps or self.args.max_steps
-        check_screening(steps, every, seeds, [*self.search_space.blocks])
-        if self._private_training() is not None:
-            raise ValueError("a screening reads gradients that dp_sgd does not protect: leave dp_sgd out for it")
-        settings = {
-            "max_steps": steps,
-            "learning_rate": self.args.learning_rate if learning_rate is None else learning_rate,
-            "lr_scheduler_type": SchedulerType.LINEAR,
-            "warmup_steps": 0,
-            "save_strategy": "no",
-            "eval_strategy": "no",
-        }
-        before = {name: getattr(self.args, name) for name in ("seed", *settings)}
-        callbacks, mask, state = self.callback_handler.callbacks, self.mask, (self.state, self.control)
-        runs = []
-        try:
-            for number in range(seeds):
-                for name, value in (settings | {"seed": before["seed"] + number}).items():
-                    setattr(self.args, name, value)
-                runs.append(self._allocate(every, callbacks))
-        finally:
-            for name, value in before.items():
-                setattr(self.args, name, value)
-            self.callback_handler.callbacks, (self.state, self.control) = callbacks, state
-            self.set_mask(mask)
-        screening = combine(runs)
-        screening.settings = {"steps": steps, "every": every, "learning_rate": settings["learning_rate"]}
-        screening.settings |= {"seeds": seeds, "seed": before["seed"], "probe_rows": runs[0].probe_rows}
-        return screening
-
-    def _allocate(self, every: int, callbacks: list[TrainerCallback]) -> LossAllocation:
-        """One training of a screening, by the arguments as they are."""
         args = self.args
-        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * every * PROBE_SHARE
-        common = {"rows": max(2, round(rows)), "batch_size": args.train_batch_size, "seed": args.seed}
-        common |= {"rank": args.process_index, "world_size": args.world_size}
-        sets = {
-            "train": (self.train_dataset, Purpose.SCREENING_TRAINING),
-            "validation": (self.encode(self.eval_dataset), Purpose.SCREENING_VALIDATION),
-        }
-        self.mask = self.search_space.mask(True)
-        allocation = LossAllocation(
-            trained=self._adapters.trained_parameters,
-            denoiser=lambda: self.model,
-            probes={name: Probe(self.family, *images, **common) for name, images in sets.items()},
+        settings = ScreeningSettings(
+            steps=(args.search_max_steps or args.max_steps) if steps is None else steps,
             every=every,
-            encode_captions=lambda: self._adapters.tunes_text,
-            reduce=lambda tensor: self.accelerator.reduce(tensor.to(args.device), "sum").cpu(),
-            autocast=self.compute_loss_context_manager,
-            scale=lambda: 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale(),
+            learning_rate=args.learning_rate if learning_rate is None else learning_rate,
+            seeds=seeds,
+            seed=args.seed,
         )
-        kept = [c for c in callbacks if isinstance(c, (DefaultFlowCallback, ProgressCallback))]
-        self.callback_handler.callbacks = [*kept, allocation]  # neither trackers nor early stops
-        self.train()
-        return allocation
+        for name, mitigation in self._mitigations.items():
+            if overrides(mitigation, "private_training"):
+                raise ValueError(
+                    f"a screening looks at training images outside of the account of {name}, whose guarantee would "
+                    "not hold: screen without it, on images that need no guarantee, or leave the screening out"
+                )
+        return run_screening(self, settings)
 
     # ---- the search ----
 

@@ -38,6 +38,7 @@ class TrainingLoss:
         caption_dropout: float = 0.0,
         snr_gamma: float | None = None,
         encode_captions: bool = False,
+        purpose: Purpose = Purpose.TRAINING,
     ) -> dict[str, Any]:
         """What a step draws for the rows of a batch.
 
@@ -49,6 +50,7 @@ class TrainingLoss:
             caption_dropout (`float`): probability that a caption is replaced by the empty one.
             snr_gamma (`float`, *optional*): min-SNR weighting of the loss.
             encode_captions (`bool`): encode the captions, because text encoders are tuned.
+            purpose ([`~memcontrol_hf.randomness.Purpose`]): purpose of the draws.
 
         Returns:
             `dict`: the arguments of [`Family.losses`] beside the denoiser.
@@ -56,7 +58,7 @@ class TrainingLoss:
         latents, numbers = inputs["latents"], inputs["row"].tolist()
         noise, timesteps, dropped = [], [], []
         for number in numbers:
-            generator = seeded_generator(seed, Purpose.TRAINING, turn, number)
+            generator = seeded_generator(seed, purpose, turn, number)
             timesteps.append(self._family.noise.sample_timestep(generator))
             dropped.append(torch.rand((), generator=generator) < caption_dropout)
             noise.append(torch.randn(latents.shape[1:], generator=generator))

@@ -219,6 +219,13 @@ def test_a_block_map_has_a_row_for_each_part_of_the_model():
     assert block_map(sites) == [("up_blocks.1", "■□■□")]
     assert block_map({"transformer_blocks.0": False, "transformer_blocks.1": True, "single_transformer_blocks.0": True,
                       }) == [("transformer_blocks", "□■"), ("single_transformer_blocks", "■")]  # fmt: skip
+    modules = {
+        "transformer_blocks.0.attn.to_q": True,
+        "transformer_blocks.1.ff.net.2": False,
+        "text_encoder.encoder.layers.0.self_attn.q_proj": True,
+        "text_encoder.encoder.layers.0.mlp.fc1": False,
+    }
+    assert block_map(modules) == [("transformer_blocks", "■□"), ("text_encoder.encoder.layers", "■□")]  # fmt: skip
     assert block_map({"attn1|attn2": True, "ff": False}) == [("attn1|attn2", "■"), ("ff", "□")]
 
 

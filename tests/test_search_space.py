@@ -6,6 +6,8 @@ from diffusers import DiTTransformer2DModel, UNet2DConditionModel
 from peft import get_peft_model
 
 from memcontrol_hf import MemControlConfig, SearchSpace
+from memcontrol_hf.flags import ScriptArguments
+from memcontrol_hf.from_flags import granularity_of
 
 SITES = [
     "down_blocks.0.attentions.0",
@@ -33,6 +35,7 @@ def test_stable_diffusion_has_sixteen_attention_sites():
     space = SearchSpace.from_model(unet)
     assert len(space.blocks) == 16
     assert len(SearchSpace.from_model(unet, "site").blocks) == 48
+    assert len(SearchSpace.from_model(unet, "module").blocks) == 192
     assert sum("down_blocks" in name for name in space.blocks) == 6
     assert sum("up_blocks" in name for name in space.blocks) == 9
     assert "mid_block.attentions.0" in space.blocks
@@ -46,6 +49,18 @@ def test_a_block_of_a_transformer_is_a_transformer_block():
     model = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=4, in_channels=4, num_layers=3,
                                   sample_size=8, num_embeds_ada_norm=10, norm_num_groups=4)  # fmt: skip
     assert list(SearchSpace.from_model(model).blocks) == [f"transformer_blocks.{i}" for i in range(3)]
+
+
+@pytest.mark.parametrize("method", ["svdiff", "weights", "lora"])
+def test_each_linear_layer_and_convolution_is_a_module_in_the_order_of_the_blocks(unet, method):
+    blocks, modules = SearchSpace.from_model(unet), SearchSpace.from_model(unet, "module")
+    maps = (torch.nn.Linear, torch.nn.Conv2d)
+    expected = [name for inside in blocks.blocks.values() for name in inside
+                if isinstance(unet.get_submodule(name), maps)]  # fmt: skip
+    assert modules.blocks == {name: [name] for name in expected} and len(expected) > 40
+    config = peft.LoraConfig() if method == "lora" else MemControlConfig(method=method)
+    chosen = expected[3:5]
+    assert modules.apply(config, dict.fromkeys(chosen, True)).target_modules == chosen
 
 
 def test_expressions_make_blocks_of_their_own(unet):
@@ -125,3 +140,12 @@ def test_blocks_without_anything_to_tune_are_an_error(unet):
 def test_a_method_without_target_modules_is_refused(unet):
     with pytest.raises(ValueError, match="PromptTuningConfig has no `target_modules`"):
         SearchSpace.from_model(unet).apply(peft.PromptTuningConfig(num_virtual_tokens=2), {})
+
+
+def test_a_granularity_is_a_name_or_a_list_of_expressions():
+    for granularity, expected in (
+        (["module"], "module"),
+        (["site"], "site"),
+        (["module", "to_q"], ["module", "to_q"]),
+    ):
+        assert granularity_of(ScriptArguments(granularity=granularity)) == expected

@@ -1,4 +1,4 @@
-"""The plots of a search and of an audit, drawn from what a report holds, as PNG."""
+"""The plots of a search, of an audit and of a screening, drawn from plain dictionaries, as PNG."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -47,6 +47,34 @@ def plot_distances(distances: Mapping[str, list[float]], path: str | Path) -> No
     """
     figure, (axes,) = _figure(1)
     _draw_distances(axes, distances)
+    figure.savefig(path)
+
+
+def plot_screening(screening: Mapping[str, Any], path: str | Path) -> None:
+    """Draw what each block learns and memorizes as a PNG, the blocks in the order of the data's way through the model.
+
+    Args:
+        screening (`dict`): The screening: [`~memcontrol_hf.screening.Screening.to_dict`].
+        path (`str`): File to write.
+    """
+    figure, (axes,) = _figure(1)
+    figure.set_size_inches(10, 4.6)
+    names = list(screening["learns"])
+    sides = (("learns", "tab:green", -0.2, "learns: fall of the loss on validation images"),
+             ("memorizes", "tab:red", 0.2, "memorizes: further fall on training images"))  # fmt: skip
+    for side, color, shift, label in sides:
+        errors = [error or 0 for error in (screening[f"{side}_error"][name] for name in names)]
+        places = [place + shift for place in range(len(names))]
+        values = [screening[side][name] for name in names]
+        axes.bar(places, values, 0.4, yerr=errors, color=color, label=label, error_kw={"lw": 0.8, "alpha": 0.7})
+    axes.axhline(0, color="black", lw=0.8)
+    axes.set_xlim(-0.5, len(names) - 0.5)
+    _label_parts(axes, [(part, len(blocks)) for part, blocks in block_map(dict.fromkeys(names, False))])
+    settings = screening["settings"]
+    axes.set_title(f"{settings['steps']} steps with every block on, learning rate {settings['learning_rate']:g}")
+    axes.set_ylabel("fall of the loss, with standard errors")
+    axes.legend(fontsize=9)
+    axes.grid(alpha=0.3, axis="y")
     figure.savefig(path)
 
 

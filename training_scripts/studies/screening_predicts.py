@@ -22,7 +22,6 @@ mask's blocks with what was measured of the mask. Intervals are 95 % bootstrap i
 
 import argparse
 import re
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,7 @@ def screen(args: argparse.Namespace, training: str, seed: int) -> dict[str, Any]
     trainer = demo_trainer(splits(images_of(args.data, None), training), args.method, training_arguments(script))
     device = trainer.args.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {**asdict(trainer.screen(args.steps, args.every, args.learning_rate)), "device": name}
+    return {**trainer.screen(args.steps, args.every, args.learning_rate).to_dict(), "device": name}
 
 
 def readings(pieces: Pieces, seed: int) -> dict[str, Blocks]:

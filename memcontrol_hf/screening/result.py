@@ -1,0 +1,188 @@
+"""The result of a screening: what each block learns and memorizes, and the masks that follow from these figures."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+SCREENING_VERSION = 1
+"""Version of the file format of a screening."""
+
+LEAST_SHARE = 0.01
+"""A block that learns no more than this share of what the best block learns is on in no mask."""
+
+_FIGURES = ("learns", "memorizes", "learns_error", "memorizes_error")
+
+
+@dataclass
+class Screening:
+    """What each block of a model learns and memorizes while all blocks are trained together.
+
+    The fall of a loss during the training is allocated to the blocks: each step's update of a block, multiplied with
+    the gradient of the loss in the middle of the step ("loss change allocation", Lan et al., NeurIPS 2019,
+    https://huggingface.co/papers/1909.01440). The figures of all blocks add up to the fall of the loss, up to the
+    error of the probes.
+
+    A screening serves as an additive model of masks: a mask learns what its blocks learn, and memorizes what its
+    blocks memorize, where a block with a negative figure counts as memorizing nothing. The model is an approximation:
+    blocks that are trained without the others learn more than they do here.
+
+    Args:
+        learns (`dict[str, float]`):
+            Fall of the loss on validation images that is owed to each block, by the block's name. The sum over the
+            blocks approximates the fall of the mean denoising loss.
+        memorizes (`dict[str, float]`):
+            How much further each block lowers the loss on training images than the loss on validation images. The two
+            sets of images need not be equally hard, so that the figures can be shifted, and negative.
+        learns_error, memorizes_error (`dict[str, float]`):
+            Standard errors of these figures; NaN where one probe was made in one run.
+        parameters (`dict[str, int]`):
+            Number of parameters that the method trains in each block.
+        settings (`dict`):
+            How the figures were made: `steps`, `every`, `learning_rate`, `seeds` (number of runs), `seed` (of the
+            first run), `train_images` and `validation_images` (numbers of distinct images), and the losses at fixed
+            timesteps before and after the training, of as many images as a probe draws: `loss_before`, `loss_after`
+            (validation images), `loss_train_before`, `loss_train_after` (training images).
+        version (`int`):
+            Version of the file format; see `SCREENING_VERSION`.
+
+    Raises:
+        ValueError: when the figures are not those of the same blocks.
+    """
+
+    learns: dict[str, float]
+    memorizes: dict[str, float]
+    learns_error: dict[str, float]
+    memorizes_error: dict[str, float]
+    parameters: dict[str, int]
+    settings: dict[str, Any] = field(default_factory=dict)
+    version: int = SCREENING_VERSION
+
+    def __post_init__(self) -> None:
+        for name in (*_FIGURES, "parameters"):
+            if differing := self.learns.keys() ^ getattr(self, name).keys():
+                raise ValueError(f"{name} and learns are of different blocks: {', '.join(sorted(differing))}")
+
+    def masks(self, n: int) -> list[dict[str, bool]]:
+        """Masks along the trade-off between learning and memorizing, from the largest mask to the smallest.
+
+        For a price λ ≥ 0 of memorizing, a block is on when `learns > λ · max(memorizes, 0)`, and when it learns more
+        than `LEAST_SHARE` of what the best block learns. No mask of the additive model has a larger
+        `learns - λ · memorizes`. A mask changes with λ only where a block's two sides are equal, which gives all masks
+        of the sweep exactly; the empty mask is left out.
+
+        Args:
+            n (`int`): Largest number of masks, at least 1. Of a longer front, evenly spaced masks with both ends are
+                taken; the mask in the middle when `n` is 1.
+
+        Returns:
+            list of `dict[str, bool]`: Distinct masks over all blocks, of which none is empty. There are fewer than
+            `n` where the front is shorter, and none where no block lowers the loss on validation images.
+
+        Raises:
+            ValueError: for an `n` below 1.
+        """
+        if n < 1:
+            raise ValueError(f"the number of masks must be at least 1, but is {n}")
+        least = LEAST_SHARE * max(self.learns.values(), default=0.0)
+        prices = {  # what a block memorizes for each unit that it learns; on while this is below 1 / λ
+            name: max(self.memorizes[name], 0.0) / learns
+            for name, learns in self.learns.items()
+            if learns > max(least, 0.0)
+        }
+        limits = sorted({*prices.values()}, reverse=True)
+        if len(limits) > n:
+            last = len(limits) - 1
+            limits = [limits[round(i * last / (n - 1))] for i in range(n)] if n > 1 else [limits[last // 2]]
+        return [{name: prices.get(name, math.inf) <= limit for name in self.learns} for limit in limits]
+
+    def predict(self, mask: Mapping[str, bool]) -> tuple[float, float]:
+        """What a mask learns and memorizes by the additive model.
+
+        Args:
+            mask (`dict[str, bool]`): Mask over the block names; blocks that the mask does not name are off.
+
+        Returns:
+            tuple of `float`: Sums of `learns` and of `max(memorizes, 0)` over the blocks that are on.
+
+        Raises:
+            ValueError: when the mask names a block that was not screened.
+        """
+        if unknown := sorted(mask.keys() - self.learns.keys()):
+            raise ValueError(f"the mask names blocks that were not screened: {', '.join(unknown)}")
+        on = [name for name in self.learns if mask.get(name, False)]
+        return sum(self.learns[name] for name in on), sum(max(self.memorizes[name], 0.0) for name in on)
+
+    def table(self) -> list[list[str]]:
+        """The rows of a table, the head first: block, trained parameters, learns, memorizes, with standard errors."""
+
+        def figure(value: float, error: float) -> str:
+            return f"{value:+.4f} ± {error:.4f}" if math.isfinite(error) else f"{value:+.4f}"
+
+        head = ["block", "parameters", "learns", "memorizes"]
+        return [head] + [
+            [
+                name,
+                f"{self.parameters[name]:,}",
+                figure(self.learns[name], self.learns_error[name]),
+                figure(self.memorizes[name], self.memorizes_error[name]),
+            ]
+            for name in self.learns
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The screening as plain dictionaries that JSON can hold; an unknown standard error is `None`."""
+        content = asdict(self)
+        for name in ("learns_error", "memorizes_error"):
+            content[name] = {block: None if math.isnan(error) else error for block, error in content[name].items()}
+        return content
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the screening as JSON.
+
+        Raises:
+            ValueError: when a figure is not finite.
+        """
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "Screening":
+        """Read a screening.
+
+        Raises:
+            ValueError: when the file holds no screening, or a screening of another version; says what is wrong.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is no screening: {error}") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} is no screening: it holds a {type(content).__name__}, not an object")
+        if content.get("version") != SCREENING_VERSION:
+            found = content.get("version")
+            raise ValueError(f"{path} has screening version {found!r}, but this package reads {SCREENING_VERSION}")
+        try:
+            return cls(**_checked(content))
+        except ValueError as error:
+            raise ValueError(f"{path} is no screening: {error}") from None
+
+
+def _checked(content: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a stored screening, with unknown standard errors as NaN; raises `ValueError` for a wrong field."""
+    names = [f.name for f in fields(Screening)]
+    if missing := [name for name in names if name not in content]:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    if unknown := [name for name in content if name not in names]:
+        raise ValueError(f"it has the unknown field(s) {', '.join(unknown)}")
+    for name in (*_FIGURES, "parameters", "settings"):
+        if not isinstance(content[name], dict):
+            raise ValueError(f"{name} is a {type(content[name]).__name__}, not an object")
+    for name in ("learns_error", "memorizes_error"):
+        content[name] = {block: math.nan if error is None else error for block, error in content[name].items()}
+    for name in (*_FIGURES, "parameters"):
+        for block, value in content[name].items():
+            if isinstance(value, bool) or not isinstance(value, int if name == "parameters" else (int, float)):
+                raise ValueError(f"{name} of {block} is {value!r}, not a number")
+    return content

@@ -1,0 +1,98 @@
+"""The runs of a screening: trainings with all blocks on, aside from the trainer's own, whose steps are probed."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, Protocol
+
+from accelerate import Accelerator
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from ..data import EncodedImages
+from ..families import Family
+from ..randomness import Purpose
+from ..search_space import SearchSpace
+from .aside import training_aside
+from .estimates import estimate
+from .probes import BlockProbes, ProbeImages
+from .result import Screening
+from .settings import ScreeningSettings
+
+PROBE_SHARE = 0.25
+"""Rows that a probe draws from each of the two sets, as a share of the rows that training reads from one probe to the
+next: two probes, each with a forward and a backward pass, add half of the training's own work."""
+
+
+class ScreenableTrainer(Protocol):
+    """What a screening asks of a trainer, beside what every `transformers.Trainer` has."""
+
+    args: Any
+    family: Family
+    search_space: SearchSpace
+    mask: Mapping[str, bool]
+    train_dataset: EncodedImages
+    eval_dataset: Dataset | EncodedImages | None
+    accelerator: Accelerator
+    adapters: Any
+
+    def encode(self, images: Dataset | EncodedImages) -> EncodedImages: ...
+
+    def measure(self, wanted: Sequence[str], train: EncodedImages, others: EncodedImages) -> dict[str, float]: ...
+
+    def train(self) -> Any: ...
+
+    def add_callback(self, callback: TrainerCallback) -> None: ...
+
+    def remove_callback(self, callback: TrainerCallback) -> None: ...
+
+
+def run_screening(trainer: ScreenableTrainer, settings: ScreeningSettings) -> Screening:
+    """Train all blocks together and probe the steps; the trainer is afterwards as before.
+
+    Raises:
+        ValueError: before any work, for a search space of fewer than two blocks and for a trainer without validation
+            images; and in the run, when a loss is not finite.
+    """
+    blocks = list(trainer.search_space.blocks)
+    if len(blocks) < 2:
+        raise ValueError("a screening compares blocks, but the search space has only one: use a finer granularity")
+    if trainer.eval_dataset is None or not len(trainer.eval_dataset):
+        raise ValueError("a screening compares with validation images, but there are none: give an eval_dataset")
+    train, validation = trainer.train_dataset, trainer.encode(trainer.eval_dataset)
+    runs = []
+    aside: AbstractContextManager[None] = training_aside(trainer, settings.arguments)
+    with aside, trainer.adapters.set_aside():
+        trainer.mask = trainer.search_space.mask(True)
+        for seed in settings.run_seeds:
+            trainer.args.seed = seed
+            runs.append(_probes(trainer, settings, train, validation))
+            trainer.add_callback(runs[-1])
+            trainer.train()
+            trainer.remove_callback(runs[-1])
+    images = {"train_images": len(train.distinct), "validation_images": len(validation.distinct)}
+    return estimate(blocks, runs, settings, images)
+
+
+def _probes(
+    trainer: ScreenableTrainer, settings: ScreeningSettings, train: EncodedImages, validation: EncodedImages
+) -> BlockProbes:
+    """The probes of one run, by the seed of the arguments."""
+    args, text = trainer.args, bool(trainer.search_space.text_encoders)
+    read = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * settings.every
+    count = max(2, round(PROBE_SHARE * read))
+    sets = [
+        ProbeImages(data, purpose, trainer.family, args.seed, args.device, text, count)
+        for data, purpose in ((train, Purpose.SCREENING_TRAIN), (validation, Purpose.SCREENING_VALIDATION))
+    ]
+    # Few images, and the same ones before and after: what this costs shall not grow with the data.
+    measured = [data.select(images.rows(settings.steps)) for data, images in zip((train, validation), sets)]
+    return BlockProbes(
+        sets,
+        trainer.family,
+        trainer.search_space,
+        settings.stretches,
+        args.per_device_train_batch_size,
+        trainer.accelerator,
+        measure=partial(trainer.measure, ["loss"], *measured),
+    )
