@@ -483,8 +483,8 @@ class MemControlTrainer(Trainer):
         The run is a training as every other one, with the trainer's optimizer, schedule and mitigations, on
         `train_dataset`; no callback is called, so that early stopping does not end it. Each `every` steps, gradients
         of the loss on training and on validation images say how much each block's update lowers them; see
-        [`~memcontrol_hf.screening.probes.BlockProbes`]. Nothing is saved: a screening costs half as much again as its
-        training, and is cheap enough to repeat. The trainer is afterwards as before.
+        [`~memcontrol_hf.screening.probes.BlockProbes`]. Nothing is saved: by count of passes a screening costs half as
+        much again as its training, and is cheap enough to repeat. The trainer is afterwards as before.
 
         Args:
             steps (`int`, *optional*):

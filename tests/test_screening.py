@@ -98,9 +98,10 @@ def test_the_blocks_owe_the_whole_fall_of_both_losses(tmp_path, monkeypatch):
     assert learned + sum(screening.memorizes.values()) == pytest.approx(fall["train"], rel=0.01)
 
 
-def test_a_block_owes_what_its_own_update_changes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["weights", "svdiff", "ia3"])
+def test_a_block_owes_what_its_own_update_changes(tmp_path, method):
     """By hand, in one step: the loss with the block before and after its update, all others in the middle."""
-    trainer = tiny_trainer(tmp_path, config=MemControlConfig(method="weights"), max_steps=1, **SGD)
+    trainer = tiny_trainer(tmp_path, config=PEFT_CONFIGS[method], max_steps=1, **SGD)
     screening = trainer.screen(every=1)
     start = adapter_of(trainer.model)
     trainer.train()

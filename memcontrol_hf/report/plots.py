@@ -73,7 +73,7 @@ def plot_screening(screening: Mapping[str, Any], path: str | Path) -> None:
     settings = screening["settings"]
     axes.set_title(f"{settings['steps']} steps with every block on, learning rate {settings['learning_rate']:g}")
     axes.set_ylabel("fall of the loss, with standard errors")
-    axes.legend(fontsize=9)
+    figure.legend(fontsize=9, loc="outside lower center", ncols=2)
     axes.grid(alpha=0.3, axis="y")
     figure.savefig(path)
 
