@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 import audit_controls
+import screening_predicts
 import trial_table
 from common.pages import read_results, table
 from render_pages import PAGES
@@ -35,9 +36,18 @@ def test_the_finished_trials_are_taken_up_and_the_same_table_is_written(tmp_path
     assert len(list((tmp_path / "out").glob("*.json"))) == len(pd.read_parquet(committed))
 
 
+def test_finished_screenings_are_taken_up_and_judged_alike(tmp_path):
+    committed = DOCS / "results" / "screening_demo.json"
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / committed.name).write_bytes(committed.read_bytes())
+    screening_predicts.main(["--collect", "--docs_dir", str(tmp_path / "docs"), "--output_dir", str(tmp_path / "out")])
+    assert (tmp_path / "docs" / committed.name).read_bytes() == committed.read_bytes()
+
+
 def test_every_generated_figure_has_a_page():
     mask = {"demo_mask"}  # not figures, but the mask that compare_mitigations.py tunes
-    assert {file.stem for file in DOCS.glob("*.json")} - mask == set(PAGES)
+    files = [*DOCS.glob("*.json"), *DOCS.glob("results/*.json")]
+    assert {str(file.relative_to(DOCS).with_suffix("")) for file in files} - mask == set(PAGES)
 
 
 def test_a_table_of_numbers_is_aligned_to_the_right():

@@ -14,6 +14,7 @@ import benchmark_attacks
 import benchmark_workers
 import compare_mitigations
 import paper_table.page
+import screening_predicts
 import trials.page
 from common.pages import read_results, write_results
 
@@ -24,6 +25,7 @@ PAGES: dict[str, Callable[[dict], str]] = {
     "audit_controls": audit_controls.render,
     "attack_cost": benchmark_attacks.render,
     "workers": benchmark_workers.render,
+    "results/screening_demo": screening_predicts.render,
 }
 
 
