@@ -74,8 +74,8 @@ class Screening:
         of the sweep exactly; the empty mask is left out.
 
         Args:
-            n (`int`): Largest number of masks, at least 1. Of a longer front, evenly spaced masks with both ends are
-                taken; the mask in the middle when `n` is 1.
+            n (`int`): Largest number of masks, at least 1. When the front is longer, evenly spaced masks with both
+                ends are taken; the mask in the middle when `n` is 1.
 
         Returns:
             list of `dict[str, bool]`: Distinct masks over all blocks, of which none is empty. There are fewer than
