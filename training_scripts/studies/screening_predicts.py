@@ -41,6 +41,7 @@ from memcontrol_hf.flags import ScriptArguments
 from memcontrol_hf.from_flags import training_arguments
 from memcontrol_hf.images import pixel_digest
 from memcontrol_hf.randomness import seeded_generator
+from memcontrol_hf.report.plots import plot_screening
 from paper_table.data_sets import DATA
 from paper_table.data_sets import images as images_of
 from trial_table import GROUPS
@@ -246,6 +247,7 @@ def main(argv: list[str] | None = None) -> None:
             "screenings": {f"{t}-{s}": pieces.read(f"{t}-{s}") for s in seeds for t in TRAININGS},
         }
         write_results(file, content, render(content))
+        plot_screening(content["screenings"][f"plain-{seeds[0]}"], file.with_suffix(".png"))
         print(render(content))
     exit_if_missing(failed)
 
