@@ -51,16 +51,7 @@ def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[
     Raises:
         ValueError: for a wrong flag. The error names the value, what is allowed, and what to do.
     """
-    if args.peft_config is not None:
-        config, rates = peft_config_from(args.peft_config), (1e-5, 1e-3)
-    elif args.method in METHODS:
-        config, rates = copy.deepcopy(METHODS[args.method])
-    else:
-        raise ValueError(f"unknown method {args.method!r}: use one of {', '.join(METHODS)}, or --peft_config")
-    if args.learning_rate is not None:
-        if args.learning_rate <= 0:
-            raise ValueError(f"--learning_rate must be positive, but is {args.learning_rate}")
-        rates = (args.learning_rate, args.learning_rate)
+    config, rates = _method_and_rates(args)
     load_gate(args.gate or DEFAULT_GATE)
     audit_settings(args)
     check_objectives(args.objectives)
@@ -73,14 +64,45 @@ def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[
     for flag, known in (("dtype", DTYPES), ("quantization", QUANTIZATIONS)):
         if (value := getattr(args, flag)) is not None and value not in known:
             raise ValueError(f"unknown --{flag} {value!r}: use {', '.join(known)}")
+    if args.mixed_precision not in ("no", "fp16", "bf16"):
+        raise ValueError(f"unknown mixed precision {args.mixed_precision!r}: use no, fp16 or bf16")
     if args.log_images and args.validation_prompt is None:
         raise ValueError("--log_images shows what the model makes of a --validation_prompt: give one")
     if args.log_images and "wandb" not in args.report_to:
         raise ValueError("--log_images is for --report_to wandb: give that, too, or neither")
     if args.push_to_hub:
         check_login(args.hub_model_id or Path(args.output_dir).resolve().name, args.hub_public)
-    if args.mixed_precision not in ("no", "fp16", "bf16"):
-        raise ValueError(f"unknown mixed precision {args.mixed_precision!r}: use no, fp16 or bf16")
+    _check_numbers(args)
+    resume = args.resume_from_checkpoint
+    if resume not in (None, "latest") and not Path(resume).is_dir():
+        raise ValueError(f"--resume_from_checkpoint {resume!r} is no folder: give a checkpoint's, or latest")
+    if args.train_data_dir is not None and not Path(args.train_data_dir).is_dir():
+        raise ValueError(f"--train_data_dir {args.train_data_dir!r} is no folder")
+    if args.train_data_dir is not None and args.dataset_name != "demo":
+        raise ValueError("give --dataset_name or --train_data_dir, not both")
+    mask = mask_from(args.mask_from) if args.mask_from else None
+    if args.n_trials:
+        check_own_study(args, settings(args), later=SEEN_LATER)
+    return config, rates, mask
+
+
+def _method_and_rates(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float]]:
+    """The PEFT config, and the range of learning rates to search."""
+    if args.peft_config is not None:
+        config, rates = peft_config_from(args.peft_config), (1e-5, 1e-3)
+    elif args.method in METHODS:
+        config, rates = copy.deepcopy(METHODS[args.method])
+    else:
+        raise ValueError(f"unknown method {args.method!r}: use one of {', '.join(METHODS)}, or --peft_config")
+    if args.learning_rate is None:
+        return config, rates
+    if args.learning_rate <= 0:
+        raise ValueError(f"--learning_rate must be positive, but is {args.learning_rate}")
+    return config, (args.learning_rate, args.learning_rate)
+
+
+def _check_numbers(args: ScriptArguments) -> None:
+    """Raise `ValueError` for a number out of its range."""
     if args.n_trials or not args.mask_from:
         check_n_trials(args.n_trials, "--n_trials")
     for flag in ("max_trainable_percent", "trial_timeout"):
@@ -97,17 +119,6 @@ def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[
             raise ValueError(f"--{flag} must be at least {least}, but is {value}")
     check_prune_at(args.prune_at, "--prune_at")
     check_budget(args.memorization_budget, args.objectives, "--memorization_budget")
-    resume = args.resume_from_checkpoint
-    if resume not in (None, "latest") and not Path(resume).is_dir():
-        raise ValueError(f"--resume_from_checkpoint {resume!r} is no folder: give a checkpoint's, or latest")
-    if args.train_data_dir is not None and not Path(args.train_data_dir).is_dir():
-        raise ValueError(f"--train_data_dir {args.train_data_dir!r} is no folder")
-    if args.train_data_dir is not None and args.dataset_name != "demo":
-        raise ValueError("give --dataset_name or --train_data_dir, not both")
-    mask = mask_from(args.mask_from) if args.mask_from else None
-    if args.n_trials:
-        check_own_study(args, settings(args), later=SEEN_LATER)
-    return config, rates, mask
 
 
 def peft_config_from(path: str) -> PeftConfig:

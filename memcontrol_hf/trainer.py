@@ -25,7 +25,7 @@ from .data import EncodedImages, weights_digest
 from .demo import DEMO_PIPELINE
 from .encoders import Encoder, load_encoder
 from .evaluation import METRICS, Evaluator, check_objectives
-from .families import Condition, family_of
+from .families import Condition, Family, family_of
 from .mitigations import PrivateTraining, parse_mitigations
 from .mitigations.base import overrides
 from .publish.hub import push
@@ -88,17 +88,8 @@ class MemControlTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         self.family = family_of(pipeline)
-        self.family.check_resolution(args.resolution)
-        self.family.noise.check_snr_gamma(args.snr_gamma)
-        for name in args.objectives:
-            if name in self.family.not_applicable:
-                raise ValueError(f"the objective {name} is not applicable: {self.family.not_applicable[name]}")
+        _check_fits(self.family, args, peft_config)
         self._mitigations = parse_mitigations(args.mitigations)
-        if getattr(self.family.denoiser, "hf_quantizer", None) is not None and peft_config.peft_type != PeftType.LORA:
-            name = getattr(peft_config, "method", peft_config.peft_type.value)
-            raise ValueError(
-                f"{name} cannot be trained on a quantized base: use LoRA (--method lora), or no quantization"
-            )
         self.pipeline = pipeline
         self.base_model = _published_name(pipeline)
         self.denoiser: nn.Module = self.family.denoiser.requires_grad_(False)
@@ -637,6 +628,18 @@ class MemControlTrainer(Trainer):
         if final_model:
             self.train_dataset = self._full_train_dataset
         self.set_mask(hyperparameters.get("mask", self.mask))
+
+
+def _check_fits(family: Family, args: MemControlTrainingArguments, peft_config: PeftConfig) -> None:
+    """Raise `ValueError` for arguments and a PEFT method that do not go with a model."""
+    family.check_resolution(args.resolution)
+    family.noise.check_snr_gamma(args.snr_gamma)
+    for name in args.objectives:
+        if name in family.not_applicable:
+            raise ValueError(f"the objective {name} is not applicable: {family.not_applicable[name]}")
+    if getattr(family.denoiser, "hf_quantizer", None) is not None and peft_config.peft_type != PeftType.LORA:
+        name = getattr(peft_config, "method", peft_config.peft_type.value)
+        raise ValueError(f"{name} cannot be trained on a quantized base: use LoRA (--method lora), or no quantization")
 
 
 def _published_name(pipeline: "DiffusionPipeline") -> str:
