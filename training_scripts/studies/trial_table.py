@@ -2,6 +2,7 @@
 
     python training_scripts/studies/trial_table.py
     python training_scripts/studies/trial_table.py --data elpv  # into docs/results/trial_table_elpv.parquet
+    python training_scripts/studies/trial_table.py --data elpv --learning_rate 3e-4  # half of it
     python training_scripts/studies/trial_table.py --part 1/2   # and --part 2/2 on another machine
 
 Each run fine-tunes the attention weights of some of six groups of blocks. It is measured by what a search may use
@@ -19,7 +20,7 @@ import dataclasses
 import itertools
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -99,13 +100,13 @@ class Stages(TrainerCallback):
             self.figures |= {f"stage{stage}_{name.removeprefix('eval_')}": value for name, value in figures.items()}
 
 
-def plan(steps: int, seeds: list[int]) -> list[Run]:
+def plan(steps: int, seeds: list[int], rates: Sequence[float] = RATES) -> list[Run]:
     """The runs of the table in their random order, seed by seed."""
     masks = itertools.product((False, True), repeat=len(GROUPS))
     runs = [
         Run(mask, rate, steps, seed)
-        for seed, mask, rate in itertools.product(seeds, list(masks), RATES)
-        if any(mask) or rate == RATES[0]  # the frozen base has no learning rate
+        for seed, mask, rate in itertools.product(seeds, list(masks), rates)
+        if any(mask) or rate == rates[0]  # the frozen base has no learning rate
     ]
     random.Random(0).shuffle(runs)
     return sorted(runs, key=lambda run: run.seed)
@@ -212,6 +213,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", choices=DATA, default="demo", help="data set of the runs (default: demo)")
     parser.add_argument("--max_train_steps", type=int, default=80, help="steps of each run (default: 80)")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="seeds; each run has each seed (default: 0)")
+    parser.add_argument(
+        "--learning_rate", type=float, nargs="+", default=list(RATES), help="learning rates (default: 3e-4 1e-3)"
+    )
     add_part_flag(parser)
     parser.add_argument("--collect", action="store_true", help="run nothing: collect what is finished")
     parser.add_argument("--output_dir", type=Path, help="folder of the finished runs (outputs/trial_table)")
@@ -220,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     name = "trial_table" if args.data == "demo" else f"trial_table_{args.data}"
     args.output_dir = args.output_dir or Path("outputs", name)
     args.results = args.results or Path("docs" if args.data == "demo" else "docs/results", f"{name}.parquet")
-    runs, pieces, failed = plan(args.max_train_steps, args.seed), Pieces(args.output_dir), []
+    runs, pieces, failed = plan(args.max_train_steps, args.seed, args.learning_rate), Pieces(args.output_dir), []
     restore(pieces, args.results)
     if not args.collect:
         transformers_logging.set_verbosity_error()
