@@ -191,6 +191,8 @@ class MemControlTrainer(Trainer):
         self._private = self._private_training()
         if self._private is not None and checkpoint:
             self._private.load(checkpoint)
+        # A run may have its own batch size, and `auto_find_batch_size` may have made that of an earlier run smaller.
+        self._train_batch_size = self.args.train_batch_size
         if checkpoint and (state := self._finished(checkpoint)):
             self._load_from_checkpoint(checkpoint)  # the Trainer would train further
             self.state = state
@@ -610,21 +612,18 @@ class MemControlTrainer(Trainer):
             final_model (`bool`): whether the next `train()` is the final fine-tune, on all training rows.
 
         Raises:
-            ValueError: for a name that is neither `mask` nor a field of the training arguments, and for `mitigations`,
-                which are the same for all runs of a trainer.
+            ValueError: for a name that is neither `mask` nor an argument that a run can change, and for a value that
+                the argument cannot have; see [`MemControlTrainingArguments.replaced`].
         """
-        known = {f.name for f in fields(self.args)}
-        new = {name: value for name, value in hyperparameters.items() if name != "mask"}
-        for name in new:
-            if name not in known:
-                raise ValueError(f"unknown hyperparameter {name!r}: use 'mask' or a field of the training arguments")
-            if name == "mitigations":
-                raise ValueError("mitigations are no hyperparameter: give them to MemControlTrainingArguments")
         for name, value in self._replaced.items():  # undo the hyperparameters of the run before
             setattr(self.args, name, value)
-        self._replaced = {name: getattr(self.args, name) for name in new}
-        for name, value in new.items():
-            setattr(self.args, name, value)
+        self._replaced = {}
+        given = {name: value for name, value in hyperparameters.items() if name != "mask"}
+        new = self.args.replaced(given)
+        _check_fits(self.family, new, self.peft_config)
+        self._replaced = {name: getattr(self.args, name) for name in given}
+        for name in given:
+            setattr(self.args, name, getattr(new, name))
         if final_model:
             self.train_dataset = self._full_train_dataset
         self.set_mask(hyperparameters.get("mask", self.mask))

@@ -1,16 +1,40 @@
 """The training arguments: the arguments of transformers' Trainer, and further ones for a diffusion model."""
 
+import copy
+import dataclasses
+import itertools
+import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
+from transformers.training_args import OptimizerNames
 from transformers.utils import is_bitsandbytes_available
 
 from .evaluation import check_objectives
 from .mitigations import parse_mitigations
+
+# The ranges of the arguments that are numbers. transformers takes every value for its own.
+_SHARES = ("caption_dropout", "search_fraction", "adam_beta1", "adam_beta2")
+_POSITIVE = ("learning_rate", "num_train_epochs", "snr_gamma")
+_NOT_NEGATIVE = ("weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "eval_guidance_scale")
+_COUNTS = (
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "search_max_steps"),
+    *("eval_num_images", "eval_inference_steps", "eval_num_timesteps", "resolution"),
+)
+_OPTIONAL = ("snr_gamma", "search_max_steps")
+# What a training reads anew each time. All else is read once when the trainer is made, changes no training, or would
+# make the figures of two runs incomparable.
+_HYPERPARAMETERS = (
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"),
+    *("search_max_steps", "search_fraction", "caption_dropout", "snr_gamma"),
+)
 
 
 @dataclass
@@ -73,21 +97,70 @@ class MemControlTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        check_objectives(self.objectives)
-        mitigations = parse_mitigations(self.mitigations)
-        for name in ("caption_dropout", "search_fraction"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1 or (name == "search_fraction" and value == 0):
-                raise ValueError(f"{name} must be a share between 0 and 1, but got {value}")
-        for name in ("eval_num_images", "eval_inference_steps", "eval_num_timesteps", "resolution"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, but got {getattr(self, name)}")
+        self._check_numbers()
         super().__post_init__()
+        self._check()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+
+    def _check(self) -> None:
+        """Raise `ValueError` for arguments that are out of range or do not go together."""
+        self._check_numbers()
+        check_objectives(self.objectives)
         if "bnb" in self.optim and not is_bitsandbytes_available():
             raise ValueError(f"the optimizer {self.optim.value} needs bitsandbytes: pip install bitsandbytes")
+        mitigations = parse_mitigations(self.mitigations)
         for mitigation in mitigations.values():
             mitigation.check_arguments(self, mitigations)
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+
+    def _check_numbers(self) -> None:
+        """Raise `ValueError` for an argument that is no number or out of its range."""
+        for name in dict.fromkeys((*_SHARES, *_POSITIVE, *_NOT_NEGATIVE, *_COUNTS, "max_steps")):
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            whole = name in (*_COUNTS, "max_steps")
+            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+                raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, but got {value!r}")
+            if name in _SHARES and not 0 <= value <= 1 or name == "search_fraction" and value == 0:
+                raise ValueError(f"{name} must be a share between 0 and 1, but got {value}")
+            if name in _COUNTS and value < 1:
+                raise ValueError(f"{name} must be at least 1, but got {value}")
+            if name in _POSITIVE and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be above 0, but got {value}")
+            if name in _NOT_NEGATIVE and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be at least 0, but got {value}")
+
+    def replaced(self, hyperparameters: Mapping[str, Any]) -> "MemControlTrainingArguments":
+        """These arguments with other values, validated as when they are made.
+
+        Args:
+            hyperparameters (`dict[str, Any]`): arguments that a run of a search may change, by name.
+
+        Raises:
+            ValueError: for a name that is no argument, for an argument that a run cannot change, and for a value that
+                is out of its range or has no effect beside the other arguments.
+        """
+        known = {f.name for f in dataclasses.fields(self)}
+        for name in hyperparameters:
+            if name not in known:
+                raise ValueError(f"unknown hyperparameter {name!r}: use 'mask' or one of {', '.join(_HYPERPARAMETERS)}")
+            if name not in _HYPERPARAMETERS:
+                raise ValueError(
+                    f"{name} is no hyperparameter, since it is the same for all runs of a trainer: give it to "
+                    f"MemControlTrainingArguments; a run may change {', '.join(_HYPERPARAMETERS)}"
+                )
+        new = copy.copy(self)  # made anew, they would set up the devices anew, under the trainer's feet
+        for name, value in hyperparameters.items():
+            setattr(new, name, value)
+        new.optim, new.lr_scheduler_type = OptimizerNames(new.optim), SchedulerType(new.lr_scheduler_type)
+        new._check()
+        for name, other in itertools.combinations(("num_train_epochs", "max_steps", "search_max_steps"), 2):
+            if name in hyperparameters and (getattr(new, other) or 0) > 0:
+                raise ValueError(f"{name} has no effect beside {other}={getattr(new, other)}: search {other} instead")
+        for name, value in hyperparameters.items():
+            if getattr(new, name) != value:
+                raise ValueError(f"{name}={value} has no effect, since a mitigation sets it to {getattr(new, name)}")
+        return new
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments that trackers get. A path on this machine is shortened to its last part."""
@@ -95,6 +168,10 @@ class MemControlTrainingArguments(TrainingArguments):
             name: Path(value).name if isinstance(value, str) and is_place(value) else value
             for name, value in super().to_dict().items()
         }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def is_place(text: str) -> bool:

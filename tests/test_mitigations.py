@@ -405,7 +405,7 @@ def test_a_column_without_lists_of_captions_is_named(tmp_path, train, message):
 
 
 def test_mitigations_are_no_hyperparameter_of_a_trial(tmp_path):
-    with pytest.raises(ValueError, match="mitigations are no hyperparameter"):
+    with pytest.raises(ValueError, match="mitigations is no hyperparameter"):
         tiny_trainer(tmp_path).apply_hyperparameters({"mitigations": ["rwa"]})
 
 
