@@ -121,7 +121,7 @@ class MemControlTrainingArguments(TrainingArguments):
             whole = name in (*_COUNTS, "max_steps")
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
                 raise ValueError(f"{name} must be a {'whole ' if whole else ''}number, but got {value!r}")
-            if name in _SHARES and not 0 <= value <= 1 or name == "search_fraction" and value == 0:
+            if (name in _SHARES and not 0 <= value <= 1) or (name == "search_fraction" and value == 0):
                 raise ValueError(f"{name} must be a share between 0 and 1, but got {value}")
             if name in _COUNTS and value < 1:
                 raise ValueError(f"{name} must be at least 1, but got {value}")
@@ -143,7 +143,9 @@ class MemControlTrainingArguments(TrainingArguments):
         known = {f.name for f in dataclasses.fields(self)}
         for name in hyperparameters:
             if name not in known:
-                raise ValueError(f"unknown hyperparameter {name!r}: use 'mask' or one of {', '.join(_HYPERPARAMETERS)}")
+                raise ValueError(
+                    f"unknown hyperparameter {name!r}: use 'mask' or one of {', '.join(_HYPERPARAMETERS)}"
+                )
             if name not in _HYPERPARAMETERS:
                 raise ValueError(
                     f"{name} is no hyperparameter, since it is the same for all runs of a trainer: give it to "

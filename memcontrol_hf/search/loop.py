@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import torch
 from accelerate.utils.memory import clear_device_cache
 from optuna.trial import TrialState
 from transformers.trainer_utils import BestRun
@@ -60,7 +61,8 @@ def run_search(
         `BestRun` or list of `BestRun`: the best run, or with several objectives the runs of the Pareto front.
 
     Raises:
-        ValueError: before the first trial, for wrong settings, and for a study that was made with other settings.
+        ValueError: before the first trial, for wrong settings, and for a study that was made with other settings; and
+            after the first trial, when `compute_objective` does not return a value for each direction.
         NoRunError: when no trial succeeded.
         RuntimeError: when a trial failed in one of several processes alone.
     """
@@ -110,13 +112,18 @@ def run_trial(
             reason = f"{OVER_BUDGET}: {percent:.3g} % of the parameters are trainable"
             return Outcome(trial, TrialState.FAIL, reason, in_all_processes=True)
         start_tracking(trainer, settings.study_name, trial.name, "trial", config)
-        figures = trainer.train_and_evaluate()
+        figures = {name: float(value) for name, value in trainer.train_and_evaluate().items()}
         values = objective_values(figures, trainer.args.objectives, compute_objective)
     except Dominated as stop:
         return Outcome(trial, TrialState.PRUNED, str(stop), in_all_processes=True)
     except Exception as error:
         clear_device_cache(garbage_collection=True)
         return Outcome(trial, TrialState.FAIL, f"{type(error).__name__}: {error}")
+    if len(values) != len(settings.directions):
+        raise ValueError(
+            f"compute_objective returned {len(values)} value(s) for {len(settings.directions)} direction(s): return "
+            "one for each direction, or give as many directions"
+        )
     return Outcome(
         trial,
         TrialState.COMPLETE,
@@ -148,8 +155,7 @@ def objective_values(
     if compute_objective is None:
         values = [figures[f"eval_{name}"] for name in objectives]
     else:
-        values = compute_objective(figures)
-        values = [values] if isinstance(values, (float, int)) else list(values)
+        values = torch.as_tensor(compute_objective(figures), dtype=torch.float64).flatten().tolist()
     if not all(math.isfinite(value) for value in values):
         raise ValueError(f"an objective is not finite: {values}")
     return values

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from optuna.samplers import BaseSampler
+from optuna.samplers import BaseSampler, CmaEsSampler
 
 from .sampler import check_sampler
 
@@ -85,6 +85,8 @@ class SearchSettings:
             )
         if isinstance(self.sampler, str):
             check_sampler(self.sampler)
+        if isinstance(self.sampler, CmaEsSampler) and len(self.directions) > 1:
+            raise ValueError(f"CmaEsSampler knows one objective, not {len(self.directions)}: use another sampler")
 
 
 def check_n_trials(n_trials: int, name: str = "n_trials") -> None:

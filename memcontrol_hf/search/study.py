@@ -3,7 +3,8 @@
 import logging
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from .protocol import HpName, HpSpace
 from .sampler import REPEATS, SAMPLERS, SeededSampler
 from .settings import SearchSettings
 from .storage import check_study, open_storage
+from .suggestions import all_suggested, plain
 from .worker import is_alive, this_worker
 
 logger = logging.getLogger(__name__)
@@ -25,6 +27,7 @@ OVER_BUDGET = "over the budget"
 """The beginning of the reason of a trial that would train too many parameters."""
 
 _KILLED, _SURPLUS = "its process ended", "another process had begun the last trial"
+_NOT_SUGGESTED = "no hyperparameters were suggested"
 # The reasons of trials that do not count: they were lost, or never begun.
 _NOT_COUNTED = (_KILLED, _SURPLUS, OVER_BUDGET)
 # A search ends before its budget when it has `n_trials` times so many trials that do not count: almost every mask was
@@ -99,6 +102,7 @@ class SharedStudy:
         self.study = study
         self.settings = settings
         self._trial: optuna.Trial | None = None  # the trial that this worker runs now
+        self._stopped = False  # whether the sampler has said that its space is used up
 
     @classmethod
     def open(
@@ -153,12 +157,13 @@ class SharedStudy:
         the earlier trial's figures at no cost, and the next one is asked for.
         """
         while (trial := self._ask()) is not None:
-            hyperparameters = hp_space(trial)
+            if (planned := self._plan(trial, hp_space, hp_name)) is None:
+                continue
+            hyperparameters = planned.hyperparameters
             earlier = self.earlier_same_trial(hyperparameters)
             if earlier is None:
                 self._trial = trial
-                name = hp_name(trial) if hp_name else f"trial-{trial.number}"
-                return PlannedTrial(trial.number, name, hyperparameters)
+                return planned
             for attribute in ("trainable_parameters", "trainable_percent"):
                 trial.set_user_attr(attribute, earlier.user_attrs[attribute])
             trial.set_user_attr("same_as", earlier.number)
@@ -173,13 +178,47 @@ class SharedStudy:
         counted = sum(map(_counts, trials))
         if counted >= n_trials or len(trials) - counted >= _MOST_NOT_COUNTED * n_trials:
             return None
-        trial = self.study.ask()
+        if self._stopped or _used_up(trials):
+            return None
+        with self._heeding_the_sampler():
+            trial = self.study.ask()
         trial.set_user_attr("worker", this_worker())
         before = [t for t in self._trials() if t.number < trial.number]
         if sum(_counts(t) or t.state == TrialState.WAITING for t in before) >= n_trials:
             self.fail(trial.number, _SURPLUS)  # another worker asked at the same moment
             return None
         return trial
+
+    def _plan(self, trial: optuna.Trial, hp_space: HpSpace, hp_name: HpName | None) -> PlannedTrial | None:
+        """The trial with its hyperparameters; `None` when these could not be suggested, so that it has ended."""
+        try:
+            name = hp_name(trial) if hp_name else f"trial-{trial.number}"
+            return PlannedTrial(trial.number, name, plain(hp_space(trial)))
+        except optuna.TrialPruned as pruned:
+            trial.set_user_attr("failure", f"{_NOT_SUGGESTED}: {pruned or 'pruned by hp_space'}")
+            with self._heeding_the_sampler():
+                self.study.tell(trial, state=TrialState.PRUNED)
+        except Exception as error:
+            reason = f"{_NOT_SUGGESTED}: {type(error).__name__}: {error}"
+            logger.warning(f"trial {trial.number} failed: {reason}")
+            self.fail(trial.number, reason)
+        except BaseException as interrupt:
+            self.queue_again(trial.number, interrupt)
+            raise
+        return None
+
+    @contextmanager
+    def _heeding_the_sampler(self) -> Iterator[None]:
+        """Samplers whose space is used up call `study.stop`, which works inside of `study.optimize` alone."""
+
+        def stop() -> None:
+            self._stopped = True
+
+        self.study.stop = stop
+        try:
+            yield
+        finally:
+            del self.study.stop
 
     def earlier_same_trial(self, hyperparameters: Mapping[str, Any]) -> FrozenTrial | None:
         """The first finished trial with the same hyperparameters, or with no block on, if these have none."""
@@ -208,10 +247,19 @@ class SharedStudy:
     # ---- recording how trials ended ----
 
     def record(self, outcome: Outcome) -> None:
-        """Record and log how this worker's trial ended."""
+        """Record and log how this worker's trial ended. A trial that cannot be recorded has failed."""
+        try:
+            self._record(outcome)
+        except Exception as error:
+            with suppress(Exception):
+                self.fail(outcome.trial.number, f"it could not be recorded: {type(error).__name__}: {error}")
+            raise
+
+    def _record(self, outcome: Outcome) -> None:
         number, n_trials = outcome.trial.number, self.settings.n_trials
         if outcome.state == TrialState.PRUNED:
-            self.study.tell(self._trial, state=TrialState.PRUNED)
+            with self._heeding_the_sampler():
+                self.study.tell(self._trial, state=TrialState.PRUNED)
             logger.info(f"trial {number} of {n_trials}: {outcome.reason}")
         elif outcome.state == TrialState.FAIL:
             self.fail(number, outcome.reason)
@@ -244,13 +292,15 @@ class SharedStudy:
         """Record a trial as complete; figures that are not finite are left out, since JSON has none."""
         trial.set_user_attr("hyperparameters", dict(hyperparameters))
         trial.set_user_attr("figures", {name: value for name, value in figures.items() if math.isfinite(value)})
-        self.study.tell(trial, values)
+        with self._heeding_the_sampler():
+            self.study.tell(trial, values)
 
     def fail(self, number: int, reason: str) -> bool:
         """Record a trial as failed, and return whether it was not finished already."""
         try:
             self.study._storage.set_trial_user_attr(self._trials()[number]._trial_id, "failure", reason)
-            self.study.tell(number, state=TrialState.FAIL)
+            with self._heeding_the_sampler():
+                self.study.tell(number, state=TrialState.FAIL)
         except (UpdateFinishedTrialError, ValueError):  # another process has finished it
             return False
         return True
@@ -301,3 +351,11 @@ def _counts(trial: FrozenTrial) -> bool:
     if trial.state == TrialState.FAIL:
         return not trial.user_attrs.get("failure", "").startswith(_NOT_COUNTED)
     return trial.state == TrialState.RUNNING or (trial.state.is_finished() and "same_as" not in trial.user_attrs)
+
+
+def _used_up(trials: Sequence[FrozenTrial]) -> bool:
+    """Whether the last trial did not count, and no other trial could: each combination has been suggested."""
+    if not trials or _counts(trials[-1]) or any(not trial.state.is_finished() for trial in trials):
+        return False
+    without = (_KILLED, _SURPLUS, _NOT_SUGGESTED)
+    return all_suggested([t for t in trials if not t.user_attrs.get("failure", "").startswith(without)])
