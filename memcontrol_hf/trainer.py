@@ -40,7 +40,7 @@ from .search_space import SearchSpace
 from .tracking import adjust_trackers
 from .training_arguments import MemControlTrainingArguments, is_place
 from .training_loss import TrainingLoss
-from .tuners import MemControlConfig
+from .tuners import MemControlConfig, quantized_type
 
 if TYPE_CHECKING:
     import optuna
@@ -636,8 +636,9 @@ def _check_fits(family: Family, args: MemControlTrainingArguments, peft_config: 
     for name in args.objectives:
         if name in family.not_applicable:
             raise ValueError(f"the objective {name} is not applicable: {family.not_applicable[name]}")
-    if getattr(family.denoiser, "hf_quantizer", None) is not None and peft_config.peft_type != PeftType.LORA:
-        name = getattr(peft_config, "method", peft_config.peft_type.value)
+    name = getattr(peft_config, "method", peft_config.peft_type.value)
+    by_torchao = name in ("svdiff", "weights") and any(map(quantized_type, family.denoiser.modules()))
+    if by_torchao or (getattr(family.denoiser, "hf_quantizer", None) and peft_config.peft_type != PeftType.LORA):
         raise ValueError(f"{name} cannot be trained on a quantized base: use LoRA (--method lora), or no quantization")
 
 

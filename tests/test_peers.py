@@ -7,17 +7,22 @@ run over this package.
 import dataclasses
 from functools import cache
 
+import accelerate
 import numpy as np
 import optuna
 import pytest
 import torch
-from conftest import adapter_of, tiny_trainer
+from conftest import adapter_of, tiny_pipeline, tiny_trainer, tiny_unet
+from diffusers.utils import convert_state_dict_to_diffusers
 from optuna.trial import TrialState
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict
 
-from memcontrol_hf import MemControlTrainingArguments
+from memcontrol_hf import MemControlConfig, MemControlTrainingArguments
 from memcontrol_hf.search import claim_final, open_storage
 from memcontrol_hf.search.study import SharedStudy
 from memcontrol_hf.search.suggestions import all_suggested
+from memcontrol_hf.tuners import METHODS, MemControlLayer, MemControlModel, tunable_modules
 
 # ---- the Trainer: every field of the arguments as a hyperparameter ----
 
@@ -266,3 +271,283 @@ def test_another_number_of_values_than_directions_ends_the_search_at_the_first_t
         search(trainer, hp_space=rate, direction=direction, compute_objective=compute_objective, n_trials=5)
     assert len(calls) == 1
     assert not [trial for trial in study_of(tmp_path).trials if trial.state == TrialState.RUNNING]
+
+
+# ---- diffusers and accelerate: hooks that move and cast the weights ----
+
+
+def tuned_unet(method, unet=None, scale=0.3):
+    """A UNet of diffusers with an adapter that is away from its start in each module that the method can tune."""
+    unet = tiny_unet() if unet is None else unet
+    unet.add_adapter(MemControlConfig(method=method, target_modules=tunable_modules(unet, method)))
+    disturb(unet, scale)
+    return unet.eval()
+
+
+def disturb(model, scale=0.3, names="memcontrol_"):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if names in name:
+                parameter += (scale * torch.randn(parameter.shape, generator=generator)).to(parameter)
+
+
+def run(unet, **kwargs):
+    generator = torch.Generator().manual_seed(1)
+    latents, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 3, 8, generator=generator)
+    with torch.no_grad():
+        return unet(latents, torch.tensor([7, 300]), encoder_hidden_states=text, **kwargs).sample
+
+
+CPU = torch.device("cpu")
+OFFLOADING = {
+    "accelerate to memory": lambda unet, folder: accelerate.cpu_offload(unet, CPU),
+    "accelerate to disk": lambda unet, folder: accelerate.disk_offload(unet, folder, CPU),
+    "leaf level to memory": lambda unet, folder: unet.enable_group_offload(CPU, CPU, "leaf_level"),
+    "leaf level to disk": lambda unet, folder: unet.enable_group_offload(
+        CPU, CPU, "leaf_level", offload_to_disk_path=str(folder)
+    ),
+    "block level to disk": lambda unet, folder: unet.enable_group_offload(
+        CPU, CPU, "block_level", num_blocks_per_group=1, offload_to_disk_path=str(folder)
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ["svdiff", "difffit"])  # together they have parameters of every kind
+@pytest.mark.parametrize("adapter_first", [True, False])
+@pytest.mark.parametrize("kind", OFFLOADING)
+def test_an_offloaded_model_computes_the_same(tmp_path, kind, adapter_first, method):
+    expected = run(tuned_unet(method))
+    if adapter_first:
+        unet = tuned_unet(method)
+        OFFLOADING[kind](unet, tmp_path)
+    else:
+        unet = tiny_unet()
+        OFFLOADING[kind](unet, tmp_path)
+        tuned_unet(method, unet)
+    assert torch.equal(run(unet), expected)
+    assert torch.equal(run(unet), expected), "again, with what was kept from the first time"
+
+
+@pytest.mark.parametrize("method", ["svdiff", "difffit"])  # together they have parameters of every kind
+@pytest.mark.parametrize("adapter_first", [True, False])
+def test_weights_that_are_stored_in_fewer_bits_are_tuned_as_they_are_computed_with(method, adapter_first):
+    def cast(unet):
+        unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+        return unet
+
+    rounded = tiny_unet()
+    rounded.load_state_dict({name: tensor.float() for name, tensor in cast(tiny_unet()).state_dict().items()})
+    unet = cast(tuned_unet(method)) if adapter_first else tuned_unet(method, cast(tiny_unet()))
+    assert torch.equal(run(unet), run(tuned_unet(method, rounded)))
+
+
+def test_nothing_is_merged_into_weights_that_hooks_move():
+    unet = tuned_unet("svdiff")
+    accelerate.cpu_offload(unet, CPU)
+    with pytest.raises(
+        ValueError, match=r"hooks move or cast the weights of the base model .* merge the adapter before"
+    ):
+        unet.fuse_lora()
+
+
+# ---- PEFT: all-linear, loading twice, failed injections, tied weights, quantized weights ----
+
+
+class TwoLinears(torch.nn.Module):
+    """Two linear layers, whose weights are one parameter if they are tied, and a norm."""
+
+    def __init__(self, tied=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.second = torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 8)
+        if tied:
+            self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(self.norm(self.first(x)).tanh())
+
+
+X = torch.linspace(-1, 1, 24).view(3, 8)
+
+
+def is_bare(model):
+    return not any(isinstance(module, MemControlLayer) for module in model.modules())
+
+
+def test_all_linear_names_the_same_layers_whatever_adapters_there_are(tmp_path):
+    model = get_peft_model(TwoLinears(), MemControlConfig(target_modules="all-linear"))
+    assert model.peft_config["default"].target_modules == ["first", "second"]
+    disturb(model)
+    expected = model(X)
+    model.add_adapter("again", MemControlConfig(method="bias", target_modules="all-linear"))
+    assert model.peft_config["again"].target_modules == ["first", "second"]
+    model.save_pretrained(tmp_path)
+
+    loaded = PeftModel.from_pretrained(TwoLinears(), tmp_path)
+    loaded.load_adapter(tmp_path, "twice")
+    assert torch.equal(loaded(X), expected)
+    loaded.set_adapter("twice")
+    assert torch.equal(loaded(X), expected)
+    mixed = get_peft_model(TwoLinears(), LoraConfig(target_modules=["first"]), mixed=False).unload()
+    assert torch.equal(PeftModel.from_pretrained(mixed, tmp_path)(X), expected)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MemControlConfig(method="norm", target_modules="all-linear"),
+        MemControlConfig(method="norm", target_modules=["norm", "second"]),
+        MemControlConfig(target_modules=["nowhere"]),
+        MemControlConfig(target_modules=["first"], exclude_modules=["first"]),
+    ],
+    ids=["all-linear", "second of two", "nothing matches", "all excluded"],
+)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_failed_injection_leaves_the_model_as_it_was(config, adapted):
+    model = TwoLinears()
+    expected = model(X)
+    if adapted:
+        model = get_peft_model(model, MemControlConfig(method="weights", target_modules=["first", "norm"]))
+        disturb(model)
+        expected = model(X)
+    before = list(model.state_dict())
+    with pytest.raises(ValueError):
+        model.add_adapter("other", config) if adapted else get_peft_model(model, config)
+    assert list(model.state_dict()) == before and torch.equal(model(X), expected)
+
+
+def test_an_error_in_the_middle_of_an_injection_leaves_the_model_as_it_was(monkeypatch):
+    create, calls = MemControlModel._create_and_replace, []
+
+    def fails_at_the_second(self, *args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise torch.cuda.OutOfMemoryError("no memory")
+        create(self, *args, **kwargs)
+
+    monkeypatch.setattr(MemControlModel, "_create_and_replace", fails_at_the_second)
+    model = TwoLinears()
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        get_peft_model(model, MemControlConfig(target_modules="all-linear"))
+    assert is_bare(model)
+
+
+@pytest.mark.parametrize("method", ["svdiff", "weights", "difffit"])
+@pytest.mark.parametrize("targets", [["first", "second"], ["first"]])
+def test_tied_weights_are_tuned_each_for_itself_and_tied_again_after_a_merge(method, targets):
+    config = MemControlConfig(method=method, target_modules=targets, scale_modules=["first", "second"])
+    base = TwoLinears(tied=True)
+    weight, expected_base = base.first.weight.clone(), base(X)
+    model = get_peft_model(base, config)
+    disturb(model)
+    expected = model(X)
+    model.merge_adapter()
+    torch.testing.assert_close(model(X), expected, rtol=0, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(model(X), expected)
+    base = model.unload()
+    assert base.first.weight is base.second.weight and torch.equal(base.first.weight, weight)
+    assert torch.equal(base(X), expected_base)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_that_torchao_has_quantized_are_refused_by_name_and_the_rest_is_tuned(method):
+    torchao = pytest.importorskip("torchao.quantization")
+    base = TwoLinears()
+    torchao.quantize_(base, torchao.Int8WeightOnlyConfig())
+    if method in ("svdiff", "weights"):
+        names = ["first", "second"]
+        with pytest.raises(ValueError, match=r"'first', whose weight is quantized \(\w+\), which method="):
+            get_peft_model(base, MemControlConfig(method=method, target_modules=names))
+        assert is_bare(base) and "first" not in tunable_modules(base, method)
+        return
+    expected = base(X)
+    config = MemControlConfig(method=method, target_modules=tunable_modules(base, method, scale_modules=["second"]))
+    model = get_peft_model(base, config)
+    assert torch.equal(model(X), expected)
+    disturb(model)
+    output = model(X)
+    assert not torch.equal(output, expected) and output.isfinite().all()
+    output.sum().backward()
+    model.merge_adapter()
+    torch.testing.assert_close(model(X), output)
+    model.unmerge_adapter()
+    assert torch.equal(model(X), output)
+
+
+def test_a_trainer_refuses_a_denoiser_that_torchao_has_quantized_by_name(tmp_path):
+    torchao = pytest.importorskip("torchao.quantization")
+    pipeline = tiny_pipeline()
+    torchao.quantize_(pipeline.unet, torchao.Int8WeightOnlyConfig())
+    with pytest.raises(ValueError, match="svdiff cannot be trained on a quantized base"):
+        tiny_trainer(tmp_path, pipeline)
+
+
+# ---- diffusers: a LoRA beside the adapter ----
+
+
+@pytest.fixture(scope="module")
+def lora_folder(tmp_path_factory):
+    """A LoRA in the format of diffusers, on the attention layers of the tiny pipeline's UNet."""
+    folder, pipeline = tmp_path_factory.mktemp("lora"), tiny_pipeline()
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_out.0"], init_lora_weights="gaussian"))
+    disturb(pipeline.unet, names="lora_")
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
+    pipeline.save_lora_weights(folder, unet_lora_layers=layers)
+    return folder
+
+
+@pytest.fixture(params=["svdiff", "difffit"])
+def pair(request, lora_folder):
+    """A pipeline with an adapter, and a LoRA beside it; both are active."""
+    pipeline = tiny_pipeline()
+    tuned_unet(request.param, pipeline.unet)
+    pipeline.load_lora_weights(lora_folder)
+    names = list(pipeline.unet.peft_config)
+    assert names[0] == "default" and len(names) == 2
+    pipeline.unet.set_adapters(names)
+    return pipeline, names
+
+
+def test_scales_reach_the_adapter_and_the_lora(pair):
+    pipeline, (own, lora) = pair
+    unet = pipeline.unet
+    outputs = {}
+    for scales in ([1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.5, 0.5]):
+        pipeline.set_adapters([own, lora], scales)
+        outputs[tuple(scales)] = run(unet)
+    torch.testing.assert_close(outputs[0.0, 0.0], run(tiny_unet()), rtol=0, atol=1e-5)
+    assert len({tuple(output.flatten().tolist()) for output in outputs.values()}) == 5
+    pipeline.set_adapters([own, lora])
+    assert torch.equal(run(unet), outputs[1.0, 1.0])
+    halved = run(unet, cross_attention_kwargs={"scale": 0.5})
+    torch.testing.assert_close(halved, outputs[0.5, 0.5], rtol=0, atol=1e-5)
+    torch.testing.assert_close(run(unet), outputs[1.0, 1.0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_a_fused_lora_beside_the_adapter_computes_the_same_and_is_unfused_again(pair, safe):
+    pipeline, _ = pair
+    unet, weights = pipeline.unet, dict(tiny_pipeline().unet.named_parameters())
+    expected = run(unet)
+    pipeline.fuse_lora(safe_fusing=safe)
+    torch.testing.assert_close(run(unet), expected, rtol=1e-4, atol=1e-4)
+    pipeline.unfuse_lora()
+    for name, parameter in unet.named_parameters():
+        if "memcontrol_" not in name and "lora_" not in name:
+            original = weights[name.replace(".base_layer", "")]
+            torch.testing.assert_close(parameter, original, rtol=0, atol=1e-5, msg=name)
+    torch.testing.assert_close(run(unet), expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- what is not supported says so ----
+
+
+def test_calls_for_adapters_of_other_kinds_are_refused_in_one_line():
+    model = get_peft_model(TwoLinears(), MemControlConfig(target_modules=["first"]))
+    model.add_adapter("second", MemControlConfig(target_modules=["first"]))
+    with pytest.raises(NotImplementedError, match="activate them together"):
+        model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both")
+    with pytest.raises(ValueError, match="rows of different MEMCONTROL adapters"):
+        model(X, adapter_names=["default", "second", "second"])

@@ -10,9 +10,18 @@ from peft.tuners.tuners_utils import BaseTuner
 
 from .config import METHODS, MemControlConfig
 from .layer import MemControlLayer
-from .model import MemControlModel, tunable_modules
+from .model import MemControlModel
+from .tunable import quantized_type, tunable_modules
 
-__all__ = ["METHODS", "MemControlConfig", "MemControlLayer", "MemControlModel", "register", "tunable_modules"]
+__all__ = [
+    "METHODS",
+    "MemControlConfig",
+    "MemControlLayer",
+    "MemControlModel",
+    "quantized_type",
+    "register",
+    "tunable_modules",
+]
 
 
 def register() -> None:

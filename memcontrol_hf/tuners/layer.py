@@ -4,64 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .config import MemControlConfig
-
-TUNABLE_TYPES = {
-    "svdiff": "Linear, Conv1d and Conv2d",
-    "difffit": "norms, layers with a bias and the Linear modules that scale_modules names",
-    "weights": "Linear, Conv1d, Conv2d, Embedding and norms",
-    "norm": "GroupNorm, LayerNorm and RMSNorm",
-    "bias": "layers with a bias",
-}
-
-
-def tuned_tensors(module: nn.Module, method: str, name: str, scale_modules: Sequence[str]) -> tuple[str, ...]:
-    """The kinds of parameters that a method trains in one module.
-
-    Args:
-        module: The module of the base model.
-        method: A method of [`MemControlConfig`].
-        name: The module's full name, for `scale_modules`.
-        scale_modules: DiffFit: ends of the names of the `Linear` modules whose output is scaled.
-
-    Returns:
-        Some of `"delta"`, `"gamma"`, `"weight"` and `"bias"`; empty if the method cannot tune this module.
-    """
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        return ()  # nn.MultiheadAttention reads this layer's weight and never calls it: an adapter would do nothing
-    own = tuple(
-        kind
-        for kind in ("weight", "bias")
-        if (tensor := module._parameters.get(kind)) is not None and tensor.is_floating_point()
-    )
-    rms_norm = type(module).__name__.endswith(("RMSNorm", "T5LayerNorm"))
-    is_norm = rms_norm or isinstance(module, (nn.GroupNorm, nn.LayerNorm))
-    is_linear_map = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) and "weight" in own
-    biases = ("bias",) if "bias" in own and hasattr(module, "weight") else ()
-
-    if method == "svdiff":
-        return ("delta",) if is_linear_map else ()
-    if method == "weights":
-        return own if is_linear_map or is_norm or isinstance(module, nn.Embedding) else ()
-    if method == "norm":
-        return own if is_norm else ()
-    if method == "bias":
-        return biases
-    if is_norm:
-        return own
-    ends = tuple(f".{end}" for end in scale_modules)
-    scaled = isinstance(module, nn.Linear) and is_linear_map and f".{name}".endswith(ends)
-    return (("gamma",) if scaled else ()) + biases
+from .hooks import call_inside_hooks, has_hooks
+from .tunable import check_tunable
 
 
 class SVDFactors:
@@ -134,6 +88,20 @@ def svd_factors(weight: torch.Tensor) -> SVDFactors:
     return factors
 
 
+class AdapterParameters(nn.ParameterDict):
+    """The parameters of one kind, by adapter. Hooks that move parameters act when a module is called: so it can be."""
+
+    __call__ = nn.Module.__call__
+
+    def forward(self) -> dict[str, torch.Tensor]:
+        # Views keep the values when the hooks put others in the parameters' place afterwards.
+        return {adapter: parameter.view_as(parameter) for adapter, parameter in self.items()}
+
+    def read(self) -> Mapping[str, torch.Tensor]:
+        """The parameters, as hooks leave them for the computation."""
+        return self() if len(self) and has_hooks(self) else self
+
+
 class MemControlLayer(nn.Module, BaseTunerLayer):
     """A module of the base model together with what the adapters train in it.
 
@@ -155,20 +123,23 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("memcontrol_delta", "memcontrol_gamma", "memcontrol_weight", "memcontrol_bias")
-    other_param_names = ("memcontrol_scale",)
+    other_param_names = ("memcontrol_scale", "memcontrol_strength")
+    cast_input_dtype_enabled = True  # of PEFT's layers; diffusers switches it off, though inputs are not cast here
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MemControlConfig, name: str) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.in_features = getattr(base_layer, "in_features", getattr(base_layer, "in_channels", None))
         self.out_features = getattr(base_layer, "out_features", getattr(base_layer, "out_channels", None))
-        self.memcontrol_delta = nn.ParameterDict()  # [k], shift of the singular values
-        self.memcontrol_gamma = nn.ParameterDict()  # [out], scale of the output
-        self.memcontrol_weight = nn.ParameterDict()  # as the weight, added to it
-        self.memcontrol_bias = nn.ParameterDict()  # as the bias, added to it
+        self.memcontrol_delta = AdapterParameters()  # [k], shift of the singular values
+        self.memcontrol_gamma = AdapterParameters()  # [out], scale of the output
+        self.memcontrol_weight = AdapterParameters()  # as the weight, added to it
+        self.memcontrol_bias = AdapterParameters()  # as the bias, added to it
         self.memcontrol_scale: dict[str, float] = {}
+        self.memcontrol_strength: dict[str, float] = {}  # factor of an adapter's effect
         self.merged_adapters: list[str] = []
-        self._originals: dict[str, torch.Tensor] = {}  # the base layer's own tensors while others are merged in
+        self._originals: dict[str, nn.Parameter] = {}  # the base layer's own parameters while others are merged in
+        self._sums: dict[str, float] = {}  # sums of the tensors that were merged in
         self._svd: tuple[Any, SVDFactors] | None = None  # the weight's state when it was last read, its factors
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, name)
@@ -185,6 +156,7 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
                 initial = torch.zeros(getattr(self.base_layer, kind).shape)
             getattr(self, f"memcontrol_{kind}")[adapter_name] = nn.Parameter(initial)
         self.memcontrol_scale[adapter_name] = config.scale
+        self.memcontrol_strength[adapter_name] = 1.0
         self._svd = None
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -194,24 +166,27 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(*args, **kwargs)
+        if has_hooks(self.base_layer):
+            return call_inside_hooks(self.base_layer, self._call_tuned, *args, **kwargs)
+        return self._call_tuned(self.base_layer, *args, **kwargs)
+
+    def _call_tuned(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call the base layer, or the forward of the base layer, with tuned weights."""
         tuned = {kind: self._tuned(kind, self.active_adapters) for kind in ("weight", "bias")}
         tuned = {kind: tensor.to(self._original(kind).dtype) for kind, tensor in tuned.items() if tensor is not None}
-        output = self._call_base_layer(tuned, *args, **kwargs)
-        gamma = self._gamma(self.active_adapters)
-        return output if gamma is None else output * gamma.to(output.dtype)
-
-    def _call_base_layer(self, tensors: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         # An attribute hides the parameter of the same name. torch.func.functional_call swaps the parameters, which has
         # no effect under FSDP: there, attributes hide them already.
         attributes = self.base_layer.__dict__
-        hidden = {name: attributes[name] for name in tensors if name in attributes}
-        attributes.update(tensors)
+        hidden = {name: attributes[name] for name in tuned if name in attributes}
+        attributes.update(tuned)
         try:
-            return self.base_layer(*args, **kwargs)
+            output = call(*args, **kwargs)
         finally:
-            for name in tensors:
+            for name in tuned:
                 del attributes[name]
             attributes.update(hidden)
+        gamma = self._gamma(self.active_adapters)
+        return output if gamma is None else output * gamma.to(output.dtype)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -222,39 +197,50 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
             adapter_names: The adapters to merge, by default the active ones.
 
         Raises:
-            ValueError: If `safe_merge` finds NaN or infinity; the layer is left as it was.
+            ValueError: If `safe_merge` finds NaN or infinity, and if hooks move or cast the layer's weights; the layer
+                is left as it was.
         """
         names = check_adapters_to_merge(self, adapter_names)
         names = [name for name in names if name in self._get_available_adapters()]
         if not names:
             return
+        if has_hooks(self.base_layer):
+            raise ValueError(
+                "hooks move or cast the weights of the base model (offloading, layerwise casting), so nothing can be "
+                "merged into them: merge the adapter before they are enabled"
+            )
         adapters = self.merged_adapters + names
-        merged = {}
         gamma = self._gamma(adapters)
-        for kind in ("weight", "bias"):
-            tensor, original = self._tuned(kind, adapters), self._original(kind)
-            if gamma is not None and original is not None:
-                tensor = original if tensor is None else tensor
-                tensor = tensor * gamma.reshape(-1, *[1] * (tensor.dim() - 1))
-            if tensor is not None:
-                merged[kind] = tensor.to(original.dtype)
+        merged = {kind: self._merged(kind, adapters, gamma) for kind in ("weight", "bias")}
+        merged = {kind: tensor for kind, tensor in merged.items() if tensor is not None}
         if safe_merge and not all(tensor.isfinite().all() for tensor in merged.values()):
             raise ValueError(f"NaN or infinity in the merged weights: the adapter {', '.join(names)} seems broken.")
         for kind, tensor in merged.items():
+            # A parameter of its own: the base layer may share its parameter with layers that have other adapters.
             parameter = getattr(self.base_layer, kind)
-            self._originals.setdefault(kind, parameter.data)
-            parameter.data = tensor
+            self._originals.setdefault(kind, parameter)
+            self._sums[kind] = _sum(tensor)
+            self.base_layer._parameters[kind] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
         self.merged_adapters = adapters
 
+    @torch.no_grad()
     def unmerge(self) -> None:
-        """Give the base layer its own tensors back, bit for bit."""
+        """Give the base layer its own parameters back, bit for bit.
+
+        What another adapter, such as a LoRA, has merged or unmerged in the meantime is kept, up to rounding.
+        """
         if not self.merged:
             warnings.warn("No adapter is merged into this layer, so there is nothing to undo.", stacklevel=2)
             return
+        gamma = self._gamma(self.merged_adapters)
         for kind, original in self._originals.items():
-            parameter = getattr(self.base_layer, kind)
-            parameter.data = original.to(parameter)  # a no-op unless the model was moved or cast in between
-        self._originals = {}
+            merged = getattr(self.base_layer, kind)
+            moved = (merged.dtype, merged.device) != (original.dtype, original.device)
+            if not moved and _sum(merged) != self._sums[kind]:
+                original.data = original + (merged - self._merged(kind, self.merged_adapters, gamma))
+            original.data = original.to(merged)  # a no-op unless the model was moved or cast in between
+            self.base_layer._parameters[kind] = original
+        self._originals, self._sums = {}, {}
         self.merged_adapters = []
 
     def unload_and_optionally_merge_module(
@@ -289,20 +275,51 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
     def _tuned(self, kind: str, adapters: list[str]) -> torch.Tensor | None:
         """The base layer's weight or bias plus the adapters' differences, not yet rounded; None if there are none."""
         original = self._original(kind)
-        differences = getattr(self, f"memcontrol_{kind}")
+        differences = getattr(self, f"memcontrol_{kind}").read()
+        deltas = self.memcontrol_delta.read() if kind == "weight" else {}
         # Autocast would multiply the SVD factors in half precision.
         with torch.autocast(device_type=self._device().type, enabled=False):
             tensor = None
             for adapter in adapters:
                 if adapter in differences:
                     difference = differences[adapter]
-                elif kind == "weight" and adapter in self.memcontrol_delta:
+                elif adapter in deltas:
                     factors, scale = self._factors(original), self.memcontrol_scale[adapter]
-                    difference = factors.difference(self.memcontrol_delta[adapter], scale)
+                    difference = factors.difference(deltas[adapter], scale)
                 else:
                     continue
+                if (strength := self.memcontrol_strength[adapter]) != 1:
+                    difference = strength * difference
                 tensor = (original if tensor is None else tensor) + difference.view_as(original)
         return tensor
+
+    def _merged(self, kind: str, adapters: list[str], gamma: torch.Tensor | None) -> torch.Tensor | None:
+        """What the weight or bias becomes when adapters are merged into it; None if they leave it as it is."""
+        tensor, original = self._tuned(kind, adapters), self._original(kind)
+        if gamma is not None and original is not None:
+            tensor = original if tensor is None else tensor
+            tensor = tensor * gamma.reshape(-1, *[1] * (tensor.dim() - 1))
+        return None if tensor is None else tensor.to(original.dtype)
+
+    @property
+    def r(self) -> dict[str, float]:
+        """The adapters; diffusers counts those of a layer by a LoRA's `r`, to name the LoRA that it loads next."""
+        return self.memcontrol_strength
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the factor of an adapter's effect: 0 leaves the base layer, 1 is the adapter as it was trained."""
+        if adapter in self.memcontrol_strength:
+            self.memcontrol_strength[adapter] = scale
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the factors of the active adapters."""
+        for adapter in self.active_adapters:
+            self.set_scale(adapter, self.memcontrol_strength.get(adapter, 1.0) * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the factors of the active adapters, or set them to 1."""
+        for adapter in self.active_adapters:
+            self.set_scale(adapter, 1.0 if scale is None else self.memcontrol_strength.get(adapter, 1.0) / scale)
 
     def cache_factors(self) -> None:
         """Compute what the next forward pass would: inside the transforms of torch.func it cannot."""
@@ -311,29 +328,40 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
 
     @torch.compiler.disable
     def _factors(self, weight: torch.Tensor) -> SVDFactors:
-        # FSDP puts a new view in the parameter's place for each forward pass: no state to compare.
-        state = (weight.data_ptr(), weight._version, weight.dtype) if isinstance(weight, nn.Parameter) else None
+        # FSDP puts a new view in the parameter's place for each forward pass, hooks a new copy: no state to compare.
+        state = None
+        if isinstance(weight, nn.Parameter) and not has_hooks(self.base_layer):
+            state = (weight.data_ptr(), weight._version, weight.dtype)
         if self._svd is None or self._svd[0] != state:
             self._svd = (state, svd_factors(weight))
         return self._svd[1]
 
     def _gamma(self, adapters: list[str]) -> torch.Tensor | None:
         """The product of the adapters' output scales, `[out]`; None if there are none."""
-        gamma = None
+        gamma, gammas = None, self.memcontrol_gamma.read()
         for adapter in adapters:
-            if adapter in self.memcontrol_gamma:
-                gamma = self.memcontrol_gamma[adapter] if gamma is None else gamma * self.memcontrol_gamma[adapter]
+            if adapter in gammas:
+                factor, strength = gammas[adapter], self.memcontrol_strength[adapter]
+                factor = factor if strength == 1 else 1 + strength * (factor - 1)
+                gamma = factor if gamma is None else gamma * factor
         return gamma
 
     def _device(self) -> torch.device:
-        return next(self.base_layer.parameters()).device
+        """The device that the base layer computes on. Weights that accelerate offloads are on none in the meantime."""
+        device = next(self.base_layer.parameters()).device
+        hook = vars(self.base_layer).get("_hf_hook")
+        return (
+            torch.device(getattr(hook, "execution_device", None) or "cpu")
+            if device.type == "meta" and hook
+            else device
+        )
 
     def __getattr__(self, name: str) -> Any:
-        """What the layer itself lacks is the base layer's: `stride`, `eps`, `num_groups`."""
+        """What the layer itself lacks is the base layer's: `stride`, `eps`, `num_groups`; but not its hooks."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":
+            if name == "base_layer" or name.startswith("_"):
                 raise
             return getattr(self.base_layer, name)
 
@@ -341,17 +369,6 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
         return "memcontrol." + super().__repr__()
 
 
-def check_tunable(module: nn.Module, config: MemControlConfig, name: str) -> tuple[str, ...]:
-    """The kinds of parameters that a configuration trains in a module.
-
-    Raises:
-        ValueError: If its method cannot tune a module of this type.
-    """
-    kinds = tuned_tensors(module, config.method, name, config.scale_modules)
-    if not kinds:
-        raise ValueError(
-            f"target_modules matches {name!r}, a {type(module).__name__}, which method={config.method!r} cannot tune: "
-            f"it takes {TUNABLE_TYPES[config.method]}. Name those modules alone; tunable_modules(model, "
-            f"{config.method!r}) lists them."
-        )
-    return kinds
+def _sum(tensor: torch.Tensor) -> float:
+    """A number by which a change of a tensor is seen that torch does not count: one through `data`."""
+    return tensor.sum(dtype=torch.float64).item()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
-from .config import METHODS, MemControlConfig
-from .layer import MemControlLayer, check_tunable, tuned_tensors
+from .config import MemControlConfig
+from .layer import MemControlLayer
+from .tunable import check_tunable, linear_modules
 
 
 class MemControlModel(BaseTuner):
@@ -44,9 +47,36 @@ class MemControlModel(BaseTuner):
         # PEFT shortens long lists of names to ends of names, in no fixed order. The saved configuration shall say
         # what was selected, and the same each time.
         config = self.peft_config[adapter_name]
+        if isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            config.target_modules = linear_modules(model)
         target_modules = config.target_modules
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        layers = _layers(model)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            for name, layer in _layers(model).items():  # leave the model as it was
+                if name in layers:
+                    layer.delete_adapter(adapter_name)
+                else:
+                    model.set_submodule(name, layer.base_layer)
+            raise
         config.target_modules = target_modules
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not supported: `NotImplementedError` says what to do instead."""
+        raise NotImplementedError(
+            "adapters of MEMCONTROL cannot be added up to a new one: activate them together by "
+            "base_model.set_adapter([...]), each with the factor that set_scale(adapter, factor) gives its layers"
+        )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names: a batch cannot hold rows of different MEMCONTROL adapters; call the model once for "
+                "each adapter, after set_adapter(...)"
+            )
+        yield
 
     def _prepare_adapter_config(self, peft_config: MemControlConfig, model_config: dict) -> MemControlConfig:
         if peft_config.target_modules is None:
@@ -79,7 +109,7 @@ class MemControlModel(BaseTuner):
         layer = MemControlLayer(target, adapter_name, peft_config, current_key)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        setattr(parent, target_name, layer)  # it is on the right device; the weights' may be "meta" in the meantime
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # New parameters are float32 already; without autocasting they take the base layer's dtype.
@@ -90,31 +120,6 @@ class MemControlModel(BaseTuner):
                     layer.cast_adapter(adapter_name, next(layer.base_layer.parameters()).dtype)
 
 
-def tunable_modules(
-    model: nn.Module, method: str, prefix: str = "", scale_modules: Sequence[str] | None = None
-) -> list[str]:
-    """The full names, in the model's order, of the modules that a method can tune.
-
-    Args:
-        model: A base model, without adapters.
-        method: A method of [`MemControlConfig`].
-        prefix: Only the module of this name and those inside it, for instance `"down_blocks.0.attentions.0"`.
-        scale_modules: DiffFit: as in [`MemControlConfig`].
-
-    Returns:
-        Names for `target_modules`.
-
-    Raises:
-        ValueError: If `method` is unknown.
-    """
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is unknown, it must be one of: {', '.join(METHODS)}.")
-    if scale_modules is None:
-        scale_modules = MemControlConfig().scale_modules
-    return [
-        name
-        for name, module in model.named_modules()
-        if name
-        and (not prefix or name == prefix or name.startswith(f"{prefix}."))
-        and tuned_tensors(module, method, name, scale_modules)
-    ]
+def _layers(model: nn.Module) -> dict[str, MemControlLayer]:
+    """The layers of this tuner in a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MemControlLayer)}
