@@ -20,8 +20,15 @@ from .mitigations import parse_mitigations
 
 # The ranges of the arguments that are numbers. transformers takes every value for its own.
 _SHARES = ("caption_dropout", "search_fraction", "adam_beta1", "adam_beta2")
-_POSITIVE = ("learning_rate", "num_train_epochs", "snr_gamma")
-_NOT_NEGATIVE = ("weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "eval_guidance_scale")
+_POSITIVE = ("num_train_epochs", "snr_gamma")
+_NOT_NEGATIVE = (
+    "learning_rate",
+    "weight_decay",
+    "adam_epsilon",
+    "max_grad_norm",
+    "warmup_steps",
+    "eval_guidance_scale",
+)
 _COUNTS = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "search_max_steps"),
     *("eval_num_images", "eval_inference_steps", "eval_num_timesteps", "resolution"),

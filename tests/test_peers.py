@@ -93,7 +93,7 @@ def test_every_other_argument_is_refused_as_a_hyperparameter_by_its_name(trained
     ("hyperparameters", "message"),
     [
         ({"caption_dropout": 5.0}, "caption_dropout must be a share between 0 and 1, but got 5.0"),
-        ({"learning_rate": -1.0}, "learning_rate must be above 0, but got -1.0"),
+        ({"learning_rate": -1.0}, "learning_rate must be at least 0, but got -1.0"),
         ({"learning_rate": "high"}, "learning_rate must be a number, but got 'high'"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, but got 0"),
         ({"gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps must be a whole number, but got 1.5"),
