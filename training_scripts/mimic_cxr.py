@@ -17,11 +17,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from PIL import Image
 
 from memcontrol_hf.audit import caption_markers
+from memcontrol_hf.images import to_rgb
 
 _STUDY = re.compile(r"^p(?P<subject>\d+)/s(?P<study>\d+)/(?P<image>[^/]+)\.(?:jpg|dcm)$", re.IGNORECASE)
 _HEADING = re.compile(r"^[ \t]*([A-Z][A-Z /&,()-]+):", re.MULTILINE)
@@ -58,22 +58,9 @@ def read_image(path: Path) -> Image.Image:
 
     Raises:
         ImportError: The file is a DICOM file and pydicom is missing; the message says how to install it.
+        ValueError: A DICOM file does not hold one image.
     """
-    if path.suffix.lower() != ".dcm":
-        return Image.open(path).convert("L")
-    try:
-        from pydicom import dcmread
-        from pydicom.pixels import apply_modality_lut, apply_presentation_lut, apply_voi_lut
-    except ImportError:
-        raise ImportError(f"{path.name} is a DICOM file, which needs pydicom: pip install 'pydicom>=3.0'") from None
-    dicom = dcmread(path)
-    pixels = apply_voi_lut(apply_modality_lut(dicom.pixel_array, dicom), dicom)
-    pixels = apply_presentation_lut(pixels, dicom).astype(np.float32)
-    has_lut = "PresentationLUTShape" in dicom or "PresentationLUTSequence" in dicom
-    if dicom.PhotometricInterpretation == "MONOCHROME1" and not has_lut:  # low values are bright and still are here
-        pixels = pixels.max() - pixels
-    low, high = pixels.min(), pixels.max()
-    return Image.fromarray(((pixels - low) / max(high - low, 1e-6) * 255).round().astype(np.uint8))
+    return to_rgb(Image.open(path)).convert("L")
 
 
 def small(image: Image.Image, resolution: int) -> Image.Image:

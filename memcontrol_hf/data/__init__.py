@@ -1,8 +1,9 @@
 """From images and captions to three disjoint splits, and to latents and conditions that are computed once."""
 
 from .encoded import EncodedImages, encode, first_rows, images_digest, weights_digest
+from .folders import read_folder
+from .split_names import SPLITS
 from .splits import (
-    SPLITS,
     check_images,
     check_near_duplicates,
     check_readable,
@@ -25,6 +26,7 @@ __all__ = [
     "load_image_folder",
     "load_images",
     "plant_canaries",
+    "read_folder",
     "split",
     "weights_digest",
     "without_captions",

@@ -4,6 +4,7 @@ The model is trained on `train`. The rewards of the search may use `validation`.
 final measurement.
 """
 
+import os
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -18,10 +19,8 @@ from scipy.sparse.csgraph import connected_components
 
 from ..images import near_duplicates, pixel_digest, thumbnails
 from ..randomness import seeded_generator
-
-SPLITS = ("train", "validation", "held_out")
-
-_ALIASES = {"val": "validation", "valid": "validation", "dev": "validation", "test": "held_out"}
+from .folders import read_folder, renamed_splits
+from .split_names import SPLITS
 
 
 def load_images(
@@ -37,10 +36,10 @@ def load_images(
 
     Args:
         dataset_name (`str`, *optional*):
-            Hub id or folder that `datasets.load_dataset` reads.
+            Hub id that `datasets.load_dataset` reads, or a folder as `train_data_dir`.
         train_data_dir (`str`, *optional*):
-            Folder of images with a `metadata.jsonl` (or `.csv`) beside them, as `imagefolder` reads it. Images that
-            are already split lie in subfolders with the names of the splits.
+            Folder of images in any layout of [`~memcontrol_hf.data.folders.read_folder`]. Images that are already
+            split lie in subfolders with names that mean splits.
         image_column (`str`):
             Column of the images.
         caption_column (`str`):
@@ -62,26 +61,16 @@ def load_images(
         ValueError: for a missing folder, column or image, an image that cannot be read, a caption that is not a text,
             an empty split, and a group that is in more than one of the given splits.
     """
-    if train_data_dir is not None:
-        if not Path(train_data_dir).is_dir():
-            raise ValueError(f"--train_data_dir {train_data_dir!r} is no folder")
-        # `datasets` recognizes its own names of splits only, and would ignore a folder `held_out`.
-        named = [name for name in (*SPLITS, *_ALIASES) if (Path(train_data_dir) / name).is_dir()]
-        # Without a folder for each split, `datasets` would look for names of splits in the names of files.
-        files = {"train": "**"} if not named else {n: f"{n}/**" for n in named} if "held_out" in named else None
-        source = {"path": "imagefolder", "data_dir": train_data_dir, "data_files": files}
-    else:
-        source = {"path": dataset_name}
+    folder = train_data_dir or (dataset_name if os.path.isdir(dataset_name) else None)
+    if train_data_dir is not None and not Path(train_data_dir).is_dir():
+        raise ValueError(f"--train_data_dir {train_data_dir!r} is no folder")
     try:
-        loaded = load_dataset(**source)
+        loaded = read_folder(folder) if folder else renamed_splits(load_dataset(dataset_name))
     except (OSError, ValueError, DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cannot load the images of {train_data_dir or dataset_name!r}: {reason}") from None
+        raise ValueError(f"cannot load the images of {folder or dataset_name!r}: {reason}") from None
     splits = {}
     for name, dataset in loaded.items():
-        name = _ALIASES.get(name, name)
-        if name not in SPLITS:
-            raise ValueError(f"unknown split {name!r}: use train, and where given validation and held_out (or test)")
         further = captions_column if name == "train" else None
         splits[name] = _columns(dataset, name, image_column, caption_column, group_column, further)
     if "train" not in splits:
@@ -103,13 +92,7 @@ def load_image_folder(folder: str, split_name: str, caption_column: str | None =
     Raises:
         ValueError: For a missing folder, a folder without images, an image that cannot be read, and a missing column.
     """
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder!r} is no folder")
-    try:
-        # Without data_files="**", `datasets` would look for names of splits in the names of files.
-        data = load_dataset("imagefolder", data_dir=folder, data_files={"train": "**"}, split="train")
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"{folder!r} holds no images: {str(error).splitlines()[0]}") from None
+    data = read_folder(folder, as_one=True)["train"]
     check_readable(data, split_name)
     if caption_column is None:
         return data.select_columns(["image"])
@@ -180,6 +163,31 @@ def check_readable(dataset: Dataset, split_name: str) -> None:
         _read_image(undecoded[row]["image"], split_name, row)
 
 
+def check_groups(data: DatasetDict) -> None:
+    """Raise `ValueError` for groups that are missing, or differ in case or blanks only: one patient, spelt twice."""
+    groups = [(name, row, g) for name in data if "group" in data[name].column_names
+              for row, g in enumerate(data[name]["group"])]  # fmt: skip
+    missing = [f"row {row} of {name}" for name, row, g in groups if g is None or g != g or not str(g).strip()]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} rows have no group: {_first(missing)}. A person without an id could be in two splits: "
+            "give each row its group, or take the row out"
+        )
+    spellings: dict[str, set[str]] = {}
+    for _, _, group in groups:
+        spellings.setdefault("".join(str(group).split()).casefold(), set()).add(str(group))
+    twice = [" and ".join(map(repr, sorted(of_one))) for of_one in spellings.values() if len(of_one) > 1]
+    if twice:
+        raise ValueError(
+            f"{len(twice)} groups are spelt in several ways, which differ in case or blanks only: {_first(twice)}. "
+            "Give one person one id, so that no image of theirs is in two splits"
+        )
+
+
+def _first(of: list[str], count: int = 5) -> str:
+    return ", ".join(of[:count]) + (", ..." if len(of) > count else "")
+
+
 def _read_image(stored: dict, split_name: str, row: int) -> PILImage.Image:
     path = stored.get("path")
     try:
@@ -211,6 +219,7 @@ def split(data: DatasetDict, seed: int = 0, fractions: tuple[float, float] = (0.
             there are too few groups.
     """
     check_images(data)
+    check_groups(data)
     groups = _groups(data)
     owner: dict[int, str] = {}
     for name, row_groups in groups.items():

@@ -1,0 +1,291 @@
+"""Folders as people have them: one table of what is read, with the right values, and one of what is refused."""
+
+import csv
+import io
+import json
+import logging
+import os
+import re
+import tarfile
+
+import numpy as np
+import pytest
+from conftest import RESOLUTION, images_of
+from datasets import Dataset, DatasetDict
+
+from memcontrol_hf.data import encode, load_image_folder, load_images, read_folder
+from memcontrol_hf.data.split_names import split_of_name
+from memcontrol_hf.families import family_of
+
+IMAGES = images_of(12, seed=5)
+ROWS = {"train": range(6), "validation": range(6, 9), "held_out": range(9, 12)}
+
+
+def save(folder, rows, lines=True, **columns):
+    """Some images as 0.png, 1.png, ... with their captions in a metadata.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in rows:
+        IMAGES[row]["image"].save(folder / f"{row}.png")
+    if lines:
+        table = [{"file_name": f"{row}.png", "text": IMAGES[row]["text"],
+                  **{name: values[row] for name, values in columns.items()}} for row in rows]  # fmt: skip
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in table))
+
+
+def three(root, *names, **options):
+    for name, rows in zip(names, ROWS.values()):
+        save(root / name, rows, **options)
+
+
+def in_one(suffix):
+    def make(root):
+        save(root, range(12), lines=False)
+        table = [{"file_name": f"{row}.png", "text": IMAGES[row]["text"]} for row in range(12)]
+        if suffix == "csv":
+            with open(root / "metadata.csv", "w", newline="") as file:
+                writer = csv.DictWriter(file, table[0])
+                writer.writeheader()
+                writer.writerows(table)
+        else:
+            Dataset.from_list(table).to_parquet(root / "metadata.parquet")
+
+    return make
+
+
+def side_files(root):
+    save(root, range(12), lines=False)
+    for row in range(12):
+        (root / f"{row}.txt").write_text(IMAGES[row]["text"] + "\n")
+
+
+def tars(root):
+    root.mkdir(exist_ok=True)
+    for name, rows in ROWS.items():
+        with tarfile.open(root / f"scans-{name}-0000.tar", "w") as tar:
+            for row in rows:
+                buffer = io.BytesIO()
+                IMAGES[row]["image"].save(buffer, "PNG")
+                for suffix, content in (("png", buffer.getvalue()), ("txt", IMAGES[row]["text"].encode())):
+                    member = tarfile.TarInfo(f"{row}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
+def parquet(root):
+    root.mkdir(exist_ok=True)
+    for name, rows in zip(("train", "val", "test"), ROWS.values()):
+        IMAGES.select(rows).to_parquet(root / f"{name}-00000-of-00001.parquet")
+
+
+def links(root):
+    three(root.parent / "elsewhere", "a", "b", "c")
+    root.mkdir(exist_ok=True)
+    for name, target in zip(ROWS, "abc"):
+        os.symlink(root.parent / "elsewhere" / target, root / name)
+
+
+SPLIT = {
+    **{
+        f"{a}, {b}, {c}": lambda root, names=(a, b, c): three(root, *names)
+        for a, b, c in [
+            ("train", "validation", "held_out"),
+            ("Train", "Val", "Test"),
+            ("TRAINING", "dev", "testing"),
+            ("train_images", "valid_images", "test_images"),
+            ("trainset", "valset", "test-data"),
+            ("images/train", "images/val", "images/test"),
+            ("train", "validation", "held-out"),
+            ("train/images", "Validation/images", "holdout/images"),
+            ("train", "val", "Hold out"),
+            ("trainImages", "valImages", "testImages"),
+            ("1_train", "2_val", "3_test"),
+        ]
+    },
+    "links to folders": links,
+    "WebDataset archives": tars,
+    "Parquet files": parquet,
+    "save_to_disk": lambda root: DatasetDict({n: IMAGES.select(r) for n, r in ROWS.items()}).save_to_disk(root),
+}
+WHOLE = {
+    "save_to_disk": lambda root: IMAGES.save_to_disk(root),
+    "metadata.jsonl": lambda root: save(root, range(12)),
+    "metadata.csv": in_one("csv"),
+    "metadata.parquet": in_one("parquet"),
+    "captions in .txt": side_files,
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "rows", "sizes"),
+    [
+        *(pytest.param(make, ROWS, (6, 3, 3), id=f"{name}, split") for name, make in SPLIT.items()),
+        *(pytest.param(make, {"train": range(12)}, (8, 2, 2), id=name) for name, make in WHOLE.items()),
+    ],
+)
+def test_each_layout_gives_these_images_with_these_captions(tmp_path, make, rows, sizes):
+    root = tmp_path / "data"
+    make(root)
+    data = read_folder(root)
+    assert list(data) == list(rows)
+    for name, of_split in rows.items():
+        found = sorted((row["text"], row["image"].convert("RGB").tobytes()) for row in data[name])
+        assert found == sorted((IMAGES[row]["text"], IMAGES[row]["image"].tobytes()) for row in of_split), name
+    assert len(load_image_folder(str(root), "train", "text")) == 12
+    for source in ({"train_data_dir": str(root)}, {"dataset_name": str(root)}):
+        assert tuple(map(len, load_images(**source).values())) == sizes
+
+
+REFUSED = {
+    "a name that may be a split": (
+        lambda root: three(root, "train", "val", "bullet_train"),
+        "'bullet_train' may be the",
+    ),
+    "eval": (lambda root: three(root, "train", "eval", "test"), "'eval' may be the name of a split or not: rename it"),
+    "an unnamed rest": (lambda root: three(root, "train", "more", "test"), "3 files .* lie outside .*in 'more'"),
+    "files beside the splits": (
+        lambda root: (save(root, range(6)), save(root / "Test", range(6, 9))),
+        "6 files .*outside",
+    ),
+    "no train": (lambda root: (save(root / "val", range(6)), save(root / "Test", range(6, 9))), "has no folder train"),
+    "a split in a split": (
+        lambda root: save(root / "train" / "test", range(6)),
+        "'test' of held_out lies in a folder of train",
+    ),
+    "nothing": (lambda root: root.mkdir(), "holds no images, only these files: none"),
+    "volumes": (lambda root: (root.mkdir(), (root / "a.nii.gz").touch()), r"only these files: 1 \.gz"),
+    "two layouts": (lambda root: (save(root, range(3)), parquet(root)), "3 files of images, 3 files of parquet"),
+    "a file that is not there": (
+        lambda root: (save(root, range(6)), (root / "3.png").unlink()),
+        "1 files that are no images: 3.png",
+    ),
+    "no file_name": (
+        lambda root: (save(root, range(6)), (root / "metadata.jsonl").write_text('{"file": "1"}')),
+        "needs a file_name",
+    ),
+    "no JSON": (
+        lambda root: (save(root, range(6)), (root / "metadata.jsonl").write_text("{")),
+        "cannot read metadata.jsonl",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", REFUSED)
+def test_what_may_mix_images_or_lose_some_is_refused(tmp_path, layout):
+    make, message = REFUSED[layout]
+    make(tmp_path / "data")
+    with pytest.raises(ValueError, match=message):
+        load_images(train_data_dir=str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("latest", None), ("contest", None), ("protest", None), ("cat", None), ("trainee", None), ("patient_7", None),
+     ("train2017", "train"), ("Testing", "held_out"), ("heldout", "held_out"), ("VALIDATION", "validation")],
+)  # fmt: skip
+def test_a_name_means_a_split_or_not(name, split):
+    assert split_of_name(name) == split
+
+
+def test_images_without_a_line_are_counted_and_left_out(tmp_path, caplog):
+    save(tmp_path, range(12))
+    lines = (tmp_path / "metadata.jsonl").read_text().splitlines()
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines[:9]))
+    with caplog.at_level(logging.WARNING):
+        assert sum(map(len, load_images(train_data_dir=str(tmp_path)).values())) == 9
+    assert "3 of 12 images have no line in the metadata" in caplog.text and ".png" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (["P1", "p1", "p2"] * 4, "1 groups are spelt in several ways.*'P1' and 'p1'"),
+        (["p1", "p1 ", "p 2"] * 4, "1 groups are spelt.*'p1' and 'p1 '"),
+        (["p1", None, "p2"] * 4, r"4 rows have no group: row 1 of train, row 4 of train"),
+        (["p1", " ", "p2"] * 4, "4 rows have no group"),
+    ],
+)
+def test_groups_that_are_spelt_twice_or_missing_are_shown(tmp_path, groups, message):
+    save(tmp_path, range(12), patient=groups)
+    with pytest.raises(ValueError, match=message):
+        load_images(train_data_dir=str(tmp_path), group_column="patient")
+    assert load_images(train_data_dir=str(tmp_path))["train"]
+
+
+def test_ids_of_a_csv_stay_texts(tmp_path):
+    save(tmp_path, range(12), lines=False)
+    lines = [f"{row}.png,{IMAGES[row]['text']},{row // 2:03}" for row in range(12)]
+    (tmp_path / "metadata.csv").write_text("file_name,text,patient\n" + "\n".join(lines))
+    data = load_images(train_data_dir=str(tmp_path), group_column="patient")
+    assert {g for split in data.values() for g in split["group"]} == {f"{n:03}" for n in range(6)}
+
+
+def test_a_file_replaced_behind_a_linked_folder_is_encoded_anew(tmp_path, pipeline):
+    links(tmp_path / "data")
+    path = str(tmp_path / "data")
+    first = encode(read_folder(path)["train"], family_of(pipeline), RESOLUTION)
+    IMAGES[11]["image"].save(tmp_path / "elsewhere" / "a" / "0.png")
+    second = encode(read_folder(path)["train"], family_of(pipeline), RESOLUTION)
+    assert (first[0]["latents"] != second[0]["latents"]).any() and (first[1]["latents"] == second[1]["latents"]).all()
+
+
+def dicom_file(path, stored, photometric, bits, **elements):
+    from pydicom.dataset import Dataset as Dicom
+    from pydicom.dataset import FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
+
+    dicom = Dicom()
+    dicom.file_meta = FileMetaDataset()
+    dicom.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dicom.file_meta.MediaStorageSOPClassUID = dicom.SOPClassUID = SecondaryCaptureImageStorage
+    dicom.file_meta.MediaStorageSOPInstanceUID = dicom.SOPInstanceUID = generate_uid()
+    dicom.Rows, dicom.Columns = stored.shape
+    dicom.SamplesPerPixel, dicom.PixelRepresentation = 1, 0
+    dicom.PhotometricInterpretation = photometric
+    dicom.BitsAllocated, dicom.BitsStored, dicom.HighBit = 8 * stored.dtype.itemsize, bits, bits - 1
+    for name, value in elements.items():
+        setattr(dicom, name, value)
+    dicom.PixelData = stored.tobytes()
+    dicom.save_as(path, enforce_file_format=True)
+
+
+@pytest.mark.parametrize(
+    ("photometric", "bits", "elements", "expected"),
+    [
+        ("MONOCHROME2", 12, {}, lambda v: (v - v.min()) / (v.max() - v.min())),
+        ("MONOCHROME1", 12, {}, lambda v: (v.max() - v) / (v.max() - v.min())),
+        # PS3.3, C.11.2.1.2: a window of 1001 around 2000 maps 1500 to 0 and 2500 to 1
+        ("MONOCHROME2", 12, {"WindowCenter": 2000.5, "WindowWidth": 1001}, lambda v: np.clip((v - 1500) / 1000, 0, 1)),
+        (
+            "MONOCHROME1",
+            12,
+            {"WindowCenter": 2000.5, "WindowWidth": 1001},
+            lambda v: 1 - np.clip((v - 1500) / 1000, 0, 1),
+        ),
+        ("MONOCHROME2", 16, {}, lambda v: (v - v.min()) / (v.max() - v.min())),
+    ],
+)
+def test_a_dicom_file_is_shown_as_a_viewer_shows_it(tmp_path, photometric, bits, elements, expected):
+    pytest.importorskip("pydicom", reason="pip install 'memcontrol_hf[dicom]'")
+    high = 2**bits - 1
+    ramp = np.linspace(0, high, 64).astype(np.uint16).reshape(8, 8)
+    for number in range(9):
+        dicom_file(tmp_path / f"{number}.dcm", np.roll(ramp, number), photometric, bits, **elements)
+    data = read_folder(tmp_path)["train"]
+    assert len(data) == 9 and data[0]["image"].mode == "I;16"
+    shown = np.asarray(data[0]["image"]) / 65535
+    np.testing.assert_allclose(shown, expected(ramp.astype(float)), atol=2e-3)
+    sizes = {
+        name: len(images) for name, images in load_images(train_data_dir=str(tmp_path), caption_column="").items()
+    }
+    assert sizes == {"train": 5, "validation": 2, "held_out": 2}
+
+
+def test_a_dicom_file_with_several_frames_and_a_missing_pydicom_are_named(tmp_path, monkeypatch):
+    pytest.importorskip("pydicom", reason="pip install 'memcontrol_hf[dicom]'")
+    stored = np.arange(64, dtype=np.uint16).reshape(8, 8)
+    dicom_file(tmp_path / "a.dcm", stored, "MONOCHROME2", 12, NumberOfFrames=2)
+    with pytest.raises(ValueError, match=r"cannot read the image a\.dcm .*holds 2 frames"):
+        load_images(train_data_dir=str(tmp_path), caption_column="")
+    monkeypatch.setitem(__import__("sys").modules, "pydicom", None)
+    with pytest.raises(ValueError, match=re.escape("a DICOM file needs pydicom: pip install 'memcontrol_hf[dicom]'")):
+        load_images(train_data_dir=str(tmp_path), caption_column="")
