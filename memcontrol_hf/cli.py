@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .adapter_folder import REPORT
+from .command_line import ERROR, GATE_FAILED, PASSED, WRONG_USE, HelpFormatter
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from .report import MemorizationReport
-
-PASSED, ERROR, WRONG_USE, GATE_FAILED = 0, 1, 2, 3
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,6 +27,12 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         `int`: The exit code.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["train"]:
+        from . import train
+
+        train.main(argv[1:], prog="memcontrol train")
+        return PASSED
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
@@ -45,20 +50,13 @@ def main(argv: list[str] | None = None) -> int:
 # ---- the parsers ----
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Help texts with the default, where a flag has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        no_default = action.default is None or action.default is False
-        return action.help if no_default else super()._get_help_string(action)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="memcontrol",
-        description="Audit models for memorized training images; publish adapters with the evidence.",
+        description="Fine-tune on images that must not leak; audit models; publish adapters with the evidence.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands.add_parser("train", help="search, fine-tune, audit and save an adapter", add_help=False)
     for add in (_add_audit, _add_card, _add_push, _add_push_mask, _add_export):
         add(commands)
     return parser
@@ -76,7 +74,7 @@ def _command(
     if not gated:
         codes = "Exit codes: 0 done, 2 wrong use, 1 an error."
     description = f"{text[0].upper()}{text[1:]}. {codes}"
-    parser = commands.add_parser(name, help=text, description=description, formatter_class=_HelpFormatter)
+    parser = commands.add_parser(name, help=text, description=description, formatter_class=HelpFormatter)
     parser.set_defaults(run=run)
     return parser
 
@@ -168,9 +166,7 @@ def _add_push_mask(commands: argparse._SubParsersAction) -> None:
     text = "share the mask of an adapter alone, without weights"
     parser = _command(commands, "push-mask", _push_mask, text)
     parser.add_argument("folder", type=Path, help="folder of the adapter")
-    parser.add_argument(
-        "hub_model_id", help="repository of the mask; train_memcontrol.py takes the mask by --mask_from"
-    )
+    parser.add_argument("hub_model_id", help="repository of the mask; memcontrol train takes the mask by --mask_from")
     _add_hub_flags(parser)
 
 

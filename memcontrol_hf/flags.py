@@ -1,41 +1,24 @@
-"""The flags of `training_scripts/train_memcontrol.py`: their help, their defaults, and what becomes of their values.
+"""The flags of `memcontrol train`: their help, their defaults, and what becomes of their values.
 
-Each flag says by itself whether a study depends on it and whether its value may be published.
+Each flag says by itself whether a study depends on it and whether its value may be published. The help is printed
+without loading PyTorch; `tests/test_train_command.py` compares the choices with the packages that they name.
 """
 
-import argparse
 import hashlib
 import os
 import shlex
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-import peft
 from huggingface_hub import HfApi
-from peft import PeftConfig
-from transformers import HfArgumentParser
 
-from .evaluation import METRICS
-from .families import DTYPES, QUANTIZATIONS
-from .mitigations import MITIGATIONS
-from .search import SAMPLERS
-from .tuners import MemControlConfig
-
-# The projections of attention layers in denoisers, in CLIP and in T5.
-ATTENTION = [*("to_q", "to_k", "to_v", "to_out.0"), *("q_proj", "k_proj", "v_proj", "out_proj"), *("q", "k", "v", "o")]
-
-METHODS: dict[str, tuple[PeftConfig, tuple[float, float]]] = {
-    "svdiff": (MemControlConfig(method="svdiff"), (1e-2, 1e-1)),
-    "difffit": (MemControlConfig(method="difffit"), (3e-4, 3e-2)),
-    "attention": (MemControlConfig(method="weights"), (1e-5, 1e-3)),
-    "weights": (MemControlConfig(method="weights"), (1e-5, 1e-3)),
-    "norm": (MemControlConfig(method="norm"), (3e-4, 3e-2)),
-    "bias": (MemControlConfig(method="bias"), (3e-4, 3e-2)),
-    "lora": (peft.LoraConfig(r=4, lora_alpha=4, target_modules=ATTENTION), (1e-4, 1e-2)),
-}
-"""Values of `--method`, each with its PEFT config and the learning rates that are searched. `attention`, the paper's
-name, is accepted for `weights`."""
+Method = Literal["svdiff", "difffit", "attention", "weights", "norm", "bias", "lora"]
+Objective = Literal["fid", "amd", "membership_auc", "noise_norm", "loss"]
+MITIGATIONS = (
+    *("multiple_captions", "rwa", "gaussian_noise", "caption_dropout", "threshold", "early_stop", "dp_sgd"),
+    *("prompt_embedding", "anti_memorization_guidance"),
+)
 
 DEMO = {
     "resolution": 64,
@@ -112,12 +95,12 @@ class ScriptArguments:
     variant: str | None = _flag(
         None, "Variant of the pipeline's weights, such as fp16.", study=True, publish="unless_path"
     )
-    dtype: str | None = _flag(
-        None, f"Precision of the frozen weights: {', '.join(DTYPES)}; float32 if not given.", study=True, publish="yes"
+    dtype: Literal["float32", "float16", "bfloat16"] | None = _flag(
+        None, "Precision of the frozen weights; float32 if not given.", study=True, publish="yes"
     )
-    quantization: str | None = _flag(
+    quantization: Literal["bnb_4bit", "bnb_8bit", "torchao_int8"] | None = _flag(
         None,
-        f"Quantization of the frozen denoiser, for --method lora: {', '.join(QUANTIZATIONS)}.",
+        "Quantization of the frozen denoiser, for --method lora.",
         study=True,
         publish="yes",
     )
@@ -168,9 +151,9 @@ class ScriptArguments:
     )
 
     # ---- what is tuned ----
-    method: str = _flag(
+    method: Method = _flag(
         "svdiff",
-        f"PEFT method of a selected block: {', '.join(METHODS)} (attention is another name of weights).",
+        "PEFT method of a selected block; attention is another name of weights.",
         study=True,
         publish="yes",
     )
@@ -210,9 +193,10 @@ class ScriptArguments:
     )
     objectives: list[str] = _flag(
         ["fid", "membership_auc"],
-        f"Objectives, the quality first and the memorization second: {', '.join(METRICS)}.",
+        "Objectives, the quality first and the memorization second.",
         study=True,
         publish="yes",
+        choices=get_args(Objective),
     )
     memorization_budget: float | None = _flag(
         None,
@@ -240,7 +224,9 @@ class ScriptArguments:
         study=True,
         publish="yes",
     )
-    sampler: str = _flag("tpe", f"Sampler of the search: {', '.join(SAMPLERS)}.", study=True, publish="yes")
+    sampler: Literal["tpe", "nsga2", "gp", "random"] = _flag(
+        "tpe", "Sampler of the search.", study=True, publish="yes"
+    )
     search_fraction: float = _flag(1.0, "Share of the training rows in a trial.", study=True, publish="yes")
     search_max_steps: int | None = _by_pipeline("search_max_steps", "Steps of a trial.", study=True)
     storage: str | None = _flag(
@@ -251,7 +237,7 @@ class ScriptArguments:
         publish="never",
     )
     study_name: str = _flag("memcontrol", "Name of the study in its storage.", study=False, publish="unless_path")
-    backend: str = _flag(
+    backend: Literal["optuna", "ray"] = _flag(
         "optuna",
         "Where trials run. optuna: in this process. ray: in workers that Ray places on its cluster.",
         study=False,
@@ -291,7 +277,9 @@ class ScriptArguments:
         publish="yes",
         action="extend",
     )
-    mixed_precision: str = _flag("no", "Mixed precision of the training: no, fp16 or bf16.", study=True, publish="yes")
+    mixed_precision: Literal["no", "fp16", "bf16"] = _flag(
+        "no", "Mixed precision of the training.", study=True, publish="yes"
+    )
     trainer_args: str = _flag(
         "{}",
         'Other arguments of transformers\' Trainer as JSON: {"optim": "adamw_bnb_8bit"}.',
@@ -376,20 +364,6 @@ class ScriptArguments:
         for name, value in (DEMO if self.pretrained_model_name_or_path == "demo" else OTHER).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-
-
-class FlagParser(HfArgumentParser):
-    """Parses [`ScriptArguments`]. The help shows defaults, and keeps the lines of the description."""
-
-    def __init__(self, description: str | None = None):
-        super().__init__(ScriptArguments, description=description, formatter_class=_HelpFormatter)
-
-    def add_argument(self, *names: str, study: Any = None, publish: Any = None, **options: Any) -> argparse.Action:
-        return super().add_argument(*names, **options)  # argparse does not know what else a flag says
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the commands of a description as they are."""
 
 
 SEEN_LATER = ("images", "world_size")

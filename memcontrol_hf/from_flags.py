@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import DatasetDict
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from transformers.trainer_utils import get_last_checkpoint
 
 from .adapter_folder import CONFIG, read_mask
@@ -21,7 +21,7 @@ from .dry_run import load_architecture, plan
 from .encoders import encoder_name, load_encoder
 from .evaluation import check_objectives
 from .families import DTYPES, QUANTIZATIONS, family_of, load_pipeline
-from .flags import METHODS, SEEN_LATER, ScriptArguments, on_demo_data, public_datasets, public_flags, settings
+from .flags import SEEN_LATER, ScriptArguments, on_demo_data, public_datasets, public_flags, settings
 from .mitigations import parse_mitigations
 from .publish.hub import check_login
 from .report import DEFAULT_GATE, load_gate
@@ -29,17 +29,32 @@ from .search import (
     check_budget,
     check_n_trials,
     check_prune_at,
-    check_sampler,
     check_study,
     known_masks,
     storage_address,
 )
 from .search.ray import check_ray
 from .tracking import run_url
-from .trainer import MemControlTrainer, check_backend
+from .trainer import MemControlTrainer
 from .training_arguments import MemControlTrainingArguments
+from .tuners import MemControlConfig
 
 logger = logging.getLogger(__name__)
+
+# The projections of attention layers in denoisers, in CLIP and in T5.
+ATTENTION = [*("to_q", "to_k", "to_v", "to_out.0"), *("q_proj", "k_proj", "v_proj", "out_proj"), *("q", "k", "v", "o")]
+
+METHODS: dict[str, tuple[PeftConfig, tuple[float, float]]] = {
+    "svdiff": (MemControlConfig(method="svdiff"), (1e-2, 1e-1)),
+    "difffit": (MemControlConfig(method="difffit"), (3e-4, 3e-2)),
+    "attention": (MemControlConfig(method="weights"), (1e-5, 1e-3)),
+    "weights": (MemControlConfig(method="weights"), (1e-5, 1e-3)),
+    "norm": (MemControlConfig(method="norm"), (3e-4, 3e-2)),
+    "bias": (MemControlConfig(method="bias"), (3e-4, 3e-2)),
+    "lora": (LoraConfig(r=4, lora_alpha=4, target_modules=ATTENTION), (1e-4, 1e-2)),
+}
+"""Values of `--method`, each with its PEFT config and the learning rates that are searched. `attention`, the paper's
+name, is accepted for `weights`."""
 
 
 def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[str, bool] | None]:
@@ -55,17 +70,10 @@ def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[
     load_gate(args.gate or DEFAULT_GATE)
     audit_settings(args)
     check_objectives(args.objectives)
-    check_sampler(args.sampler)
-    check_backend(args.backend)
     if args.backend == "ray":
         check_ray(ray_options(args).get("num_workers", 1))
     elif args.num_workers is not None:
         raise ValueError(f"--num_workers {args.num_workers} is for --backend ray: give that, too, or neither")
-    for flag, known in (("dtype", DTYPES), ("quantization", QUANTIZATIONS)):
-        if (value := getattr(args, flag)) is not None and value not in known:
-            raise ValueError(f"unknown --{flag} {value!r}: use {', '.join(known)}")
-    if args.mixed_precision not in ("no", "fp16", "bf16"):
-        raise ValueError(f"unknown mixed precision {args.mixed_precision!r}: use no, fp16 or bf16")
     if args.log_images and args.validation_prompt is None:
         raise ValueError("--log_images shows what the model makes of a --validation_prompt: give one")
     if args.log_images and "wandb" not in args.report_to:
@@ -90,10 +98,8 @@ def _method_and_rates(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, f
     """The PEFT config, and the range of learning rates to search."""
     if args.peft_config is not None:
         config, rates = peft_config_from(args.peft_config), (1e-5, 1e-3)
-    elif args.method in METHODS:
-        config, rates = copy.deepcopy(METHODS[args.method])
     else:
-        raise ValueError(f"unknown method {args.method!r}: use one of {', '.join(METHODS)}, or --peft_config")
+        config, rates = copy.deepcopy(METHODS[args.method])
     if args.learning_rate is None:
         return config, rates
     if args.learning_rate <= 0:
@@ -358,7 +364,7 @@ def report_facts(args: ScriptArguments, trainer: MemControlTrainer) -> dict[str,
         "base_model": model_name(args),
         "encoder": encoder_name(args.encoder),
         "canaries": {"canaries": args.canaries, "canary_repeats": args.canary_repeats} if args.canaries else None,
-        "command": f"accelerate launch training_scripts/train_memcontrol.py {public_flags(args)}".strip(),
+        "command": f"accelerate launch -m memcontrol_hf.train {public_flags(args)}".strip(),
         "card": card_facts(args, trainer),
     }
 

@@ -1,4 +1,4 @@
-"""The whole way from a trainer to a card, in the calls that `training_scripts/train_memcontrol.py` makes.
+"""The whole way from a trainer to a card, in the calls that `memcontrol train` makes.
 
 ```python
 choice = workflow.search(trainer, n_trials=8, learning_rate_range=(1e-2, 1e-1))  # search a mask, choose a run

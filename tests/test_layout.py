@@ -43,8 +43,11 @@ ROOMS = [
     "trainer",
     "workflow",
     "dry_run",
+    "command_line",
     "flags",
+    "flag_parser",
     "from_flags",
+    "train",
     "cli",
 ]
 """Every room, each after all that it may import. Only the lazy `memcontrol_hf/__init__.py` stands outside."""

@@ -27,7 +27,8 @@ from memcontrol_hf import MemControlTrainer, MemorizationReport, audit_memorizat
 from memcontrol_hf.adapter_folder import PUBLIC_FILES
 from memcontrol_hf.audit import AuditSettings
 from memcontrol_hf.data import load_images, plant_canaries
-from memcontrol_hf.flags import FlagParser, ScriptArguments, public_flags, settings
+from memcontrol_hf.flag_parser import FlagParser
+from memcontrol_hf.flags import ScriptArguments, public_flags, settings
 from memcontrol_hf.from_flags import make_trainer, mask_from
 from memcontrol_hf.masks import block_map
 from memcontrol_hf.publish.hub import push_mask
@@ -327,7 +328,7 @@ def test_other_images_are_another_study(script, assets, tmp_path, capsys, monkey
 def test_a_study_of_an_earlier_version_is_named_and_not_gone_on_with(script, assets, tmp_path, capsys):
     """Earlier studies named their images by a digest that ignored the size."""
     arguments = flags(assets, tmp_path / "out", n_trials=1)
-    (args,) = FlagParser().parse_args_into_dataclasses(arguments)
+    args = FlagParser().script_arguments(arguments)
     storage = open_storage(str(tmp_path / "out" / "study.journal"))
     study = optuna.create_study(storage=storage, study_name="memcontrol", directions=["minimize"] * 2)
     study.set_user_attr("settings", settings(args) | {"images": "0123456789abcdef", "world_size": 1})
@@ -337,8 +338,8 @@ def test_a_study_of_an_earlier_version_is_named_and_not_gone_on_with(script, ass
     assert "made with other settings: images was '0123456789abcdef' and is 'v2:" in capsys.readouterr().err
 
 
-def test_the_command_to_repeat_has_all_that_is_not_a_default_of_this_pipeline(script):
-    args = script.ScriptArguments(
+def test_the_command_to_repeat_has_all_that_is_not_a_default_of_this_pipeline():
+    args = ScriptArguments(
         pretrained_model_name_or_path="stable-diffusion-v1-5/stable-diffusion-v1-5",
         train_data_dir="patients",
         train_batch_size=32,
@@ -367,14 +368,15 @@ def test_a_mask_file_that_is_no_object_is_said_to_hold_none(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "dreambooth"}, "unknown method 'dreambooth': use one of svdiff, difffit"),
-        ({"objectives": ["fid", "psnr"]}, r"unknown objective\(s\) psnr: use some of fid"),
-        ({"sampler": "cma"}, "unknown sampler 'cma'"),
-        ({"backend": "sigopt"}, "backend 'sigopt' is not supported: use 'optuna' or 'ray'"),
+        ({"method": "dreambooth"}, "--method: invalid choice: 'dreambooth' .choose from '?svdiff'?, '?difffit"),
+        ({"objectives": ["fid", "psnr"]}, "--objectives: invalid choice: 'psnr' .choose from '?fid"),
+        ({"sampler": "cma"}, "--sampler: invalid choice: 'cma'"),
+        ({"backend": "sigopt"}, "--backend: invalid choice: 'sigopt' .choose from '?optuna'?, '?ray"),
         ({"backend": "ray", "num_workers": 0}, "num_workers must be at least 1, but is 0"),
         ({"num_workers": 2}, "--num_workers 2 is for --backend ray"),
         ({"granularity": ["layer", "("]}, "granularity 'layer' matches no module"),
-        ({"mixed_precision": "fp8"}, "unknown mixed precision 'fp8'"),
+        ({"mixed_precision": "fp8"}, "argument --mixed_precision.*: invalid choice: 'fp8'"),
+        ({"sede": 1}, "unrecognized arguments: --sede 1"),
         ({"n_trials": 0}, "--n_trials must be at least 1"),
         ({"prune_at": 1.0}, "--prune_at must be a share of the steps between 0 and 1, but is 1"),
         (
@@ -728,7 +730,7 @@ def test_an_adapter_of_the_demo_generates_in_a_new_process_what_the_trainer_gene
     (tmp_path / "mask.json").write_text(json.dumps({"mid_block.attentions.0": True, "up_blocks.3.attentions.2": True}))
     arguments = ["--mask_from", str(tmp_path / "mask.json"), "--max_train_steps", "3"]
     arguments += ["--output_dir", str(tmp_path / "out"), "--learning_rate", "0.1"]
-    (args,) = FlagParser().parse_args_into_dataclasses(arguments)
+    args = FlagParser().script_arguments(arguments)
     trainer, *_ = make_trainer(args)
     trainer.train()
     trainer.save_model()

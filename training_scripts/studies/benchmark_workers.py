@@ -24,8 +24,8 @@ from transformers import logging as transformers_logging
 from common.pages import table, write_results
 from common.trainers import demo_trainer
 from memcontrol_hf import demo_dataset
-from memcontrol_hf.flags import METHODS, ScriptArguments
-from memcontrol_hf.from_flags import training_arguments
+from memcontrol_hf.flags import ScriptArguments
+from memcontrol_hf.from_flags import METHODS, training_arguments
 from memcontrol_hf.search import open_storage
 
 COMMAND = "python training_scripts/studies/benchmark_workers.py"

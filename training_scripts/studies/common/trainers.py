@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import PrinterCallback
 
 from memcontrol_hf import MemControlTrainer, MemControlTrainingArguments, SearchSpace, demo_pipeline
-from memcontrol_hf.flags import METHODS
+from memcontrol_hf.from_flags import METHODS
 
 DP_SGD = "dp_sgd:epsilon=8,delta=0.001,max_grad_norm=0.05"  # the defaults of the mitigation do not fit 128 rows
 

@@ -17,9 +17,9 @@ from common.pieces import Job, Pieces
 from common.trainers import demo_trainer
 from memcontrol_hf import MemControlTrainer, select_run
 from memcontrol_hf.data import first_rows
-from memcontrol_hf.flags import METHODS, ScriptArguments
+from memcontrol_hf.flags import ScriptArguments
 from memcontrol_hf.flags import settings as study_settings
-from memcontrol_hf.from_flags import audit_settings, training_arguments
+from memcontrol_hf.from_flags import METHODS, audit_settings, training_arguments
 from memcontrol_hf.images import to_pixels
 from memcontrol_hf.sampling import denoiser_in_place, generate
 

@@ -1,0 +1,130 @@
+r"""Search the parameters to tune, fine-tune them, measure what was memorized, and save the adapter with its report.
+
+With no flags it runs the demo that ships in the package:
+
+    memcontrol train
+
+Your own images, in a folder with a `metadata.jsonl` (`{"file_name": "1.png", "text": "a caption"}` a line):
+
+    memcontrol train \
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
+        --train_data_dir my_images --method svdiff --n_trials 20 --output_dir my_adapter
+
+The same flags from a file: `memcontrol train --config my_run.yaml`. Several GPUs, mixed precision and whatever else
+`accelerate config` sets: `accelerate launch -m memcontrol_hf.train`. The same command goes on where it was
+interrupted.
+
+Exit codes: 0 done, 3 the gate refused the push, 2 wrong use, 1 an error.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .command_line import ERROR, GATE_FAILED, WRONG_USE
+from .flag_parser import FlagParser
+from .flags import ScriptArguments
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> None:
+    """Parse the flags, then run. The libraries that compute are loaded after the flags, so that the help is quick.
+
+    Args:
+        argv (list of `str`, *optional*): arguments; those of the process by default.
+        prog (`str`, *optional*): name of the command in its help.
+
+    Raises:
+        SystemExit: with an exit code, after one line that says what is wrong.
+    """
+    args = FlagParser(__doc__, prog).script_arguments(argv)
+
+    import torch
+    from transformers import logging as transformers_logging
+
+    torch.set_float32_matmul_precision("high")
+    transformers_logging.set_verbosity_error()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("memcontrol_hf").setLevel(logging.INFO)
+    run(args)
+
+
+def run(args: ScriptArguments) -> None:
+    """Load, search, choose, fine-tune, save, audit, render the card, push."""
+    from . import workflow
+    from .from_flags import (
+        audit_settings,
+        checkpoint_to_resume,
+        dry_run,
+        fixed_rate,
+        make_trainer,
+        report_facts,
+        search_options,
+    )
+    from .report import DEFAULT_GATE
+    from .search import public_address
+
+    with exit_code(WRONG_USE, ValueError):
+        if args.dry_run:
+            print(dry_run(args))
+            return
+        trainer, data, rates, mask = make_trainer(args)
+
+    if args.n_trials:
+        kept = public_address(args.storage) if args.storage else args.output_dir
+        with exit_code(ERROR, (ValueError, RuntimeError), f". The trials are kept in {kept}"):
+            choice = workflow.search(trainer, **search_options(args, trainer, rates, mask))
+    else:
+        choice = workflow.Choice({"mask": trainer.mask, "learning_rate": fixed_rate(args, rates)})
+    if choice is None:  # another process of this study does the rest
+        return
+
+    checkpoint = checkpoint_to_resume(args)
+    if checkpoint:
+        with exit_code(WRONG_USE, ValueError):
+            workflow.check_resumes(trainer, choice, checkpoint)
+    tuned = workflow.fine_tune(trainer, choice, data["held_out"], checkpoint, args.study_name)
+    if not trainer.is_world_process_zero():
+        return
+
+    if args.log_images:
+        workflow.show_images(trainer, data["held_out"], args.validation_prompt, args.log_images)
+    report = workflow.save(trainer, choice, tuned, data, **report_facts(args, trainer))
+    workflow.audit(trainer, report, data, audit_settings(args), args.gate or DEFAULT_GATE)
+    workflow.write_card(trainer, report, choice)
+    print("\n" + report.summary() + f"\n\nadapter, card and report: {args.output_dir}")
+    if args.push_to_hub:
+        push_folder(args)
+
+
+def push_folder(args: ScriptArguments) -> None:
+    """Push the public files of the output folder; a failed push ends with its exit code, and loses nothing."""
+    from .publish.hub import GateFailed, push
+    from .tracking import log_push
+
+    with exit_code(GATE_FAILED, GateFailed), exit_code(ERROR, (ValueError, RuntimeError), but_not=GateFailed):
+        address = push(
+            args.output_dir,
+            args.hub_model_id,
+            revision=args.hub_revision,
+            public=args.hub_public,
+            allow_failed_gate=args.allow_failed_gate,
+        )
+        print("pushed:", address)
+        log_push(address)
+
+
+@contextmanager
+def exit_code(code: int, errors: type | tuple[type, ...], note: str = "", but_not: tuple = ()) -> Iterator[None]:
+    """End the script with a code, and one line, where an error is raised."""
+    try:
+        yield
+    except errors as error:
+        if isinstance(error, but_not):
+            raise
+        print(f"error: {error}{note}", file=sys.stderr)
+        raise SystemExit(code) from None
+
+
+if __name__ == "__main__":
+    main()
