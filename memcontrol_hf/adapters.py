@@ -1,6 +1,7 @@
 """Adapters in a pipeline: load them, put them on by a mask, merge them while nothing is trained, save them."""
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,8 +13,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from torch import nn
 
+from .adapter_checks import check_lora_whole, check_sizes, check_whole, weights_file
 from .families import Family, family_of
 from .search_space import SearchSpace
 from .tuners import MemControlConfig
@@ -23,6 +26,18 @@ if TYPE_CHECKING:
 
 # The initialisations of PEFT's LoRA that leave the base's weights as they are, beside `True` and `False`.
 _LORA_INITS = ("gaussian", "eva", "orthogonal", "mica")
+# What PEFT, diffusers and the Hub raise for a file that is no adapter, or none for the pipeline.
+_NOT_LOADED = (
+    OSError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    RuntimeError,
+    SafetensorError,
+    HfHubHTTPError,
+    HFValidationError,
+)
 # Fields of an adapter's configuration that PEFT writes when it saves, or that change while it trains.
 _NOT_PART_OF_A_RUN = {
     "auto_mapping",
@@ -47,7 +62,8 @@ def load_adapter(pipeline: "DiffusionPipeline", adapter: str | Path) -> None:
             that holds `pytorch_lora_weights.safetensors`.
 
     Raises:
-        ValueError: when the adapter is none of these, or does not fit the pipeline.
+        ValueError: when the adapter is none of these or does not fit the pipeline, when one of its tensors is missing,
+            belongs to no layer or is not finite. The pipeline is then as before.
     """
     path, family = Path(adapter), family_of(pipeline)
 
@@ -55,20 +71,45 @@ def load_adapter(pipeline: "DiffusionPipeline", adapter: str | Path) -> None:
         file = f"{folder}/{CONFIG_NAME}".lstrip("/")
         return (path / file).is_file() if path.exists() else file_exists(str(adapter), file)
 
+    bare = family.parts
     try:
-        if path.is_file():
-            pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
-        elif folders := [folder for folder in family.parts if is_there(folder)]:
+        if not path.is_file() and (folders := [folder for folder in bare if is_there(folder)]):
             for folder in folders:
-                tuned = PeftModel.from_pretrained(family.parts[folder], str(adapter), subfolder=folder or None)
+                tuned = _load_part(bare[folder], str(adapter), folder)
                 setattr(pipeline, folder or family.denoiser_name, tuned.eval())
         else:
-            pipeline.load_lora_weights(str(adapter))
-    except (OSError, AttributeError, KeyError, ValueError, RuntimeError, HfHubHTTPError, HFValidationError) as error:
+            source = {"weight_name": path.name} if path.is_file() else {}
+            place = str(path.parent if source else adapter)
+            pipeline.load_lora_weights(place, **source)
+            check_lora_whole(pipeline, bare, place, **source)
+    except _NOT_LOADED as error:
+        for folder, part in bare.items():
+            _take_off(part)
+            setattr(pipeline, folder or family.denoiser_name, part)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"cannot load the adapter {str(adapter)!r}: {reason} Give a PEFT folder or Hub id, or a LoRA file"
         ) from None
+
+
+def _load_part(part: nn.Module, adapter: str, folder: str) -> PeftModel:
+    """A part of a pipeline with its part of an adapter, which has been loaded whole."""
+    file, subfolder = weights_file(adapter, folder), folder or None
+    check_sizes(PeftConfig.from_pretrained(adapter, subfolder=subfolder), file)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error here
+        tuned = PeftModel.from_pretrained(part, adapter, subfolder=subfolder)
+    check_whole(tuned, file)
+    return tuned
+
+
+def _take_off(part: nn.Module) -> None:
+    """Put the base's own layers back where PEFT or diffusers has replaced them."""
+    for name, layer in _tuner_layers(part):
+        part.set_submodule(name, layer.get_base_layer())
+    vars(part).pop("peft_config", None)
+    if hasattr(part, "_hf_peft_config_loaded"):
+        part._hf_peft_config_loaded = False
 
 
 def unload_adapter(pipeline: "DiffusionPipeline") -> None:

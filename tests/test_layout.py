@@ -30,6 +30,7 @@ ROOMS = [
     "data",
     "encoders",
     "sampling",
+    "adapter_checks",
     "adapters",
     "mitigations",
     "evaluation",

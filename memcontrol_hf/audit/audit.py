@@ -26,6 +26,7 @@ from ..data import EncodedImages, weights_digest, without_captions
 from ..encoders import Encoder, encoder_name, load_encoder
 from ..families import family_of
 from ..images import near_duplicates
+from ..randomness import Purpose, row_keys
 from ..report import MemorizationReport
 from .attacks import Attacked, attack_images, attack_pipeline
 from .captions import caption_markers
@@ -83,8 +84,8 @@ def audit_memorization(
 
     Raises:
         ValueError: for sets that are too small or overlap, and for neither or both of `pipeline` and `generated`;
-            before the long work, for an adapter or a CLIP model that cannot be loaded and a folder that cannot be
-            written to.
+            before the long work, for an adapter that cannot be loaded whole or changes nothing, a CLIP model that
+            cannot be loaded, and a folder that cannot be written to.
     """
     settings = settings or AuditSettings()
     if (pipeline is None) == (generated is None):
@@ -98,8 +99,7 @@ def audit_memorization(
     else:
         _check_columns({"generated": generated}, ["image"])
     if adapter is not None:
-        load_adapter(pipeline, adapter)  # an adapter that cannot be loaded is found before the long work
-        unload_adapter(pipeline)
+        _check_adapter(pipeline, adapter, EncodedImages(train, settings.resolution))
     clip = None if clip_model is None or pipeline is None else metrics.load_clip(clip_model)
     private = None if output_dir is None else private_folder(Path(output_dir))
     name = encoder_name(encoder)
@@ -132,6 +132,35 @@ def audit_memorization(
         content["data_fingerprint"] = fingerprint(members.digests, private / "fingerprint.key")
         write_review(results["model"], members, private / "review.html")
     return MemorizationReport(base_model="" if pipeline is None else type(pipeline).__name__, audit=content)
+
+
+@torch.no_grad()
+def _check_adapter(pipeline: "DiffusionPipeline", adapter: str | Path, images: EncodedImages) -> None:
+    """Raise `ValueError` for an adapter that cannot be loaded, or that does not change what the model predicts.
+
+    All figures of such an adapter would be those of the base, which memorized nothing.
+    """
+    family = family_of(pipeline)
+    rows = range(min(4, len(images)))
+    keys = row_keys(0, Purpose.AUDIT_SAMPLES, list(rows))
+
+    def losses() -> torch.Tensor:
+        latents, condition = family.encode_images(images.pixels(rows)), family.encode_prompts(images.captions(rows))
+        return metrics.denoising_losses(
+            family, family.denoiser.eval(), latents, condition, family.noise.timesteps(2), keys
+        )
+
+    of_base = losses()
+    load_adapter(pipeline, adapter)
+    try:
+        same = torch.equal(losses(), of_base)
+    finally:
+        unload_adapter(pipeline)
+    if same:
+        raise ValueError(
+            f"the adapter {str(adapter)!r} changes nothing: with it, the model predicts exactly what its base "
+            "predicts. Give the folder of a trained adapter"
+        )
 
 
 def _encoded(pipeline: "DiffusionPipeline", *sets: EncodedImages) -> list[EncodedImages]:
