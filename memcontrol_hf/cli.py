@@ -146,7 +146,13 @@ def _add_audit_amounts(amounts: argparse._ArgumentGroup) -> None:
 
 def _add_card(commands: argparse._SubParsersAction) -> None:
     parser = _command(commands, "card", _card, "render the card of a folder again from the files in the folder")
-    parser.add_argument("folder", type=Path, help="folder of an adapter, an export, a mask or the demo's pipeline")
+    parser.add_argument(
+        "folder", type=Path, help="folder of an adapter, an export, an audit, a mask or the demo's pipeline"
+    )
+    parser.add_argument(
+        "--gate",
+        help="gate file by which the stored audit is judged again before; default: the package's own gate",
+    )
 
 
 def _add_push(commands: argparse._SubParsersAction) -> None:
@@ -200,8 +206,13 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
 
 
 def _card(args: argparse.Namespace) -> int:
+    from .report import DEFAULT_GATE, MemorizationReport, load_gate
     from .report.card import write_card
 
+    if args.gate:
+        report = MemorizationReport.from_json(args.folder / REPORT)
+        report.judge(load_gate(DEFAULT_GATE if args.gate == "default" else args.gate))
+        report.to_json(args.folder / REPORT)
     print(f"card: {write_card(args.folder)}")
     return PASSED
 

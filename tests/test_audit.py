@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import RESOLUTION, adapter_folder, images_of, tiny_pipeline
-from datasets import concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 
 from memcontrol_hf import (
     MemControlConfig,
@@ -25,7 +25,7 @@ from memcontrol_hf.audit import AuditSettings, caption_markers
 from memcontrol_hf.cli import main
 from memcontrol_hf.data import weights_digest
 from memcontrol_hf.images import to_pixels
-from memcontrol_hf.report import DEFAULT_GATE, MEASURES, REPORT_SCHEMA, load_gate
+from memcontrol_hf.report import DEFAULT_GATE, MEASURES, REPORT_SCHEMA, load_gate, verdict
 
 ENCODER = torch.nn.Flatten()
 SETTINGS = AuditSettings(
@@ -373,6 +373,60 @@ def test_a_bad_gate_is_named(tmp_path, content, message):
     (tmp_path / "gate.yaml").write_text(content)
     with pytest.raises(ValueError, match=message):
         load_gate(tmp_path / "gate.yaml")
+
+
+@pytest.mark.parametrize(
+    ("figures", "said"),
+    [
+        ({"membership_auc_pia": figure(0.7, 0.6, 0.8)}, "It leaks, by membership_auc_pia (attack by PIA)."),
+        ({"copy_share": figure(0.3, 0.2, 0.4), "fid": figure(9)}, "It leaks, by copy_share. Its images are poorer"),
+        # by the square of .1 / .05: four times as many
+        ({"membership_auc_pia": figure(0.6, 0.5, 0.7)}, "There are too few images to tell by membership_auc_pia (attack "
+         "by PIA): 50 training and 90 held-out images were attacked, and about 200 and 360 would do"),
+        ({"copy_share": figure(0.0, 0.0, 0.1)}, "and about 100 and 180 would do"),
+        ({"membership_auc_pia": figure(None)}, "No figure could be had of membership_auc_pia"),
+        ({"membership_auc_pia": figure(0.5, 0.4, 0.6)}, "In every attack that the gate limits"),
+    ],
+)  # fmt: skip
+def test_the_verdict_says_whether_it_leaks_or_there_are_too_few_images(figures, said):
+    report = report_with(**{name: {"model": of} for name, of in figures.items()})
+    report.audit |= {"subject": "adapter", "images": {"train": 50, "held_out": 90}}
+    limits = {"membership_auc_pia": {"max": 0.65}, "copy_share": {"max": 0.05}, "fid": {"max": 5}}
+    report.judge({name: limits[name] for name in figures})
+    assert said in verdict(report.gate, report.audit)
+    assert ("too few images" in verdict(report.gate, report.audit)) == ("would do" in said or "too few" in said)
+
+
+def test_generated_images_pass_a_gate_of_their_own_scope():
+    train, held_out = images_of(60, seed=1), images_of(80, seed=2)
+    fresh = audit(train=train, held_out=held_out, generated=images_of(120, seed=3))
+    copies = audit(train=train, held_out=held_out, generated=train.select_columns(["image"]))
+    assert fresh.judge(load_gate()) and "the weights were not attacked" in fresh.summary()
+    assert not copies.judge(load_gate())
+    assert "It leaks, by copy_share and nearest_share." in copies.summary()
+    assert not fresh.judge({"membership_auc_pia": {"max": 0.9}}), "a gate that asks for weights alone"
+
+
+def test_the_absolute_extraction_is_reported_beside_its_false_alarms_and_not_judged():
+    gray = [image.point(lambda v: 120 + v // 64) for image in images_of(9, seed=3)["image"]]
+    train = Dataset.from_dict({"image": gray, "text": ["a"] * 9})
+    held_out = Dataset.from_dict({"image": [image.point(lambda v: v + 9) for image in gray], "text": ["a"] * 9})
+    settings = dataclasses.replace(SETTINGS, near_duplicates=0, num_prompts=2, num_quality_images=2)
+    report = audit(pipeline=tiny_pipeline(), train=train, held_out=held_out, settings=settings, control=False)
+    assert value(report, "extraction_false_alarms") == 1, "all pairs of real images lie within the threshold"
+    assert {"extraction_rate", "extraction_rate_calibrated"} & load_gate().keys() == {"extraction_rate_calibrated"}
+
+
+def test_the_card_of_an_audit_says_nothing_of_a_training(tmp_path):
+    report = audit(generated=images_of(6, seed=3))
+    report.judge(load_gate())
+    report.to_json(tmp_path / "memorization_report.json")
+    assert main(["card", str(tmp_path)]) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert "# " + tmp_path.name + ": audit of generated images" in text.replace("\\", "")
+    assert "the weights were not attacked" in text and "copy_share" in text
+    for claim in ("of 0 blocks", "from_pretrained", "was trained", "None", "nan"):
+        assert claim not in text, claim
 
 
 def test_an_attack_that_can_be_turned_around_does_not_pass():

@@ -12,6 +12,7 @@ from ..data import EncodedImages
 from ..encoders import Encoder
 from ..evaluation import Evaluator
 from ..families import Family, family_of
+from ..images import tile_distances
 from ..randomness import Purpose
 from ..report import NOT_APPLICABLE
 from .settings import BINS, CLIQUE, FALSE_ALARMS, PAPER_THRESHOLD, REFERENCES, REVIEWED, AuditSettings, Figure
@@ -190,16 +191,19 @@ def _extraction(
 ) -> tuple[dict[str, Figure], dict[str, tuple[set[int], set[int]]]]:
     """The extraction attack on images `[len(rows) * K, 3, H, W]`: K generated images for the caption of each row."""
     references = others.pixels(others.shuffled(settings.seed, Purpose.AUDIT_REFERENCES)[:REFERENCES])
+    originals, threshold = members.pixels(rows), PAPER_THRESHOLD * settings.resolution / 224
     result = metrics.extraction(
         images.unflatten(0, (len(rows), settings.images_per_prompt)),
-        members.pixels(rows),
-        PAPER_THRESHOLD * settings.resolution / 224,
+        originals,
+        threshold,
         CLIQUE,
         held_out=references,
     )
     figures = {
         "extraction_rate": Figure(result.rate, *result.interval),
         "extraction_rate_calibrated": Figure(result.calibrated_rate, *result.calibrated_interval),
+        # pairs of real images that the absolute threshold takes for the same picture
+        "extraction_false_alarms": Figure((tile_distances(originals, references) <= threshold).double().mean().item()),
     }
     hits = {"extraction": result.extracted, "extraction_calibrated": result.calibrated}
     return figures, {name: ({row for row, hit in zip(rows, found) if hit}, set(rows)) for name, found in hits.items()}

@@ -4,8 +4,9 @@ Reading and rendering a report needs neither PyTorch nor Optuna. The cards (`car
 Matplotlib) are imported by their own names.
 """
 
-from .gate import DEFAULT_GATE, LIMITS, MEASURES, NOT_APPLICABLE, load_gate
+from .gate import DEFAULT_GATE, LIMITS, MEASURES, load_gate
 from .report import ALL_ON, FROZEN_BASE, REPORT_SCHEMA, SCHEMA_VERSION, SELECTED, MemorizationReport
+from .verdict import NOT_APPLICABLE, verdict
 
 __all__ = [
     "ALL_ON",
@@ -19,4 +20,5 @@ __all__ = [
     "SELECTED",
     "MemorizationReport",
     "load_gate",
+    "verdict",
 ]

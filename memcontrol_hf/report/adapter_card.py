@@ -1,6 +1,5 @@
 """The card of an adapter: the verdict, how to load the adapter, its figures, and the attacks on it."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,30 +9,12 @@ from markupsafe import Markup
 
 from ..adapter_folder import ADAPTER, LORA, PLOT, REPORT, adapter_parts
 from ..masks import block_map, selected_blocks
+from .attack_table import attack_rows
 from .card_metadata import as_yaml, base_metadata, eval_results, last_part, pipeline_task, readable_base
 from .escaping import render_template
 from .loading_snippet import loading_snippet
 from .report import SELECTED, MemorizationReport
-
-_ATTACKS = {
-    "membership_auc_loss": "Tell training images from others by how well they are denoised. 0.5 is guessing, 1 (or 0, "
-    "turned around) is always right",
-    "membership_auc_secmi": "The same by the attack SecMI",
-    "membership_auc_pia": "The same by the attack PIA",
-    "membership_auc_clid": "The same by the attack CLiD",
-    "extraction_rate": "Get training images back by asking with their captions",
-    "extraction_rate_calibrated": "The same, closeness judged by how close other real images are",
-    "nearest_share": "Generated images that are nearer to a training image than to other real images",
-    "copy_share": "Generated images that could pass for a copy of a training image",
-}
-"""What the table of attacks says about a measure. A measure that is not here goes by its own name."""
-
-_LIMITS = {
-    "max": "at most {}",
-    "min": "at least {}",
-    "max_above_frozen_base": "at most {} above the base",
-    "max_above_held_out_as_train": "at most {} above the false alarms",
-}
+from .verdict import verdict
 
 
 @dataclass(frozen=True)
@@ -96,31 +77,6 @@ class AdapterCard:
         """Python that loads the pipeline with the adapter and generates an image."""
         return loading_snippet(self.report, self.location, self.export.get("format"), self.parts)
 
-    @property
-    def attacks(self) -> list[dict[str, str]]:
-        """Rows of the audit's table: the measures that the gate limits, or without a gate those with an interval."""
-        gate = self.report.gate or {"limits": {}, "failures": []}
-        failed = {reason.split(":")[0] for reason in gate["failures"]}
-        rows = []
-        for name, figures in self.report.audit["measures"].items():
-            limits = gate["limits"].get(name)
-            shown_without_gate = figures["model"]["low"] is not None and not name.startswith("membership_tpr")
-            if limits is None if self.report.gate else not shown_without_gate:
-                continue
-            percent = name.endswith(("_share", "_rate", "_rate_calibrated")) or "_tpr_" in name
-            texts = [_limit(kind, bound, percent) for kind, bound in (limits or {}).items()]
-            rows.append(
-                {
-                    "name": name,
-                    "what": _ATTACKS.get(name, name),
-                    "model": _figure(figures["model"], percent, with_interval=True),
-                    "frozen_base": _figure(figures["frozen_base"], percent),
-                    "false_alarms": _figure(figures["held_out_as_train"], percent),
-                    "limit": " and ".join(texts) + (" ✗" if name in failed else " ✓") if texts else "none",
-                }
-            )
-        return rows
-
     def render(self) -> str:
         """The text of the card."""
         report, stopped = self.report, self.report.training.get("stopped_at_step", {})
@@ -136,26 +92,6 @@ class AdapterCard:
             blocks_on=len(selected_blocks(report.mask)),
             stopped_at=stopped if isinstance(stopped, dict) else {SELECTED: stopped},
             dp=report.guarantee(),
+            attacks=attack_rows(report) if report.audit else [],
+            verdict=report.gate and verdict(report.gate, report.audit),
         )
-
-
-def _limit(kind: str, bound: float, percent: bool) -> str:
-    """A limit of the gate in words. A difference of percentages is in points."""
-    text = f"{100 * bound:.3g} points" if percent and "_above_" in kind else _number(bound, percent)
-    return _LIMITS[kind].format(text)
-
-
-def _figure(figure: Mapping[str, Any] | None, percent: bool, with_interval: bool = False) -> str:
-    """A figure of the audit (`value`, `low`, `high`, `note`) as a cell of the table."""
-    if figure is None:
-        return "not measured"
-    if figure["value"] is None:
-        return figure["note"] or "not estimable"
-    text = _number(figure["value"], percent)
-    if not with_interval or figure["low"] is None:
-        return text
-    return f"{text} ({_number(figure['low'], percent)} to {_number(figure['high'], percent)})"
-
-
-def _number(value: float, percent: bool) -> str:
-    return f"{100 * value:.3g} %" if percent else f"{value:.3g}"

@@ -5,16 +5,18 @@ from pathlib import Path
 
 from ..adapter_folder import CARD, MASK, REPORT
 from .adapter_card import AdapterCard
+from .audit_card import AuditCard
 from .base_card import TRAINING_LOG, render_base_card
 from .mask_card import MaskCard
+from .report import MemorizationReport
 
 
 def write_card(folder: str | Path) -> Path:
     """Render the card of a folder from the files in the folder, and put the card there in one move.
 
     Args:
-        folder (`str`): Folder of an adapter or of an export (with a `memorization_report.json`), of a mask (with a
-            `mask.json`), or of the demo's pipeline.
+        folder (`str`): Folder of an adapter, an export or an audit (with a `memorization_report.json`), of a mask
+            (with a `mask.json`), or of the demo's pipeline.
 
     Returns:
         `Path`: The card.
@@ -24,7 +26,9 @@ def write_card(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     if (folder / REPORT).is_file():
-        text = AdapterCard.from_folder(folder).render()
+        report = MemorizationReport.from_json(folder / REPORT)
+        of_audit = report.audit is not None and not report.mask
+        text = (AuditCard if of_audit else AdapterCard).from_folder(folder).render()
     elif (folder / MASK).is_file():
         text = MaskCard.from_folder(folder).render()
     elif (folder / "model_index.json").is_file() and (folder.parent / TRAINING_LOG).is_file():

@@ -1,14 +1,9 @@
-"""The release gate: limits for the measures of an audit, and what violates these limits."""
+"""The release gate: a file of limits for the measures of an audit."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
-
-NOT_APPLICABLE = "not applicable"
-"""First words of a measure's note when the measure has no meaning for a model; a gate passes over that measure."""
 
 DEFAULT_GATE = Path(__file__).with_name("gate.yaml")
 """The package's own gate."""
@@ -20,6 +15,7 @@ MEASURES = (
     *(f"membership_{kind}_{by}" for by in ("loss", "secmi", "pia", "clid") for kind in ("auc", "tpr", "tpr_strict")),
     "extraction_rate",
     "extraction_rate_calibrated",
+    "extraction_false_alarms",
     "nearest_share",
     "copy_share",
     "copy_similarity",
@@ -67,35 +63,3 @@ def load_gate(path: str | Path = DEFAULT_GATE) -> dict[str, dict[str, float]]:
             if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not math.isfinite(bound):
                 raise ValueError(f"the limit {kind} of {name} in {str(path)!r} must be a number, but is {bound!r}")
     return content
-
-
-def violation(name: str, kind: str, bound: float, figures: Mapping[str, Any]) -> str | None:
-    """Why a measure violates a limit, in one line; `None` when the measure keeps the limit.
-
-    Args:
-        name (`str`): Name of the measure.
-        kind (`str`): Kind of the limit, one of `LIMITS`.
-        bound (`float`): Bound of the limit.
-        figures (`dict`): What the audit found: for the `model` and for each control its `value`, `low` and `high`.
-    """
-    model = figures.get("model")
-    if model and (model.get("note") or "").startswith(NOT_APPLICABLE):
-        return None
-    if not model or model["value"] is None:
-        return f"{name}: {(model or {}).get('note') or 'was not measured'}; what is not measured does not pass"
-    end = model["low" if kind == "min" else "high"]
-    end = model["value"] if end is None else end
-    if kind == "min":
-        return None if end >= bound else f"{name}: may be as low as {end:.3f}, below the limit {bound:g}"
-    if kind == "max":
-        return None if end <= bound else f"{name}: may be as high as {end:.3f}, above the limit {bound:g}"
-    control = kind.removeprefix("max_above_")
-    reference = figures.get(control)
-    if not reference or reference["value"] is None:
-        return f"{name}: the control {control} was not measured, so {kind} cannot be judged"
-    excess = end - reference["value"]
-    return (
-        None
-        if excess <= bound
-        else f"{name}: may be {excess:.3f} above {control} ({reference['value']:.3f}), over the limit {bound:g}"
-    )

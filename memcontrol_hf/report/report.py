@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from .gate import NOT_APPLICABLE, violation
+from .verdict import NOT_APPLICABLE, asked_of, verdict, violation
 
 SCHEMA_VERSION = 2
 REPORT_SCHEMA = Path(__file__).with_name("report_schema.json")
@@ -108,22 +108,27 @@ class MemorizationReport:
             limits (`dict`): Limits for each measure, as [`load_gate`] reads them.
 
         Returns:
-            `bool`: Whether every limit is kept. A limit for what could not be measured is not kept.
+            `bool`: Whether every limit is kept that is asked of what was audited ([`asked_of`]). A limit for what
+            could not be measured is not kept.
 
         Raises:
             ValueError: When the report holds no audit.
         """
         if self.audit is None:
             raise ValueError("there is no audit to judge: run audit_memorization first")
-        measured = self.audit["measures"]
-        self.gate = {"limits": {k: dict(v) for k, v in limits.items()}, "failures": []}
-        for name, limit in limits.items():
-            figures = measured.get(name) or {}
-            for kind, bound in limit.items():
-                reason = violation(name, kind, bound, figures)
-                if reason and reason not in self.gate["failures"]:
-                    self.gate["failures"].append(reason)
-        self.gate["passed"] = not self.gate["failures"]
+        measured, found = self.audit["measures"], []
+        self.gate = {"limits": {k: dict(v) for k, v in limits.items()}}
+        asked = [name for name in limits if asked_of(name, self.audit.get("subject"))]
+        for name in asked or limits:  # a gate that asks for attacks on weights alone is not kept by images alone
+            violations = [
+                violation(name, kind, bound, measured.get(name) or {}) for kind, bound in limits[name].items()
+            ]
+            found += [of_limit for of_limit in violations if of_limit]
+        self.gate["failures"] = list(dict.fromkeys(of_limit.reason for of_limit in found))
+        self.gate["passed"] = not found
+        if found:
+            self.gate["kinds"] = {of_limit.name: of_limit.kind for of_limit in found}
+            self.gate["factor"] = max((of_limit.factor or 0 for of_limit in found), default=0)
         return self.gate["passed"]
 
     def guarantee(self) -> dict[str, Any] | None:
@@ -198,7 +203,8 @@ class MemorizationReport:
                 else "no canaries: no training image is repeated, so the attacks were not seen to fire"
             )
         if self.gate is not None:
-            parts.append("\n".join([f"gate: {'passed' if self.gate['passed'] else 'FAILED'}", *self.gate["failures"]]))
+            passed = "passed" if self.gate["passed"] else "FAILED"
+            parts.append("\n".join([f"gate: {passed}", *self.gate["failures"], verdict(self.gate, self.audit)]))
         return "\n\n".join(parts)
 
 

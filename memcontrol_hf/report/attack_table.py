@@ -1,0 +1,82 @@
+"""The table of attacks on a card: the measures that the gate limits, beside their controls."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .report import MemorizationReport
+from .verdict import asked_of
+
+_ATTACKS = {
+    "membership_auc_loss": "Tell training images from others by how well they are denoised. 0.5 is guessing, 1 (or 0, "
+    "turned around) is always right",
+    "membership_auc_secmi": "The same by the attack SecMI",
+    "membership_auc_pia": "The same by the attack PIA",
+    "membership_auc_clid": "The same by the attack CLiD",
+    "extraction_rate": "The same by the paper's fixed distance, which was set for photographs",
+    "extraction_rate_calibrated": "Get training images back by asking with their captions: nearer to the training "
+    "image than half the way to other real images",
+    "nearest_share": "Generated images that are nearer to a training image than to other real images",
+    "copy_share": "Generated images that could pass for a copy of a training image",
+}
+"""What the table of attacks says about a measure. A measure that is not here goes by its own name."""
+
+_LIMITS = {
+    "max": "at most {}",
+    "min": "at least {}",
+    "max_above_frozen_base": "at most {} above the base",
+    "max_above_held_out_as_train": "at most {} above the false alarms",
+}
+
+
+def attack_rows(report: MemorizationReport) -> list[dict[str, str]]:
+    """Rows of the table: the measures that the gate limits, or without a gate those with an interval.
+
+    The extraction by an absolute distance is shown beside what it calls extracted among pairs of real images.
+    """
+    gate = report.gate or {"limits": {}, "failures": []}
+    failed = {reason.split(":")[0] for reason in gate["failures"]}
+    rows = []
+    for name, figures in report.audit["measures"].items():
+        limits = gate["limits"].get(name) if asked_of(name, report.audit.get("subject")) else None
+        shown_without_gate = figures["model"]["low"] is not None and not name.startswith("membership_tpr")
+        if limits is None and name != "extraction_rate" and (report.gate or not shown_without_gate):
+            continue
+        percent = name.endswith(("_share", "_rate", "_rate_calibrated")) or "_tpr_" in name
+        texts = [_limit(kind, bound, percent) for kind, bound in (limits or {}).items()]
+        false_alarms = _figure(figures["held_out_as_train"], percent)
+        pairs = report.audit["measures"].get("extraction_false_alarms")
+        if name == "extraction_rate" and pairs:
+            false_alarms += f"; {_number(pairs['model']['value'], True)} of pairs of real images"
+        rows.append(
+            {
+                "name": name,
+                "what": _ATTACKS.get(name, name),
+                "model": _figure(figures["model"], percent, with_interval=True),
+                "frozen_base": _figure(figures["frozen_base"], percent),
+                "false_alarms": false_alarms,
+                "limit": " and ".join(texts) + (" ✗" if name in failed else " ✓") if texts else "none",
+            }
+        )
+    return rows
+
+
+def _limit(kind: str, bound: float, percent: bool) -> str:
+    """A limit of the gate in words. A difference of percentages is in points."""
+    text = f"{100 * bound:.3g} points" if percent and "_above_" in kind else _number(bound, percent)
+    return _LIMITS[kind].format(text)
+
+
+def _figure(figure: Mapping[str, Any] | None, percent: bool, with_interval: bool = False) -> str:
+    """A figure of the audit (`value`, `low`, `high`, `note`) as a cell of the table."""
+    if figure is None:
+        return "not measured"
+    if figure["value"] is None:
+        return figure["note"] or "not estimable"
+    text = _number(figure["value"], percent)
+    if not with_interval or figure["low"] is None:
+        return text
+    return f"{text} ({_number(figure['low'], percent)} to {_number(figure['high'], percent)})"
+
+
+def _number(value: float, percent: bool) -> str:
+    return f"{100 * value:.3g} %" if percent else f"{value:.3g}"
