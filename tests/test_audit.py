@@ -381,8 +381,8 @@ def test_a_bad_gate_is_named(tmp_path, content, message):
         ({"membership_auc_pia": figure(0.7, 0.6, 0.8)}, "It leaks, by membership_auc_pia (attack by PIA)."),
         ({"copy_share": figure(0.3, 0.2, 0.4), "fid": figure(9)}, "It leaks, by copy_share. Its images are poorer"),
         # by the square of .1 / .05: four times as many
-        ({"membership_auc_pia": figure(0.6, 0.5, 0.7)}, "There are too few images to tell by membership_auc_pia (attack "
-         "by PIA): 50 training and 90 held-out images were attacked, and about 200 and 360 would do"),
+        ({"membership_auc_pia": figure(0.6, 0.5, 0.7)}, "There are too few images to tell by membership_auc_pia "
+         "(attack by PIA): 50 training and 90 held-out images were attacked, and about 200 and 360 would do"),
         ({"copy_share": figure(0.0, 0.0, 0.1)}, "and about 100 and 180 would do"),
         ({"membership_auc_pia": figure(None)}, "No figure could be had of membership_auc_pia"),
         ({"membership_auc_pia": figure(0.5, 0.4, 0.6)}, "In every attack that the gate limits"),
