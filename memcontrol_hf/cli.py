@@ -261,9 +261,11 @@ def _audit(args: argparse.Namespace) -> int:
     if args.base_pipeline and (args.adapter or not args.pipeline):
         raise ValueError("--base_pipeline is for a whole fine-tuned --pipeline: an adapter's base is the pipeline")
 
+    from .progress import quiet_log
     from .report.plots import plot_distances
 
-    report = _attack(args)
+    with quiet_log():
+        report = _attack(args)
     plot_distances(report.audit["distances"], args.output_dir / "distances.png")
     passed = report.judge(limits)
     report.to_json(args.output_dir / REPORT)

@@ -18,6 +18,7 @@ from . import metrics
 from .data import EncodedImages
 from .families import Condition, Family
 from .mitigations import Mitigation
+from .progress import bar
 from .randomness import Purpose, row_keys, seeded_generator
 from .sampling import denoiser_in_place, generate
 
@@ -136,7 +137,7 @@ class Evaluator:
         """
         shape = data.encoded[0]["latents"].shape
         norms = []
-        for start in range(0, len(rows), self.batch_size):
+        for start in bar(range(0, len(rows), self.batch_size), f"trajectories of {len(rows)} captions"):
             batch = list(rows[start : start + self.batch_size])
             norms.append(
                 metrics.trajectory_noise_norms(
@@ -276,7 +277,7 @@ class Evaluator:
 
         def measure_rows(rows: list[int]) -> torch.Tensor:
             values = []
-            for start in range(0, len(rows), self.batch_size):
+            for start in bar(range(0, len(rows), self.batch_size), f"measuring {len(rows)} images"):
                 batch = rows[start : start + self.batch_size]
                 latents, condition = data.encoded["latents"][batch], self.condition_of(data, batch)
                 values.append(measure(latents, condition, self.timesteps, self._keys(data, batch, purpose)))

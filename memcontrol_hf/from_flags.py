@@ -207,6 +207,8 @@ def load(args: ScriptArguments) -> tuple[Any, DatasetDict]:
             args.seed,
             several.column if several else None,
         )
+    counts = ", ".join(f"{len(images)} {name}" for name, images in data.items())
+    logger.info(f"{type(pipeline).__name__} {model_name(args)}; images: {counts}")
     check_near_duplicates(data, args.near_duplicates)
     data["train"] = plant_canaries(data["train"], args.canaries, args.canary_repeats, args.seed)
     return pipeline, data

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .families import family_of
+from .progress import bar
 from .randomness import seeded_generator
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def generate(
     family = family_of(pipeline)
     images = []
     pipeline.set_progress_bar_config(disable=True)
-    for start in range(0, len(prompts), batch_size):
+    for start in bar(range(0, len(prompts), batch_size), f"sampling {len(prompts)} images"):
         batch = slice(start, start + batch_size)
         generators = [seeded_generator(*key) for key in keys[batch]]
         sampled = (prompts[batch], generators, resolution, num_inference_steps)

@@ -17,9 +17,16 @@ from transformers.integrations.integration_utils import (
     WandbLogModel,
 )
 
+from .progress import bar
+
 
 class _LossProgressCallback(ProgressCallback):
-    """The Trainer's progress bar with the loss in it, instead of a printed line for each log."""
+    """The Trainer's progress bar, on a terminal only, with the loss in it instead of a printed line for each log."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.training_bar = bar(text="training", total=state.max_steps)
+        self.current_step = 0
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and logs and "loss" in logs:

@@ -17,14 +17,20 @@ interrupted.
 Exit codes: 0 done, 3 the gate refused the push, 2 wrong use, 1 an error.
 """
 
-import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from .adapter_folder import ADAPTER, CARD, PLOT, REPORT
 from .command_line import ERROR, GATE_FAILED, WRONG_USE
 from .flag_parser import FlagParser
 from .flags import ScriptArguments
+from .progress import quiet_log
+
+if TYPE_CHECKING:
+    from .report import MemorizationReport
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
@@ -39,14 +45,11 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     """
     args = FlagParser(__doc__, prog).script_arguments(argv)
 
-    import torch
-    from transformers import logging as transformers_logging
+    with quiet_log():
+        import torch
 
-    torch.set_float32_matmul_precision("high")
-    transformers_logging.set_verbosity_error()
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("memcontrol_hf").setLevel(logging.INFO)
-    run(args)
+        torch.set_float32_matmul_precision("high")
+        run(args)
 
 
 def run(args: ScriptArguments) -> None:
@@ -92,9 +95,28 @@ def run(args: ScriptArguments) -> None:
     report = workflow.save(trainer, choice, tuned, data, **report_facts(args, trainer))
     workflow.audit(trainer, report, data, audit_settings(args), args.gate or DEFAULT_GATE)
     workflow.write_card(trainer, report, choice)
-    print("\n" + report.summary() + f"\n\nadapter, card and report: {args.output_dir}")
+    print(f"\n{report.summary()}\n\n{last_words(report, Path(args.output_dir))}")
     if args.push_to_hub:
         push_folder(args)
+
+
+def last_words(report: "MemorizationReport", folder: Path) -> str:
+    """The end of what is printed: the verdict, where things are, and what to do next."""
+    failures = report.gate["failures"]
+    if report.gate["passed"]:
+        verdict, following = "passed", f"memcontrol push {folder} --hub_model_id YOUR_NAME/YOUR_ADAPTER"
+    elif report.audit is None:
+        verdict = "FAILED, since the adapter could not be attacked"
+        following = "train with more images, or choose an --encoder that tells them apart"
+    else:
+        verdict = f"FAILED, {len(failures)} limit{'s are' if len(failures) > 1 else ' is'} not kept"
+        following = "train with a means against memorization, such as --mitigation rwa:n=4 (docs/mitigations.md)"
+    places = {"adapter": ADAPTER, "card": CARD, "report": REPORT, "plot": PLOT, "search": "study.journal"}
+    lines = [f"{name}: {folder / file}" for name, file in places.items() if (folder / file).exists()]
+    lines += [f"to look through, on this machine only: {file}" for file in folder.glob("private/*.html")]
+    if not report.gate["passed"]:
+        lines += [f"to push nevertheless: memcontrol push {folder} --allow_failed_gate"]
+    return "\n".join([f"verdict: {verdict}", *lines, f"next: {following}"])
 
 
 def push_folder(args: ScriptArguments) -> None:

@@ -293,7 +293,6 @@ def audit(
         `bool`: whether the gate has passed. A data set that is too small to be audited does not pass.
     """
     folder, limits = Path(trainer.args.output_dir), load_gate(gate)
-    logger.info("audit: attacks on the adapter, on the frozen base and with held-out images as training images")
     trainer.set_mask(trainer.search_space.mask(False))  # the bare pipeline: what is attacked is what was saved
     report.gate = {"passed": False, "limits": limits, "failures": ["the audit did not end"]}
     report.to_json(folder / REPORT)  # so that what was measured is kept, whatever becomes of the audit

@@ -17,6 +17,7 @@ from memcontrol_hf.flags import ScriptArguments
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "memcontrol_hf"
 ROOMS = [
+    "progress",
     "randomness",
     "images",
     "masks",

@@ -1,14 +1,19 @@
-"""`memcontrol train` before it computes: its help, its choices, and the YAML file of its flags."""
+"""`memcontrol train` before and after it computes: its help, the YAML file of its flags, and what it prints."""
 
+import fcntl
+import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
 from dataclasses import fields
 from typing import get_args
 
 import pytest
 import yaml
 
-from memcontrol_hf import cli
+from memcontrol_hf import MemorizationReport, cli
 from memcontrol_hf.evaluation import METRICS
 from memcontrol_hf.families import DTYPES, QUANTIZATIONS
 from memcontrol_hf.flag_parser import FlagParser
@@ -16,6 +21,8 @@ from memcontrol_hf.flags import MITIGATIONS, Method, Objective, ScriptArguments
 from memcontrol_hf.from_flags import METHODS
 from memcontrol_hf.mitigations import MITIGATIONS as KNOWN_MITIGATIONS
 from memcontrol_hf.search import SAMPLERS
+from memcontrol_hf.search.settings import named_values
+from memcontrol_hf.train import last_words
 
 HEAVY = {"torch", "diffusers", "peft", "datasets", "optuna", "wandb"}
 
@@ -89,3 +96,63 @@ def test_a_wrong_yaml_file_is_one_line(tmp_path, capsys, content, message):
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line.replace("\\", "/")
+
+
+# ---- what a run prints ----
+
+QUIET = """
+import logging, warnings
+from memcontrol_hf.progress import bar, quiet_log
+with quiet_log():
+    logging.getLogger("memcontrol_hf.search").info("trial 0 of 2")
+    logging.getLogger("transformers").warning("nobody asked")
+    warnings.warn("the disk is nearly full")
+    for _ in bar(range(3), "sampling"):
+        pass
+"""
+
+
+def test_a_log_that_is_no_terminal_has_one_line_for_each_stage_and_no_bars():
+    result = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True)
+    assert result.stderr.splitlines() == ["trial 0 of 2", "warning: the disk is nearly full"]
+
+
+def test_a_terminal_gets_a_bar_with_the_time_left():
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 25, 100, 0, 0))
+    code = "import logging; logging.getLogger('memcontrol_hf').setLevel(20); from memcontrol_hf.progress import bar"
+    subprocess.run([sys.executable, "-c", f"{code}; [*bar(range(3), 'sampling')]"], stderr=theirs, check=True)
+    printed = os.read(ours, 1 << 16).decode()
+    assert "sampling:   0%" in printed and "| 0/3 [00:00<?" in printed
+
+
+@pytest.mark.parametrize(
+    ("gate", "audit", "said"),
+    [
+        ({"passed": True, "failures": []}, {}, ["verdict: passed", "next: memcontrol push"]),
+        (
+            {"passed": False, "failures": ["a: above", "b: above"]},
+            {},
+            ["verdict: FAILED, 2 limits are not kept", "--allow_failed_gate", "next: train with a means"],
+        ),
+        (
+            {"passed": False, "failures": ["no audit: the train set has 3"]},
+            None,
+            ["verdict: FAILED, since the adapter could not be attacked", "next: train with more images"],
+        ),
+    ],
+)
+def test_a_run_ends_with_verdict_places_and_the_next_command(tmp_path, gate, audit, said):
+    for name in ("adapter_model.safetensors", "README.md", "private/review.html"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    lines = last_words(MemorizationReport(base_model="demo", gate=gate, audit=audit), tmp_path).splitlines()
+    assert lines[0].startswith(said[0]) and lines[-1].startswith(said[-1]) and len(lines) <= 10
+    assert all(any(part in line for line in lines) for part in said)
+    assert f"card: {tmp_path / 'README.md'}" in lines and not any("plot:" in line for line in lines)
+    assert any(str(tmp_path / "private" / "review.html") in line for line in lines)
+
+
+def test_a_trial_names_its_figures():
+    assert named_values([3.4361, 0.5416], ["fid", "membership_auc"]) == "fid 3.436, membership_auc 0.5416"
+    assert named_values([1.0], None) == "1"

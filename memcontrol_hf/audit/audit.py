@@ -12,6 +12,7 @@ Training images that are repeated are the canaries. The report counts the canari
 that finds nothing is evidence only if it catches canaries.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -35,6 +36,8 @@ from .settings import LEAST_IMAGES, AuditSettings
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+logger = logging.getLogger(__name__)
 
 
 def audit_memorization(
@@ -117,11 +120,14 @@ def audit_memorization(
     else:
         if base_pipeline is not None or adapter is not None:
             base = base_pipeline or pipeline
+            logger.info("audit: attacks on the frozen base")
             results["frozen_base"] = attack_pipeline(base, *_encoded(base, members, others), settings, encoder, clip)
         with adapter_in_place(pipeline, adapter):
+            logger.info(f"audit: attacks on the {'pipeline' if adapter is None else 'adapter'}")
             sets = _encoded(pipeline, members, others)
             results["model"] = attack_pipeline(pipeline, *sets, settings, encoder, clip)
             if control:
+                logger.info("audit: attacks with held-out images in the place of training images")
                 halves = sets[1].halves(settings.seed)
                 results["held_out_as_train"] = attack_pipeline(pipeline, *halves, settings, encoder, quality=False)
     subject = "generated images" if pipeline is None else "adapter" if adapter is not None else "pipeline"

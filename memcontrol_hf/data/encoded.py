@@ -17,6 +17,7 @@ from torch import nn
 
 from ..families import Condition, Family
 from ..images import DIGEST_VERSION, pixel_digest, thumbnails, to_pixels
+from ..progress import bar
 from ..randomness import Purpose, seeded_generator
 
 logger = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class EncodedImages(torch.utils.data.Dataset):
             if known is encoder:
                 return features
         parts = [self.distinct[i : i + 64] for i in range(0, len(self.distinct), 64)]
-        features = torch.cat([encoder(self.pixels(part)) for part in parts])
+        features = torch.cat([encoder(self.pixels(part)) for part in bar(parts, "features of images")])
         self._features.append((encoder, features))
         return features
 

@@ -17,6 +17,7 @@ from .front import NoRunError
 from .loop import objective_values
 from .processes import Processes, from_first
 from .protocol import ComputeObjective, SearchableTrainer
+from .settings import named_values
 from .storage import FINAL
 from .worker import is_alive, this_worker
 
@@ -102,7 +103,7 @@ def _repeat(
         raise _RepeatFailed(f"{key}: {error}")
     if trainer.is_world_process_zero():
         study.set_user_attr(key, values)
-        logger.info(f"{key}: {', '.join(f'{value:.4g}' for value in values)}")
+        logger.info(f"{key}: {named_values(values, None if compute_objective else args.objectives)}")
     return values
 
 

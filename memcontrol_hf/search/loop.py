@@ -16,6 +16,7 @@ from accelerate.utils.memory import clear_device_cache
 from optuna.trial import TrialState
 from transformers.trainer_utils import BestRun
 
+from ..progress import bar
 from ..tracking import start_tracking
 from .callbacks import Dominated, PruningCallback, TimeoutCallback
 from .processes import SearchProcesses
@@ -82,8 +83,11 @@ def run_search(
     pruning = PruningCallback(settings.prune_at, trainer, processes)
     trainer.add_callback(timeout)
     trainer.add_callback(pruning)
+    shown = None
     try:
         while (trial := processes.next(hp_space, hp_name)) is not None:
+            shown = bar(text="search", total=n_trials, initial=trial.number) if shown is None else shown
+            shown.update(trial.number - shown.n)
             timeout.start()
             try:
                 outcome = run_trial(trainer, trial, settings, compute_objective)
@@ -92,6 +96,8 @@ def run_search(
                 raise
             processes.record(outcome)
     finally:
+        if shown is not None:
+            shown.close()
         trainer.remove_callback(timeout)
         trainer.remove_callback(pruning)
     return processes.best()

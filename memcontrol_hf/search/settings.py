@@ -89,6 +89,12 @@ class SearchSettings:
             raise ValueError(f"CmaEsSampler knows one objective, not {len(self.directions)}: use another sampler")
 
 
+def named_values(values: Sequence[float], objectives: Sequence[str] | None) -> str:
+    """The values of the objectives in words, each with its name if the names are known."""
+    names = [""] * len(values) if objectives is None else [f"{name} " for name in objectives]
+    return ", ".join(f"{name}{value:.4g}" for name, value in zip(names, values, strict=True))
+
+
 def check_n_trials(n_trials: int, name: str = "n_trials") -> None:
     """Raise `ValueError` for less than one trial; `name` is what the caller calls the setting."""
     if n_trials < 1:

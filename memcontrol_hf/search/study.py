@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from .front import complete_trials, dominates, is_frozen_base, pareto_front, selects_nothing, signs_of
 from .protocol import HpName, HpSpace
 from .sampler import REPEATS, SAMPLERS, SeededSampler
-from .settings import SearchSettings
+from .settings import SearchSettings, named_values
 from .storage import check_study, open_storage
 from .suggestions import all_suggested, plain
 from .worker import is_alive, this_worker
@@ -271,7 +271,7 @@ class SharedStudy:
             logger.info(
                 f"trial {number} of {n_trials}: {sum(mask.values())} of {len(mask)} blocks, "
                 f"{outcome.trainable_percent:.3g} % of the parameters, learning rate {outcome.learning_rate:.2g}: "
-                f"{', '.join(f'{value:.4g}' for value in outcome.values)} ({outcome.seconds:.0f} s)"
+                f"{named_values(outcome.values, self.settings.objectives)} ({outcome.seconds:.0f} s)"
             )
 
     def _record_complete(self, outcome: Outcome) -> None:
