@@ -119,8 +119,8 @@ def _add_audit_amounts(amounts: argparse._ArgumentGroup) -> None:
     """The flags that decide how long an audit takes and how sharp its figures are."""
     amounts.add_argument(
         "--encoder",
-        default="demo",
-        help="image encoder of distances and quality: demo, a Hub id or a folder, or xrv:...",
+        help="image encoder of distances, copies and quality, needed for other images than the demo's: a Hub id or "
+        "folder of a vision model (facebook/dinov2-small, microsoft/rad-dino, ...), xrv:..., or demo",
     )
     amounts.add_argument("--clip_model", help="CLIP model for the CLIP score: a Hub id or a folder")
     amounts.add_argument(
@@ -277,6 +277,10 @@ def _audit(args: argparse.Namespace) -> int:
 
 def _attack(args: argparse.Namespace) -> "MemorizationReport":
     """Load what the flags name, and audit it."""
+    from .encoders import NEEDS_ENCODER
+
+    if args.encoder is None and (args.train, args.held_out) != ("demo", "demo"):
+        raise ValueError(NEEDS_ENCODER)
     import torch
 
     from .audit import AuditSettings, audit_memorization
@@ -299,7 +303,7 @@ def _attack(args: argparse.Namespace) -> "MemorizationReport":
         adapter=args.adapter,
         base_pipeline=base,
         generated=generated,
-        encoder=args.encoder,
+        encoder=args.encoder or "demo",
         clip_model=args.clip_model,
         settings=AuditSettings(resolution=resolution, **amounts),
         output_dir=args.output_dir,

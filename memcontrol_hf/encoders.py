@@ -8,6 +8,13 @@ from torch.nn import functional as F
 
 from .demo import DEMO_ENCODER
 
+NEEDS_ENCODER = (
+    "images other than the demo's need an --encoder, which says what is alike in them: facebook/dinov2-small for "
+    "photographs, microsoft/rad-dino or xrv:densenet121-res224-all for radiographs, owkin/phikon for histology. "
+    "--encoder demo takes the demo's, which was trained on emoji and sees little in other images"
+)
+"""The error for images without a named encoder."""
+
 
 class Encoder(nn.Module):
     """An image encoder with its own preprocessing.

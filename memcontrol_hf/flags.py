@@ -288,9 +288,11 @@ class ScriptArguments:
     )
 
     # ---- measures and audit ----
-    encoder: str = _flag(
-        "demo",
-        "Image encoder of fid and amd: demo, a Hub id or folder of a model, or xrv:densenet121-res224-all.",
+    encoder: str | None = _flag(
+        None,
+        "Image encoder of fid, amd and copies, needed for images of your own: a Hub id or folder of a vision "
+        "model, or xrv:NAME. Photographs: facebook/dinov2-small. Radiographs: microsoft/rad-dino or "
+        "xrv:densenet121-res224-all. Histology: owkin/phikon. demo: the demo's, trained on emoji alone.",
         study=True,
         publish="unless_path",
     )
@@ -358,6 +360,8 @@ class ScriptArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.encoder is None and on_demo_data(self):
+            self.encoder = "demo"
         if self.n_trials is None:
             self.n_trials = 0 if self.mask_from else 8
         self.output_dir = self.output_dir or ("outputs/quickstart" if on_demo_data(self) else "outputs/memcontrol")
@@ -418,6 +422,8 @@ def public_flags(args: ScriptArguments) -> str:
     if on_demo(args) and not Path(args.output_dir).is_absolute():
         publish["output_dir"] = "yes"
     default = ScriptArguments(pretrained_model_name_or_path=args.pretrained_model_name_or_path)
+    if not on_demo_data(args):
+        default.encoder = None
     default.pretrained_model_name_or_path = ScriptArguments().pretrained_model_name_or_path
     words: list[str] = []
     for name, how in publish.items():

@@ -14,11 +14,11 @@ from peft import LoraConfig, PeftConfig
 from transformers.trainer_utils import get_last_checkpoint
 
 from .adapter_folder import CONFIG, read_mask
-from .audit import LEAST_IMAGES, AuditSettings
+from .audit import LEAST_IMAGES, AuditSettings, cannot_pass, least_images, write_split
 from .data import check_near_duplicates, images_digest, load_images, plant_canaries
 from .demo import demo_dataset
 from .dry_run import load_architecture, plan
-from .encoders import encoder_name, load_encoder
+from .encoders import NEEDS_ENCODER, encoder_name, load_encoder
 from .evaluation import check_objectives
 from .families import DTYPES, QUANTIZATIONS, family_of, load_pipeline
 from .flags import SEEN_LATER, ScriptArguments, on_demo_data, public_datasets, public_flags, settings
@@ -67,6 +67,8 @@ def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[
         ValueError: for a wrong flag. The error names the value, what is allowed, and what to do.
     """
     config, rates = _method_and_rates(args)
+    if args.encoder is None:
+        raise ValueError(NEEDS_ENCODER)
     load_gate(args.gate or DEFAULT_GATE)
     audit_settings(args)
     check_objectives(args.objectives)
@@ -316,13 +318,30 @@ def make_trainer(args: ScriptArguments) -> tuple[MemControlTrainer, DatasetDict,
     if args.n_trials:
         check_own_study(args, settings_with_images(args, trainer))
     example_inputs(args, trainer)  # a prompt that the pipeline cannot take is found before the search
+    _warn_of_few_images(args, {name: len(trainer.encode(data[name]).distinct) for name in LEAST_IMAGES})
     for name, least in LEAST_IMAGES.items():
         if (count := len(trainer.encode(data[name]).distinct)) < least:
             logger.warning(
                 f"the {name} split has {count} different images, but the audit needs {least}: there will be no audit, "
                 "and the gate will fail"
             )
+    if not on_demo_data(args) and trainer.is_world_process_zero():
+        write_split(data, Path(args.output_dir))
     return trainer, data, rates, mask
+
+
+def _warn_of_few_images(args: ScriptArguments, counts: dict[str, int]) -> None:
+    """Warn before any training when the gate cannot pass, even for a model that learned nothing."""
+    limits = load_gate(args.gate or DEFAULT_GATE)
+    if names := cannot_pass(limits, counts["train"], counts["held_out"], args.audit_num_prompts):
+        least = least_images(limits, counts["held_out"] / counts["train"])
+        needed = f"about {least[0]} training and {least[1]} held-out images" if least else "another gate"
+        logger.warning(
+            f"TOO FEW IMAGES TO PASS: with {counts['train']} training and {counts['held_out']} held-out images and "
+            f"{args.audit_num_prompts} captions, the gate fails whatever is trained, since the intervals of "
+            f"{', '.join(names)} are too wide. It needs {needed}, and as many --audit_num_prompts. The run goes on, "
+            "and its verdict will be that the model could not be measured"
+        )
 
 
 def search_options(

@@ -8,7 +8,7 @@ Your own images, in a folder with a `metadata.jsonl` (`{"file_name": "1.png", "t
 
     memcontrol train \
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
-        --train_data_dir my_images --method svdiff --n_trials 20 --output_dir my_adapter
+        --train_data_dir my_images --encoder facebook/dinov2-small --output_dir my_adapter
 
 The same flags from a file: `memcontrol train --config my_run.yaml`. Several GPUs, mixed precision and whatever else
 `accelerate config` sets: `accelerate launch -m memcontrol_hf.train`. The same command goes on where it was

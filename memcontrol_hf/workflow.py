@@ -303,6 +303,7 @@ def audit(
             pipeline=trainer.pipeline,
             adapter=folder if any(report.mask.values()) else None,
             encoder=trainer.encoder,
+            output_dir=folder,
             settings=settings or _audit_settings(trainer),
         ).audit
         report.judge(limits)

@@ -95,6 +95,6 @@ def test_the_command_does_not_pass_what_was_never_loaded(tmp_path, capsys):
         f"--adapter={tmp_path / 'adapter'}",
         f"--output_dir={tmp_path / 'out'}",
     ]
-    sizes = ["--resolution=16", "--num_prompts=2", "--images_per_prompt=3", "--inference_steps=1"]
+    sizes = ["--encoder=demo", "--resolution=16", "--num_prompts=2", "--images_per_prompt=3", "--inference_steps=1"]
     assert main(["audit", *sets, *model, *sizes, "--device=cpu"]) == 2
     assert "cannot load the adapter" in capsys.readouterr().err

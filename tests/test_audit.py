@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import RESOLUTION, adapter_folder, images_of, tiny_pipeline
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from memcontrol_hf import (
     MemControlConfig,
@@ -21,9 +21,11 @@ from memcontrol_hf import (
     demo_pipeline,
 )
 from memcontrol_hf.adapters import adapter_in_place, load_adapter
-from memcontrol_hf.audit import AuditSettings, caption_markers
+from memcontrol_hf.audit import AuditSettings, cannot_pass, caption_markers, least_images, write_split
 from memcontrol_hf.cli import main
-from memcontrol_hf.data import weights_digest
+from memcontrol_hf.data import load_image_folder, weights_digest
+from memcontrol_hf.flags import ScriptArguments
+from memcontrol_hf.from_flags import check
 from memcontrol_hf.images import to_pixels
 from memcontrol_hf.report import DEFAULT_GATE, MEASURES, REPORT_SCHEMA, load_gate, verdict
 
@@ -316,7 +318,51 @@ def test_the_fingerprint_is_keyed(tmp_path):
     again = audit(generated=images_of(6, seed=3), output_dir=tmp_path / "a").audit["data_fingerprint"]
     other_key = audit(generated=images_of(6, seed=3), output_dir=tmp_path / "b").audit["data_fingerprint"]
     assert first == again != other_key
-    assert (tmp_path / "a" / "private" / "fingerprint.key").stat().st_mode & 0o077 == 0
+    private = tmp_path / "a" / "private"
+    assert {f"{path.name} {path.stat().st_mode & 0o777:o}" for path in [private, *private.iterdir()]} == {
+        *("private 700", "fingerprint.key 600", "review.html 600")
+    }
+
+
+def test_a_split_is_written_for_another_audit_of_exactly_it(tmp_path):
+    data = DatasetDict(train=images_of(9, seed=1), held_out=images_of(8, seed=2))
+    for _ in range(2):  # a second run replaces it
+        write_split(data, tmp_path)
+    for name, images in data.items():
+        again = load_image_folder(str(tmp_path / "private" / "split" / name), name, "text")
+        assert [row["image"].tobytes() for row in again] == [row["image"].tobytes() for row in images]
+        assert again["text"][:] == images["text"][:]
+    split = tmp_path / "private" / "split"
+    assert {path.stat().st_mode & 0o777 for path in split.rglob("*")} == {0o700, 0o600}
+
+
+def test_the_least_number_of_images_is_where_a_harmless_model_begins_to_pass():
+    """Clopper-Pearson: 0 of n is at most 1 - .025 ** (1 / n), which is .05 from n = 72 on."""
+    limits = load_gate()
+    assert least_images(limits) == (72, 72)
+    assert cannot_pass(limits, 71, 72, 100) == ["extraction_rate_calibrated"] and not cannot_pass(limits, 72, 72, 72)
+    assert cannot_pass(limits, 100, 100, 24) == ["extraction_rate_calibrated", "copy_share", "nearest_share"]
+    assert "membership_auc_pia" in cannot_pass(limits, 200, 8, 200)
+    assert least_images({"membership_auc_pia": {"max": 0.4}}) is None
+
+
+def test_images_of_ones_own_need_a_named_encoder(tmp_path, capsys):
+    sets = [folder_of(images_of(9, seed=s), tmp_path / str(s)) for s in (1, 2)]
+    arguments = [
+        "--generated",
+        sets[1],
+        "--train",
+        sets[0],
+        "--held_out",
+        sets[1],
+        "--output_dir",
+        str(tmp_path / "o"),
+    ]
+    assert main(["audit", *arguments]) == 2
+    assert "need an --encoder" in capsys.readouterr().err and not (tmp_path / "o").exists()
+    with pytest.raises(ValueError, match=r"need an --encoder.*microsoft/rad-dino"):
+        check(ScriptArguments(train_data_dir=sets[0]))
+    assert ScriptArguments().encoder == "demo"
 
 
 def test_caption_markers_are_counted():
@@ -455,7 +501,7 @@ def test_exit_codes(tmp_path, capsys):
     sets = ["--train", folder_of(train, tmp_path / "train"), "--held_out", folder_of(held_out, tmp_path / "held_out")]
     gate = tmp_path / "gate.yaml"
     gate.write_text(yaml.safe_dump({"amd": {"min": 0.01}}))
-    common = [*sets, "--gate", str(gate), "--output_dir", str(tmp_path / "out")]
+    common = [*sets, "--gate", str(gate), "--encoder", "demo", "--output_dir", str(tmp_path / "out")]
     assert main(["audit", "--generated", folder_of(fresh, tmp_path / "fresh"), *common]) == 0
     assert "gate: passed" in capsys.readouterr().out
     assert main(["audit", "--generated", folder_of(train, tmp_path / "copies"), *common]) == 3
@@ -486,7 +532,8 @@ def test_exit_codes(tmp_path, capsys):
 )
 def test_wrong_use_is_said_in_one_line(tmp_path, capsys, arguments, message):
     sets = [folder_of(images_of(9, seed=s), tmp_path / str(s)) for s in (1, 2)]
-    code = main(["audit", "--train", sets[0], "--held_out", sets[1], "--output_dir", str(tmp_path / "o"), *arguments])
+    sets = ["--train", sets[0], "--held_out", sets[1], "--encoder", "demo", "--output_dir", str(tmp_path / "o")]
+    code = main(["audit", *sets, *arguments])
     error = capsys.readouterr().err
     assert code == 2 and message in error.strip().splitlines()[-1] and error.count("error: ") == 1
     assert "Traceback" not in error
@@ -495,7 +542,6 @@ def test_wrong_use_is_said_in_one_line(tmp_path, capsys, arguments, message):
 def test_an_unreadable_image_is_named(tmp_path, capsys):
     train, held_out = (folder_of(images_of(9, seed=s), tmp_path / str(s)) for s in (1, 2))
     (tmp_path / "1" / "4.png").write_bytes(b"no picture")
-    code = main(
-        ["audit", "--generated", held_out, "--train", train, "--held_out", held_out, "--output_dir", str(tmp_path)]
-    )
+    sets = ["--generated", held_out, "--train", train, "--held_out", held_out, "--encoder", "demo"]
+    code = main(["audit", *sets, "--output_dir", str(tmp_path)])
     assert code == 2 and "cannot read the image 4.png" in capsys.readouterr().err

@@ -37,7 +37,7 @@ from memcontrol_hf.search import open_storage
 
 SCRIPT = Path(__file__).parent.parent / "training_scripts" / "train_memcontrol.py"
 PUBLIC = sorted(name for name in PUBLIC_FILES if "/" not in name and name != "pytorch_lora_weights.safetensors")
-FILES = sorted([*PUBLIC, "study.journal"])
+FILES = sorted([*PUBLIC, "private", "study.journal"])
 
 
 @pytest.fixture(scope="session")
@@ -166,7 +166,7 @@ def test_the_adapter_holds_the_reported_mask_and_size(finished):
 def test_nothing_that_is_left_names_the_machine_or_the_data(finished, assets):
     captions = set(images_of(40, seed=3)["text"])
     for name in FILES:
-        if name.endswith((".png", ".safetensors")):
+        if name.endswith((".png", ".safetensors", "private")):
             continue
         text = (finished / name).read_text()
         assert str(assets) not in text and str(finished.parent) not in text, name

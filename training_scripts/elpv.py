@@ -2,7 +2,7 @@
 
     pip install elpv-dataset==1.0.0.post1
     python training_scripts/elpv.py --output_dir data/elpv
-    accelerate launch training_scripts/train_memcontrol.py --train_data_dir data/elpv
+    accelerate launch training_scripts/train_memcontrol.py --train_data_dir data/elpv --encoder demo
 
 Writes `data/elpv/{train,validation,held_out}/*.png`, 64 pixels a side, and a `metadata.jsonl` for each split. The
 splits have the sizes of the demo's data set: 80 training images occur once and 12 four times (these may be memorized),

@@ -2,6 +2,8 @@
 
 from .audit import audit_memorization
 from .captions import MARKERS, caption_markers
+from .least_data import cannot_pass, least_images
+from .private import write_split
 from .settings import FALSE_ALARMS, LEAST_IMAGES, AuditSettings, Figure
 
 __all__ = [
@@ -11,5 +13,8 @@ __all__ = [
     "AuditSettings",
     "Figure",
     "audit_memorization",
+    "cannot_pass",
     "caption_markers",
+    "least_images",
+    "write_split",
 ]

@@ -4,12 +4,15 @@ import base64
 import hashlib
 import hmac
 import io
+import os
 import secrets
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 
 import torch
+from datasets import DatasetDict
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
@@ -26,6 +29,7 @@ def private_folder(output_dir: Path) -> Path:
     private = output_dir / "private"
     try:
         private.mkdir(parents=True, exist_ok=True)
+        private.chmod(0o700)
         TemporaryFile(dir=private).close()
     except OSError as error:
         raise ValueError(f"cannot write to the folder {str(private)!r}: {error.strerror}") from None
@@ -40,8 +44,7 @@ def fingerprint(digests: Sequence[str], key_file: Path) -> str:
         key_file (`Path`): file of the key, which is made if it does not exist.
     """
     if not key_file.exists():
-        key_file.write_text(secrets.token_hex(32), encoding="ascii")
-        key_file.chmod(0o600)
+        _write(key_file, secrets.token_hex(32))
     key = bytes.fromhex(key_file.read_text(encoding="ascii"))
     return hmac.new(key, "".join(sorted(digests)).encode(), hashlib.sha256).hexdigest()
 
@@ -64,7 +67,31 @@ def write_review(result: Attacked, members: EncodedImages, path: Path) -> None:
             result.pairs, members.pixels([row for _, row, _ in result.pairs])
         )
     ]
-    path.write_text(template.render(pairs=rows), encoding="utf-8")
+    _write(path, template.render(pairs=rows))
+
+
+def write_split(data: DatasetDict, output_dir: Path) -> None:
+    """Write the training images, with their canaries, and the held-out images to `private/split`.
+
+    `memcontrol audit --train private/split/train --held_out private/split/held_out` attacks exactly these again. An
+    earlier split of the folder is replaced.
+
+    Raises:
+        ValueError: when the folder cannot be written to.
+    """
+    folder = private_folder(output_dir) / "split"
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in ("train", "held_out"):
+        data[name].save_to_disk(folder / name)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o700 if path.is_dir() else 0o600)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file that nobody else can read, at no time."""
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def _data_uri(image: torch.Tensor) -> str:

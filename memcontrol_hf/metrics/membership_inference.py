@@ -84,11 +84,11 @@ def membership(member_scores: torch.Tensor, nonmember_scores: torch.Tensor) -> M
     ranks = ranks / ranks.max().clamp(min=1)
     labels = torch.cat([torch.ones(len(member_scores)), torch.zeros(len(nonmember_scores))]).int()
     fpr, tpr, _ = binary_roc(ranks, labels)
-    interval = _auc_interval(auc, len(member_scores), len(nonmember_scores))
+    interval = auc_interval(auc, len(member_scores), len(nonmember_scores))
     return MembershipResult(auc, interval, len(member_scores), len(nonmember_scores), fpr, tpr)
 
 
-def _auc_interval(auc: float, members: int, nonmembers: int, level: float = 0.95) -> tuple[float, float]:
+def auc_interval(auc: float, members: int, nonmembers: int, level: float = 0.95) -> tuple[float, float]:
     """The true AUCs within z standard errors of the observed one (Newcombe, Statistics in Medicine 2006, 25:559)."""
     z = norm.ppf((1 + level) / 2)
     mean_size = (members + nonmembers) / 2 - 1
