@@ -17,7 +17,13 @@ from peft import PeftConfig, PeftType
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, BestRun, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    BestRun,
+    PredictionOutput,
+    TrainOutput,
+    get_last_checkpoint,
+)
 
 from .adapter_folder import REPORT
 from .adapters import MaskedAdapters, merged
@@ -31,6 +37,7 @@ from .mitigations.base import overrides
 from .publish.hub import push
 from .randomness import Purpose, seeded_generator
 from .report import MemorizationReport
+from .report.card import write_card
 from .screening import Screening
 from .screening.run import run_screening
 from .screening.settings import ScreeningSettings
@@ -96,6 +103,7 @@ class MemControlTrainer(Trainer):
         self.denoiser.register_to_config(_name_or_path=self.base_model)  # trackers get the denoiser's config
         self.peft_config = peft_config
         self.search_space = search_space or self.family.search_space()
+        _check_one_dataset(train_dataset, eval_dataset)
         images = train_dataset.images if isinstance(train_dataset, EncodedImages) else train_dataset
         for mitigation in self._mitigations.values():
             mitigation.check(self.family, images, args, tunes_text=bool(self.search_space.text_encoders))
@@ -354,12 +362,7 @@ class MemControlTrainer(Trainer):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        file = Path(self.args.output_dir) / REPORT
-        if not file.exists():
-            card = {"denoiser": self.family.denoiser_name}
-            MemorizationReport(self.base_model, self.method, mask=self.mask, card=card).to_json(file)
-        elif MemorizationReport.from_json(file).mask != self.mask:
-            raise ValueError(f"{file} is the report of another mask: measure this model, or use another output_dir")
+        self._check_report()
         return push(
             self.args.output_dir,
             self.args.hub_model_id,
@@ -368,6 +371,27 @@ class MemControlTrainer(Trainer):
             allow_failed_gate=allow_failed_gate,
             **({"commit_message": commit_message} if commit_message else {}),
         )
+
+    def _check_report(self) -> None:
+        """Write a report in which nothing was measured, if there is none; `ValueError` for one of another mask."""
+        file = Path(self.args.output_dir) / REPORT
+        if not file.exists():
+            card = {"denoiser": self.family.denoiser_name}
+            MemorizationReport(self.base_model, self.method, mask=self.mask, card=card).to_json(file)
+        elif MemorizationReport.from_json(file).mask != self.mask:
+            raise ValueError(f"{file} is the report of another mask: measure this model, or use another output_dir")
+
+    def create_model_card(self, **texts: Any) -> None:
+        """Render the card from the report in the output folder, as `memcontrol card` does.
+
+        Raises:
+            ValueError: for texts, which transformers would write into the card, and for a report of another mask.
+        """
+        if texts:
+            raise ValueError(f"the card is rendered from the report, so it cannot be given {', '.join(sorted(texts))}")
+        if self.is_world_process_zero():
+            self._check_report()
+            write_card(self.args.output_dir)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Does nothing: the push itself makes the repository, private by default."""
@@ -417,12 +441,22 @@ class MemControlTrainer(Trainer):
         """
         wanted = self.args.objectives if metrics is None else metrics
         check_objectives(wanted)
+        _check_one_dataset(eval_dataset)
         others = self.encode(self.eval_dataset if eval_dataset is None else eval_dataset)
         measured = self.measure(wanted, self.train_dataset, others)
         figures = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.log(dict(figures))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
         return figures
+
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """Not supported: `NotImplementedError` says what to call instead."""
+        raise NotImplementedError(
+            "a denoiser predicts noise, which is no prediction for a data set: measure the model with "
+            "evaluate(dataset), or sample images with the pipeline"
+        )
+
+    evaluation_loop = prediction_step = predict
 
     def measure(self, wanted: Sequence[str], train: EncodedImages, others: EncodedImages) -> dict[str, float]:
         """Figures of the model as it is on some training images and others: [`Evaluator.measure`]."""
@@ -640,6 +674,16 @@ def _check_fits(family: Family, args: MemControlTrainingArguments, peft_config: 
     by_torchao = name in ("svdiff", "weights") and any(map(quantized_type, family.denoiser.modules()))
     if by_torchao or (getattr(family.denoiser, "hf_quantizer", None) and peft_config.peft_type != PeftType.LORA):
         raise ValueError(f"{name} cannot be trained on a quantized base: use LoRA (--method lora), or no quantization")
+
+
+def _check_one_dataset(*datasets: Any) -> None:
+    """Raise `ValueError` for what is neither a `Dataset` nor left out, such as the dictionaries of transformers."""
+    for dataset in datasets:
+        if not isinstance(dataset, (Dataset, EncodedImages, type(None))):
+            raise ValueError(
+                f"training and validation images must each be one Dataset, but got a {type(dataset).__name__}: "
+                "measure further images with evaluate(dataset, metric_key_prefix=...)"
+            )
 
 
 def _published_name(pipeline: "DiffusionPipeline") -> str:

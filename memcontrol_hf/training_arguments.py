@@ -42,6 +42,14 @@ _HYPERPARAMETERS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"),
     *("search_max_steps", "search_fraction", "caption_dropout", "snr_gamma"),
 )
+# Arguments of transformers that would have no effect, or break the training.
+_REFUSED = {
+    "remove_unused_columns": "the trainer itself makes the denoiser's inputs from the columns; leave it out",
+    "bf16_full_eval": "all is measured in the precision of the training; load the pipeline in bfloat16, or use bf16",
+    "fp16_full_eval": "all is measured in the precision of the training; load the pipeline in float16, or use fp16",
+    "label_smoothing_factor": "the loss of a denoiser has no labels; leave it out",
+    "neftune_noise_alpha": "a denoiser has no token embeddings; the mitigation gaussian_noise adds noise to captions'",
+}
 
 
 @dataclass
@@ -104,6 +112,9 @@ class MemControlTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        for name, reason in _REFUSED.items():
+            if getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)} is not supported: {reason}")
         self._check_numbers()
         super().__post_init__()
         self._check()

@@ -12,7 +12,7 @@ import numpy as np
 import optuna
 import pytest
 import torch
-from conftest import adapter_of, tiny_pipeline, tiny_trainer, tiny_unet
+from conftest import adapter_of, images_of, tiny_pipeline, tiny_trainer, tiny_unet
 from diffusers.utils import convert_state_dict_to_diffusers
 from optuna.trial import TrialState
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -551,3 +551,63 @@ def test_calls_for_adapters_of_other_kinds_are_refused_in_one_line():
         model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both")
     with pytest.raises(ValueError, match="rows of different MEMCONTROL adapters"):
         model(X, adapter_names=["default", "second", "second"])
+
+
+# ---- the Trainer: what is inherited from it ----
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["remove_unused_columns", "bf16_full_eval", "fp16_full_eval", "label_smoothing_factor", "neftune_noise_alpha"],
+)
+def test_an_argument_that_a_denoiser_has_no_use_for_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name}=True is not supported: "):
+        MemControlTrainingArguments(str(tmp_path), **{name: True})
+
+
+def test_several_validation_sets_are_refused_before_the_training(tmp_path):
+    with pytest.raises(ValueError, match="must each be one Dataset, but got a dict"):
+        tiny_trainer(tmp_path, validation={"one": images_of(4), "two": images_of(4)})
+
+
+def test_predictions_for_a_data_set_are_refused_in_one_line(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    with pytest.raises(NotImplementedError, match=r"measure the model with evaluate\(dataset\)"):
+        trainer.predict(images_of(4))
+    with pytest.raises(NotImplementedError, match=r"measure the model with evaluate\(dataset\)"):
+        trainer.evaluation_loop(trainer.get_train_dataloader(), "Evaluation")
+
+
+def test_a_card_that_the_trainer_makes_is_the_card_of_the_report(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    trainer.save_model()
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "memcontrol_hf" in card and (tmp_path / "memorization_report.json").exists()
+    with pytest.raises(ValueError, match="it cannot be given license"):
+        trainer.create_model_card(license="mit")
+    assert (tmp_path / "README.md").read_text() == card
+
+
+# ---- PyTorch: export, and compilation in one graph ----
+
+
+@pytest.mark.parametrize("method", ["svdiff", "difffit"])
+@pytest.mark.parametrize("trace", ["fullgraph", "export", "strict export"])
+def test_an_adapter_is_traced_as_it_computes(method, trace):
+    names = ["first", "norm", "second"] if method == "difffit" else "all-linear"
+    config = MemControlConfig(method=method, target_modules=names, scale_modules=["second"])
+    model = get_peft_model(TwoLinears(), config).eval()
+    disturb(model)
+
+    def traced():
+        torch._dynamo.reset()
+        if trace == "fullgraph":
+            return torch.compile(model, backend="aot_eager", fullgraph=True)(X)
+        return torch.export.export(model.get_base_model(), (X,), strict=trace == "strict export").module()(X)
+
+    if method == "svdiff":
+        with pytest.raises(RuntimeError, match="call the model once, or merge_adapter"):
+            traced()
+    expected = model(X)
+    torch.testing.assert_close(traced(), expected)

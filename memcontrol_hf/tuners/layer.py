@@ -66,6 +66,9 @@ class SVDFactors:
         return self
 
 
+_NOT_YET = (
+    "SV-DIFF's factors are computed in the first call: call the model once, or merge_adapter(), before it is traced"
+)
 _FACTORS_BY_CONTENT: WeakValueDictionary[tuple, SVDFactors] = WeakValueDictionary()
 _FACTORS_BY_WEIGHT = WeakIdKeyDictionary()  # keeps the factors alive as long as the weight
 
@@ -326,8 +329,16 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
         if any(adapter in self.memcontrol_delta for adapter in self.active_adapters):
             self._factors(self._original("weight"))
 
-    @torch.compiler.disable
     def _factors(self, weight: torch.Tensor) -> SVDFactors:
+        if torch.compiler.is_compiling():  # whoever traces the layer can neither read the weight nor decompose it
+            if self._svd is not None:
+                return self._svd[1]
+            if torch.compiler.is_exporting():
+                raise RuntimeError(_NOT_YET)
+        return self._read_factors(weight)
+
+    @torch.compiler.disable(reason=_NOT_YET)
+    def _read_factors(self, weight: torch.Tensor) -> SVDFactors:
         # FSDP puts a new view in the parameter's place for each forward pass, hooks a new copy: no state to compare.
         state = None
         if isinstance(weight, nn.Parameter) and not has_hooks(self.base_layer):
