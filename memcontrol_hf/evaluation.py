@@ -111,6 +111,8 @@ class Evaluator:
         """
         with_clid = "clid" not in self.family.not_applicable
         names = ["loss", "secmi", "pia", *(["clid"] if with_clid else [])]
+        # the papers' 10, 100 and 200 of 1,000 timesteps, at the same shares of a shorter or longer schedule
+        stride = max(1, round(self.family.noise.scheduler.config.num_train_timesteps / 100))
 
         def measure(
             latents: torch.Tensor, condition: Condition, timesteps: Sequence[float], keys: Sequence[tuple[int, ...]]
@@ -119,8 +121,8 @@ class Evaluator:
             losses = metrics.denoising_losses(*images, timesteps, keys, self.batch_size)
             columns = [
                 -losses.mean(1),
-                metrics.secmi(*images, batch_size=self.batch_size),
-                metrics.pia(*images, batch_size=self.batch_size),
+                metrics.secmi(*images, 10 * stride, stride, batch_size=self.batch_size),
+                metrics.pia(*images, 20 * stride, batch_size=self.batch_size),
             ]
             if with_clid:
                 columns.append(metrics.clid(*images, self.null, timesteps, keys, self.batch_size, losses))

@@ -34,9 +34,15 @@ def pixel_digest(image: PILImage.Image) -> str:
 
 
 def to_rgb(image: PILImage.Image) -> PILImage.Image:
-    """An image with three channels of 8 bits. Of 16 bits the upper 8 are taken, where Pillow would clip."""
+    """An image with three channels of 8 bits. Of 16 bits the upper 8 are taken, where Pillow would clip.
+
+    What is transparent lies over white, where Pillow would show the colour beneath, which is often black.
+    """
     if image.mode.startswith("I;16"):
         image = PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        white = PILImage.new("RGBA", image.size, "white")
+        return PILImage.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
 
 

@@ -133,6 +133,14 @@ def test_figures_do_not_depend_on_the_batch_size():
     assert all(of["frozen_base"] is None for of in reports[0].audit["measures"].values())
 
 
+def test_a_schedule_of_100_timesteps_is_attacked_at_the_same_shares_of_it():
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = type(pipeline.scheduler)(num_train_timesteps=100)
+    settings = dataclasses.replace(SETTINGS, num_prompts=2, num_quality_images=2)
+    report = audit(pipeline=pipeline, settings=settings, control=False)
+    assert 0 <= value(report, "membership_auc_secmi") <= 1 and 0 <= value(report, "membership_auc_pia") <= 1
+
+
 def test_a_rate_that_the_sample_is_too_small_for_is_not_estimable():
     report = audit(pipeline=tiny_pipeline())
     assert report.audit["measures"]["membership_tpr_loss"]["model"] == {

@@ -174,6 +174,30 @@ def test_grayscale_and_transparent_images_become_rgb_of_one_size():
     assert (pixels[0] == 1).all() and (pixels[1][0] == 1).all()
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "PA", "RGB"])
+def test_what_is_transparent_lies_over_white(mode, tmp_path):
+    """A black picture whose left half is transparent: black beneath, white to the eye."""
+    image = Image.new("RGBA", (RESOLUTION, RESOLUTION), (0, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (0, 0, RESOLUTION // 2, RESOLUTION))
+    if mode == "RGB":  # PNG names one transparent colour
+        image = Image.new("RGB", (RESOLUTION, RESOLUTION), (0, 0, 0))
+        image.paste((9, 9, 9), (0, 0, RESOLUTION // 2, RESOLUTION))
+        image.info["transparency"] = (9, 9, 9)
+    elif mode == "P":
+        image = Image.new("P", (RESOLUTION, RESOLUTION), 0)
+        image.putpalette([0, 0, 0, 0, 0, 0])
+        image.paste(1, (0, 0, RESOLUTION // 2, RESOLUTION))
+        image.info["transparency"] = 1
+    else:
+        image = image.convert(mode)
+    if mode != "PA":  # which PNG has not
+        image.save(tmp_path / "a.png")
+        image = Image.open(tmp_path / "a.png")
+    pixels = to_pixels([image], RESOLUTION)[0]
+    half = RESOLUTION // 2
+    assert (pixels[..., :half] == 1).all() and (pixels[..., half:] == 0).all()
+
+
 def test_images_of_16_bits_are_scaled_and_told_apart(tmp_path):
     ramp = np.linspace(0, 65535, RESOLUTION**2).astype(np.uint16).reshape(RESOLUTION, RESOLUTION)
     for number in range(9):

@@ -156,7 +156,7 @@ def encode(
     if weights_digests is None:
         weights_digests = [weights_digest(module) for module in family.encoder_modules]
     key = [dataset._fingerprint, *weights_digests, *family.cache_key(), resolution]
-    fingerprint = Hasher.hash([*key, f"digest {DIGEST_VERSION}"])
+    fingerprint = Hasher.hash([*key, f"digest {DIGEST_VERSION}", "transparency over white"])
     folder = Path(datasets_config.HF_DATASETS_CACHE) / "memcontrol_hf"
     folder.mkdir(parents=True, exist_ok=True)
     if (earlier := folder / f"{Hasher.hash(key)}.arrow").exists():

@@ -173,7 +173,7 @@ def pia(
         denoiser (`nn.Module`): the pipeline's denoiser, with its adapter if it has one, in evaluation mode.
         latents (`torch.Tensor`): latents of the images, `[N, C, h, w]`.
         condition (`Condition`): `N` rows. A tensor `[N, L, D]` stands for the first of the family's `conditions`.
-        timestep (`int`): timestep t; the paper's figures peak at 200 of 1,000.
+        timestep (`int`): timestep t; the paper's figures peak at 200 of 1,000 for DDPM.
         p (`float`): order of the norm; the paper's is 4.
         batch_size (`int`): number of images measured at once; only the speed depends on it.
 

@@ -85,7 +85,8 @@ def auth_pct(generated: torch.Tensor, train: torch.Tensor) -> float:
         train (`torch.Tensor`): features `[N, D]`, at least two of them different.
 
     Returns:
-        `float`: in [0, 100]; higher is safer. Fresh images of the same distribution have about 50.
+        `float`: in [0, 100]; higher is safer. The figure of fresh images depends on the encoder and the data (57 for
+        the demo's held-out images, 81 for normal draws in 128 dimensions): compare with the figure of held-out images.
     """
     check_features(generated=generated, train=train)
     train = torch.unique(train.double(), dim=0)
