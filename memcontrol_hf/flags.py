@@ -360,6 +360,8 @@ class ScriptArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.mixed_precision == "no":  # what `accelerate launch` was given or configured with is the run's
+            self.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if self.encoder is None and on_demo_data(self):
             self.encoder = "demo"
         if self.n_trials is None:
@@ -424,6 +426,7 @@ def public_flags(args: ScriptArguments) -> str:
     default = ScriptArguments(pretrained_model_name_or_path=args.pretrained_model_name_or_path)
     if not on_demo_data(args):
         default.encoder = None
+    default.mixed_precision = "no"
     default.pretrained_model_name_or_path = ScriptArguments().pretrained_model_name_or_path
     words: list[str] = []
     for name, how in publish.items():

@@ -254,6 +254,7 @@ def save(
             "world_size": trainer.args.world_size,
             "resolution": trainer.args.resolution,
             "seed": trainer.args.seed,
+            "mixed_precision": trainer.accelerator.mixed_precision,
             "mitigations": [text for text in given if text not in sampling],
             **({"sampling_mitigations": sampling} if sampling else {}),
             **(canaries or {}),

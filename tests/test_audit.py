@@ -24,7 +24,7 @@ from memcontrol_hf.adapters import adapter_in_place, load_adapter
 from memcontrol_hf.audit import AuditSettings, cannot_pass, caption_markers, least_images, write_split
 from memcontrol_hf.cli import main
 from memcontrol_hf.data import load_image_folder, weights_digest
-from memcontrol_hf.flags import ScriptArguments
+from memcontrol_hf.flags import ScriptArguments, public_flags, settings
 from memcontrol_hf.from_flags import check
 from memcontrol_hf.images import to_pixels
 from memcontrol_hf.report import DEFAULT_GATE, MEASURES, REPORT_SCHEMA, load_gate, verdict
@@ -352,6 +352,15 @@ def test_the_least_number_of_images_is_where_a_harmless_model_begins_to_pass():
     assert cannot_pass(limits, 100, 100, 24) == ["extraction_rate_calibrated", "copy_share", "nearest_share"]
     assert "membership_auc_pia" in cannot_pass(limits, 200, 8, 200)
     assert least_images({"membership_auc_pia": {"max": 0.4}}) is None
+
+
+def test_the_precision_that_accelerate_sets_is_the_runs(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    args = ScriptArguments()
+    assert args.mixed_precision == settings(args)["mixed_precision"] == "bf16"
+    assert "--mixed_precision bf16" in public_flags(args)
+    with pytest.raises(ValueError, match="combined with mixed precision"):
+        MemControlTrainingArguments(output_dir="o", max_steps=1, mitigations=["dp_sgd:epsilon=8,delta=0.001"])
 
 
 def test_images_of_ones_own_need_a_named_encoder(tmp_path, capsys):

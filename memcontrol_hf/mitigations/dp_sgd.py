@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ class DPSGD(Mitigation):
             "num_train_epochs in the place of max_steps": args.max_steps < 1,
             "several processes": args.world_size > 1,
             "several devices in one process": args.n_gpu > 1,
-            "mixed precision": args.fp16 or args.bf16,
+            "mixed precision": args.fp16 or args.bf16 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no",
             "gradient checkpointing": args.gradient_checkpointing or args.activation_checkpointing,
             "torch_compile": args.torch_compile,
             "the Trainer's own push_to_hub, whose checkpoints hold the key of the noise": args.push_to_hub,
