@@ -363,6 +363,7 @@ def search_options(
         "backend": args.backend,
         "n_finalists": args.n_finalists,
         "finalist_repeats": args.finalist_repeats,
+        "gate": args.gate or DEFAULT_GATE,
         **ray_options(args),
     }
 

@@ -83,6 +83,7 @@ def search(
     sampler: str = "tpe",
     trial_timeout: float | None = None,
     study_name: str = "memcontrol",
+    gate: str | Path = DEFAULT_GATE,
     **options: Any,
 ) -> Choice | None:
     """Search the mask and the learning rate, and choose a run of the Pareto front.
@@ -100,6 +101,9 @@ def search(
         sampler (`str`): one of [`~memcontrol_hf.search.SAMPLERS`].
         trial_timeout (`float`, *optional*): seconds after which the training of a trial is stopped.
         study_name (`str`): name of the study in its storage.
+        gate (`str`):
+            Gate file. Without a budget, runs whose membership AUC lies above the gate's limit of
+            `membership_auc_loss` are not chosen.
         **options: further ones of [`MemControlTrainer.hyperparameter_search`].
 
     Returns:
@@ -120,12 +124,39 @@ def search(
     if not claim_final(trainer, runs, trial_timeout):
         logger.info("another process that works on this study does the final fine-tune")
         return None
-    run = _choose(trainer, rank_runs(runs, memorization_budget), memorization_budget, n_finalists, finalist_repeats)
+    ranked = rank_runs(runs, memorization_budget)
+    if memorization_budget is None:
+        ranked = within_gate(ranked, trainer.args.objectives, gate)
+    run = _choose(trainer, ranked, memorization_budget, n_finalists, finalist_repeats)
     choice = Choice(run.hyperparameters, run.run_summary, int(run.run_id), sampler)
     trainer.args.seed += 1  # the search has not seen it
     if isinstance(trainer.peft_config, MemControlConfig):
         trainer.peft_config.search = {"study_name": study_name, "trial": choice.trial, "sampler": sampler}
     return choice
+
+
+def within_gate(ranked: Sequence[BestRun], objectives: Sequence[str], gate: str | Path) -> list[BestRun]:
+    """The ranked runs that the gate would not fail by the search's own membership AUC; what is left out is said.
+
+    If all would fail, the run with the lowest membership AUC alone.
+
+    Args:
+        ranked (list of `BestRun`): runs, the best choice first.
+        objectives (list of `str`): names of the search's objectives.
+        gate (`str`): gate file.
+    """
+    limit = load_gate(gate).get("membership_auc_loss", {}).get("max")
+    if limit is None or list(objectives[1:]) != ["membership_auc"]:
+        return list(ranked)
+    within = [run for run in ranked if run.objective[1] <= limit]
+    if left_out := [run for run in ranked if run.objective[1] > limit]:
+        aucs = ", ".join(f"trial {run.run_id}: {run.objective[1]:.3f}" for run in left_out)
+        rest = "" if within else ". No other run is left: the one with the lowest is chosen, and the gate will fail"
+        logger.warning(
+            f"not chosen, since the membership AUC on the validation images is above the gate's limit {limit:g}: "
+            f"{aucs}{rest}. Another limit: --memorization_budget"
+        )
+    return within or [min(ranked, key=lambda run: run.objective[1])]
 
 
 def _choose(

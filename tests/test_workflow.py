@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 from conftest import images_of, tiny_pipeline, tiny_trainer
 from datasets import DatasetDict
+from transformers.trainer_utils import BestRun
 
 from memcontrol_hf import MemorizationReport, workflow
+from memcontrol_hf.report import DEFAULT_GATE
+from memcontrol_hf.workflow import within_gate
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -41,6 +44,15 @@ def test_the_example_of_the_readme_ends_with_the_report_and_the_card(tmp_path, d
     }
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["mask"] == report.mask and config["search"]["sampler"] == "tpe"
+
+
+def test_a_run_that_the_gate_would_fail_is_not_chosen_in_silence(caplog):
+    runs = [BestRun(str(i), (fid, auc), {}) for i, (fid, auc) in enumerate([(1.0, 0.97), (2.0, 0.6), (3.0, 0.55)])]
+    assert [run.run_id for run in within_gate(runs, ["fid", "membership_auc"], DEFAULT_GATE)] == ["1", "2"]
+    assert "above the gate's limit 0.65: trial 0: 0.970" in caplog.text
+    assert [run.run_id for run in within_gate(runs[:1], ["fid", "membership_auc"], DEFAULT_GATE)] == ["0"]
+    assert "the gate will fail" in caplog.text
+    assert within_gate(runs, ["fid", "amd"], DEFAULT_GATE) == runs
 
 
 def test_a_given_mask_goes_the_same_way_without_a_search(tmp_path, data):
