@@ -50,6 +50,9 @@ class MembershipResult:
     def tpr_interval(self, fpr: float) -> tuple[float, float]:
         """Interval of [`tpr_at_fpr`]: Clopper-Pearson at 95 % over the members, at the threshold of these non-members.
 
+        It says what other members would change, and not what other non-members, who set the threshold, would: with
+        few of these the interval holds the true rate in fewer than 95 of 100 cases.
+
         The bounds are NaN where the rate cannot be estimated.
         """
         rate = self.tpr_at_fpr(fpr)
