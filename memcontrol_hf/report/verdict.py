@@ -80,9 +80,10 @@ def violation(name: str, kind: str, bound: float, figures: Mapping[str, Any]) ->
         return Violation(name, found, f"{name}: {said}; the value itself, {value:.3f}, is beyond it, too")
     room, width = abs(over - value), abs(end - value)
     factor = math.inf if room == 0 else width / room if value == 0 else (width / room) ** 2
+    more = ""
     if name.startswith("membership_auc") and (model["low"] or 0) > 0.5:
-        said += ", and is better than guessing"
-    more = f": about {factor:.2g} times as many images would tell" if factor < 100 else ""
+        more = ", but the attack is better than guessing"
+    more += f": about {factor:.2g} times as many images would tell" if factor < 100 else ""
     return Violation(name, "unmeasured", f"{name}: {said}; the value itself, {value:.3f}, is within it{more}", factor)
 
 
