@@ -39,6 +39,7 @@ class TrainingLoss:
         snr_gamma: float | None = None,
         encode_captions: bool = False,
         purpose: Purpose = Purpose.TRAINING,
+        timesteps: Sequence[torch.Tensor] | None = None,
     ) -> dict[str, Any]:
         """What a step draws for the rows of a batch.
 
@@ -51,15 +52,16 @@ class TrainingLoss:
             snr_gamma (`float`, *optional*): min-SNR weighting of the loss.
             encode_captions (`bool`): encode the captions, because text encoders are tuned.
             purpose ([`~memcontrol_hf.randomness.Purpose`]): purpose of the draws.
+            timesteps (list of `torch.Tensor`, *optional*): timestep of each row, of shape `[]`, instead of drawn ones.
 
         Returns:
             `dict`: the arguments of [`Family.losses`] beside the denoiser.
         """
         latents, numbers = inputs["latents"], inputs["row"].tolist()
-        noise, timesteps, dropped = [], [], []
+        noise, drawn, dropped = [], [], []
         for number in numbers:
             generator = seeded_generator(seed, purpose, turn, number)
-            timesteps.append(self._family.noise.sample_timestep(generator))
+            drawn.append(self._family.noise.sample_timestep(generator))
             dropped.append(torch.rand((), generator=generator) < caption_dropout)
             noise.append(torch.randn(latents.shape[1:], generator=generator))
         condition = {name: inputs[name] for name in self._family.conditions}
@@ -70,7 +72,7 @@ class TrainingLoss:
                 name: torch.where(drop.view(-1, *[1] * (tensor.dim() - 1)), empty[name], tensor)
                 for name, tensor in condition.items()
             }
-        timesteps = torch.stack(timesteps).to(latents.device)
+        timesteps = torch.stack(drawn if timesteps is None else timesteps).to(latents.device)
         return {
             "latents": latents,
             "condition": condition,

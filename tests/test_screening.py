@@ -432,8 +432,8 @@ def test_a_stored_screening_is_read_as_it_was(tmp_path):
     ("change", "message"),
     [
         ("{", "is no screening: Expecting"),
-        ("[]", "holds a list, not an object"),
-        ({"version": 9}, "has screening version 9, but this package reads 1"),
+        ("[]", "is a list, not an object"),
+        ({"version": 9}, "has version 9, but this package reads 1"),
         ({"learns": None}, "learns is a NoneType, not an object"),
         ({"learns": {"a": 1.0}}, "memorizes and learns are of different blocks: a, down_blocks"),
         ({"parameters": {"a": 1.5}}, "parameters of a is 1.5, not a number"),

@@ -100,6 +100,10 @@ class DDPMNoise:
         """One timestep as training draws it, a tensor of shape `[]`."""
         return torch.randint(self.scheduler.config.num_train_timesteps, (), generator=generator)
 
+    def timestep_at(self, quantile: float) -> torch.Tensor:
+        """The timestep below which [`sample_timestep`] lies with probability `quantile` in [0, 1), of shape `[]`."""
+        return torch.tensor(int(quantile * self.scheduler.config.num_train_timesteps))
+
     def trajectory(self, num_inference_steps: int, tokens: int) -> SchedulerMixin:
         """A deterministic sampler (DDIM; Euler for flow matching) whose timesteps are set.
 
@@ -180,6 +184,9 @@ class FlowMatchingNoise(DDPMNoise):
 
     def sample_timestep(self, generator):
         return self.scheduler.timesteps[super().sample_timestep(generator)]
+
+    def timestep_at(self, quantile):
+        return self.scheduler.timesteps.flip(0)[super().timestep_at(quantile)]
 
     def trajectory(self, num_inference_steps, tokens):
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)

@@ -17,9 +17,11 @@ from ..training_loss import TrainingLoss
 class ProbeImages:
     """One set of images that probes draw from.
 
-    The loss of a probe is the plain denoising loss, at timesteps that are drawn as training draws them: without what
-    the training arguments change (dropped captions, min-SNR weights) and without mitigations, since the attacks and
-    the evaluation measure the plain loss, too.
+    The loss of a probe is the plain denoising loss: without what the training arguments change (dropped captions,
+    min-SNR weights) and without mitigations, since the attacks and the evaluation measure the plain loss, too. The
+    timesteps of a probe have the distribution of training, but are stratified: the schedule is cut into as many equal
+    parts as there are rows, and each row has the timestep at the same random place of another part. Most of the
+    variance of a probe comes from the timesteps, and less of it is left so (docs/screening.md has the figures).
 
     Args:
         data ([`~memcontrol_hf.data.EncodedImages`]): images with their latents and conditions.
@@ -42,6 +44,7 @@ class ProbeImages:
         count: int,
     ):
         self._data, self._purpose, self._seed, self._count = data, purpose, seed, count
+        self._family = family
         self._device, self._encode_captions = device, encode_captions
         self._columns = ("latents", *family.conditions, "row")
         self._loss = TrainingLoss(family, [], data.images, data.numbers)
@@ -52,12 +55,23 @@ class ProbeImages:
         order = torch.randperm(len(distinct), generator=seeded_generator(self._seed, self._purpose, step))
         return [distinct[i] for i in order[: self._count].tolist()]
 
+    def timesteps(self, step: int) -> dict[int, torch.Tensor]:
+        """The timestep `[]` of each row that the probe of a step draws."""
+        rows = self.rows(step)
+        place = torch.rand((), generator=seeded_generator(self._seed, self._purpose, step)).item()
+        return {row: self._family.noise.timestep_at((part + place) / len(rows)) for part, row in enumerate(rows)}
+
     def losses(self, model: nn.Module, rows: Sequence[int], step: int) -> torch.Tensor:
         """The losses of some rows by the draws of a step, which depend on nothing but the step and the row: `[N]`."""
-        columns = self._data.encoded[list(rows)]
-        inputs = {name: columns[name].to(self._device) for name in self._columns}
+        columns, timesteps = self._data.encoded[list(rows)], self.timesteps(step)
         batch = self._loss.draw(
-            inputs, self._seed, step, _no_null, encode_captions=self._encode_captions, purpose=self._purpose
+            {name: columns[name].to(self._device) for name in self._columns},
+            self._seed,
+            step,
+            _no_null,
+            encode_captions=self._encode_captions,
+            purpose=self._purpose,
+            timesteps=[timesteps[row] for row in rows],
         )
         return self._loss(model, batch, _no_null)
 

@@ -148,6 +148,19 @@ class Screening:
         Path(path).write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     @classmethod
+    def from_dict(cls, content: Any) -> "Screening":
+        """The screening that [`Screening.to_dict`] made these dictionaries of.
+
+        Raises:
+            ValueError: when they are no screening, or a screening of another version; says what is wrong.
+        """
+        if not isinstance(content, dict):
+            raise ValueError(f"it is a {type(content).__name__}, not an object")
+        if (found := content.get("version")) != SCREENING_VERSION:
+            raise ValueError(f"it has version {found!r}, but this package reads {SCREENING_VERSION}")
+        return cls(**_checked(content))
+
+    @classmethod
     def from_json(cls, path: str | Path) -> "Screening":
         """Read a screening.
 
@@ -155,23 +168,14 @@ class Screening:
             ValueError: when the file holds no screening, or a screening of another version; says what is wrong.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is no screening: {error}") from None
-        if not isinstance(content, dict):
-            raise ValueError(f"{path} is no screening: it holds a {type(content).__name__}, not an object")
-        if content.get("version") != SCREENING_VERSION:
-            found = content.get("version")
-            raise ValueError(f"{path} has screening version {found!r}, but this package reads {SCREENING_VERSION}")
-        try:
-            return cls(**_checked(content))
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except ValueError as error:
             raise ValueError(f"{path} is no screening: {error}") from None
 
 
 def _checked(content: dict[str, Any]) -> dict[str, Any]:
     """The fields of a stored screening, with unknown standard errors as NaN; raises `ValueError` for a wrong field."""
-    names = [f.name for f in fields(Screening)]
+    names, content = [f.name for f in fields(Screening)], dict(content)
     if missing := [name for name in names if name not in content]:
         raise ValueError(f"it lacks {', '.join(missing)}")
     if unknown := [name for name in content if name not in names]:

@@ -1,7 +1,7 @@
 """The runs of a screening: trainings with all blocks on, aside from the trainer's own, whose steps are probed."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -51,42 +51,73 @@ def run_screening(trainer: ScreenableTrainer, settings: ScreeningSettings) -> Sc
     """Train all blocks together and probe the steps; the trainer is afterwards as before.
 
     Raises:
-        ValueError: before any work, for a search space of fewer than two blocks and for a trainer without validation
-            images; and in the run, when a loss is not finite.
+        ValueError: in the run, when a loss is not finite. [`check_screening`] says before what is wrong.
     """
-    blocks = list(trainer.search_space.blocks)
-    if len(blocks) < 2:
+    train, validation = trainer.train_dataset, trainer.encode(trainer.eval_dataset)
+    with all_blocks_aside(trainer, settings):
+        runs = [train_and_probe(trainer, settings, seed, train, validation) for seed in settings.run_seeds]
+    images = {"train_images": len(train.distinct), "validation_images": len(validation.distinct)}
+    return estimate(list(trainer.search_space.blocks), runs, settings, images)
+
+
+def check_screening(trainer: ScreenableTrainer) -> None:
+    """Raise `ValueError` for a search space of fewer than two blocks, and for a trainer without validation images."""
+    if len(trainer.search_space.blocks) < 2:
         raise ValueError("a screening compares blocks, but the search space has only one: use a finer granularity")
     if trainer.eval_dataset is None or not len(trainer.eval_dataset):
         raise ValueError("a screening compares with validation images, but there are none: give an eval_dataset")
-    train, validation = trainer.train_dataset, trainer.encode(trainer.eval_dataset)
-    runs = []
+
+
+@contextmanager
+def all_blocks_aside(trainer: ScreenableTrainer, settings: ScreeningSettings) -> Iterator[None]:
+    """Let the trainer train all blocks by the settings of a screening; it is afterwards as before."""
     aside: AbstractContextManager[None] = training_aside(trainer, settings.arguments)
     with aside, trainer.adapters.set_aside():
         trainer.mask = trainer.search_space.mask(True)
-        for seed in settings.run_seeds:
-            trainer.args.seed = seed
-            runs.append(_probes(trainer, settings, train, validation))
-            trainer.add_callback(runs[-1])
-            trainer.train()
-            trainer.remove_callback(runs[-1])
-    images = {"train_images": len(train.distinct), "validation_images": len(validation.distinct)}
-    return estimate(blocks, runs, settings, images)
+        yield
+
+
+def train_and_probe(
+    trainer: ScreenableTrainer,
+    settings: ScreeningSettings,
+    seed: int,
+    seen: EncodedImages,
+    unseen: EncodedImages,
+    probe_images: type[ProbeImages] = ProbeImages,
+) -> BlockProbes:
+    """The probes of one training within [`all_blocks_aside`].
+
+    Args:
+        trainer, settings: the trainer, and the settings of the screening.
+        seed (`int`): random seed of the training and of the probes.
+        seen ([`~memcontrol_hf.data.EncodedImages`]): images to train on.
+        unseen ([`~memcontrol_hf.data.EncodedImages`]): images to compare with.
+        probe_images (`type`): how a probe draws from either of them.
+    """
+    trainer.args.seed, trainer.train_dataset = seed, seen
+    probes = _probes(trainer, settings, seen, unseen, probe_images)
+    trainer.add_callback(probes)
+    trainer.train()
+    trainer.remove_callback(probes)
+    return probes
 
 
 def _probes(
-    trainer: ScreenableTrainer, settings: ScreeningSettings, train: EncodedImages, validation: EncodedImages
+    trainer: ScreenableTrainer,
+    settings: ScreeningSettings,
+    seen: EncodedImages,
+    unseen: EncodedImages,
+    probe_images: type[ProbeImages],
 ) -> BlockProbes:
-    """The probes of one run, by the seed of the arguments."""
     args, text = trainer.args, bool(trainer.search_space.text_encoders)
     read = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * settings.every
     count = max(2, round(PROBE_SHARE * read))
     sets = [
-        ProbeImages(data, purpose, trainer.family, args.seed, args.device, text, count)
-        for data, purpose in ((train, Purpose.SCREENING_TRAIN), (validation, Purpose.SCREENING_VALIDATION))
+        probe_images(data, purpose, trainer.family, args.seed, args.device, text, count)
+        for data, purpose in ((seen, Purpose.SCREENING_TRAIN), (unseen, Purpose.SCREENING_VALIDATION))
     ]
     # Few images, and the same ones before and after: what this costs shall not grow with the data.
-    measured = [data.select(images.rows(settings.steps)) for data, images in zip((train, validation), sets)]
+    measured = [data.select(images.rows(settings.steps)) for data, images in zip((seen, unseen), sets)]
     return BlockProbes(
         sets,
         trainer.family,

@@ -1,20 +1,20 @@
-"""How well screenings of one training predict what masks learn and memorize, and where the zero of `memorizes` lies.
+"""How well screenings predict what masks learn and memorize, and where the zero of `memorizes` lies.
 
-    python training_scripts/studies/screening_predicts.py               # the demo: about two minutes for each training
+    python training_scripts/studies/screening_predicts.py               # the demo: about two minutes for each seed
     python training_scripts/studies/screening_predicts.py --data elpv   # needs docs/results/trial_table_elpv.parquet
     python training_scripts/studies/screening_predicts.py --collect     # runs nothing: judge what is finished
 
-A screening says how far each block lowers the loss of validation images (`learns`), and how much further it lowers the
-loss of training images (`memorizes`). Training and validation images need not be equally hard, so that the zero of
-`memorizes` is open. Five readings of it are compared:
+A screening says how far each block lowers the loss of unseen images (`learns`), and how much further it lowers the
+loss of the images that it is trained on (`memorizes`). Seen and unseen images need not be equally hard, so that the
+zero of `memorizes` is open. Five readings of it are compared; negative figures count as 0 in each:
 
-- `raw`: as measured.
-- `clipped`: negative figures count as 0, as `Screening.masks` reads them.
-- `ratio`: `trained - κ · learns`, clipped, with κ the least ratio of the two among blocks that learn: the block that
-  favours training images least is taken to memorize nothing.
-- `crossed`: two trainings, each on one half of the training images, with the other half in the place of the validation
-  images; the mean of both, clipped. Each image is once trained on and once not, so that its difficulty cancels.
-- `swapped`: a second training on the validation images, with the training images in their place; the mean, clipped.
+- `one way`: what [`MemControlTrainer.screen`] does: one training, with validation images as the unseen ones.
+- `drawn`: the same training, but the timestep of each probed row is drawn by itself instead of stratified.
+- `ratio`: `trained - κ · learns` of the first, with κ the least ratio of the two among blocks that learn: the block
+  that favours the images it is trained on least is taken to memorize nothing.
+- `crossed`: the mean of two trainings, each on one half of the training images, with the other half as unseen ones.
+  Each image is once seen and once unseen, so that its difficulty cancels.
+- `swapped`: the mean of the first and of a training on the validation images, with the training images as unseen ones.
 
 They are judged by Spearman's rank correlation, over the masks of the trial table (`trial_table.py`), of the sum over a
 mask's blocks with what was measured of the mask. Intervals are 95 % bootstrap intervals over masks.
@@ -29,25 +29,28 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from datasets import DatasetDict
 from scipy.stats import bootstrap, spearmanr
 from transformers import logging as transformers_logging
 
 from common.pages import read_results, table, write_results
 from common.pieces import Job, Pieces, add_part_flag, exit_if_missing
 from common.trainers import demo_trainer
-from memcontrol_hf.data import first_rows
+from memcontrol_hf import MemControlTrainer
+from memcontrol_hf.data import EncodedImages
 from memcontrol_hf.flags import ScriptArguments
 from memcontrol_hf.from_flags import training_arguments
-from memcontrol_hf.images import pixel_digest
 from memcontrol_hf.randomness import seeded_generator
 from memcontrol_hf.report.plots import plot_screening
+from memcontrol_hf.screening.estimates import estimate
+from memcontrol_hf.screening.probes import ProbeImages
+from memcontrol_hf.screening.run import all_blocks_aside, train_and_probe
+from memcontrol_hf.screening.settings import ScreeningSettings
 from paper_table.data_sets import DATA
 from paper_table.data_sets import images as images_of
 from trial_table import GROUPS
 
-TRAININGS = ("plain", "swapped", "half A", "half B")
-READINGS = ("raw", "clipped", "ratio", "crossed", "swapped")
+TRAININGS = ("one way", "drawn", "half A", "half B", "swapped")
+READINGS = ("one way", "drawn", "ratio", "crossed", "swapped")
 MEASURED = {
     "membership AUC": "audit_membership_auc_loss",
     "CLiD": "audit_membership_auc_clid",
@@ -58,51 +61,63 @@ MEASURED = {
 Blocks = dict[str, float]
 
 
-def splits(data: DatasetDict, training: str) -> dict[str, Any]:
-    """What a training is trained on, and the images in the place of the validation images."""
-    train, validation = data["train"], data["validation"]
-    if training == "plain":
-        return {"train": train, "validation": validation}
-    if training == "swapped":
-        return {"train": validation, "validation": train}
-    digests = [pixel_digest(image) for image in train["image"]]
-    distinct = first_rows(digests)
-    order = torch.randperm(len(distinct), generator=seeded_generator(0)).tolist()
-    half = {digests[distinct[place]] for place in order[: len(order) // 2]}
-    rows = [[row for row, digest in enumerate(digests) if (digest in half) == inside] for inside in (True, False)]
-    a, b = (train.select(part) for part in rows)
-    return {"train": a, "validation": b} if training == "half A" else {"train": b, "validation": a}
-
-
 def screen(args: argparse.Namespace, training: str, seed: int) -> dict[str, Any]:
-    """One screening of one training."""
+    """The figures of one screening, or of a training that takes its place."""
     script = ScriptArguments(
         output_dir=str(args.output_dir / "runs"), method=args.method, max_train_steps=args.steps, seed=seed
     )
-    trainer = demo_trainer(splits(images_of(args.data, None), training), args.method, training_arguments(script))
+    data = images_of(args.data, None)
+    trainer = demo_trainer(data, args.method, training_arguments(script))
+    if training == "one way":
+        screening = trainer.screen(args.steps, args.every, args.learning_rate)
+    else:
+        settings = ScreeningSettings(args.steps, args.every, args.learning_rate, seeds=1, seed=seed)
+        seen, unseen = images_seen_and_unseen(trainer, training)
+        probe_images = DrawnTimesteps if training == "drawn" else ProbeImages
+        with all_blocks_aside(trainer, settings):
+            one = train_and_probe(trainer, settings, seed, seen, unseen, probe_images)
+        screening = estimate(list(trainer.search_space.blocks), [one], settings, {})
     device = trainer.args.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {**trainer.screen(args.steps, args.every, args.learning_rate).to_dict(), "device": name}
+    return {**screening.to_dict(), "device": name}
+
+
+def images_seen_and_unseen(trainer: MemControlTrainer, training: str) -> tuple[EncodedImages, EncodedImages]:
+    """What a training is trained on, and what it is compared with."""
+    train, validation = trainer.train_dataset, trainer.encode(trainer.eval_dataset)
+    if training in ("drawn", "swapped"):
+        return (train, validation) if training == "drawn" else (validation, train)
+    order = torch.randperm(len(train.distinct), generator=seeded_generator(0)).tolist()
+    in_a = {train.digests[train.distinct[place]] for place in order[: len(order) // 2]}
+    a, b = (
+        [row for row, digest in enumerate(train.digests) if (digest in in_a) == inside] for inside in (True, False)
+    )
+    halves = train.select(a), train.select(b)
+    return halves if training == "half A" else halves[::-1]
+
+
+class DrawnTimesteps(ProbeImages):
+    """Probes whose rows each draw a timestep by themselves, as in training."""
+
+    def timesteps(self, step: int) -> dict[int, torch.Tensor]:
+        keys = {row: (self._seed, self._purpose, step, row) for row in self.rows(step)}
+        return {row: self._family.noise.sample_timestep(seeded_generator(*key)) for row, key in keys.items()}
 
 
 def readings(pieces: Pieces, seed: int) -> dict[str, Blocks]:
     """The readings of what each block memorizes, and `learns`."""
     found = {training: pieces.read(f"{training}-{seed}") for training in TRAININGS}
-    plain = found["plain"]
-    trained = {block: plain["learns"][block] + plain["memorizes"][block] for block in plain["learns"]}
-    least = 0.05 * max(plain["learns"].values())
-    kappa = min(trained[b] / learnt for b, learnt in plain["learns"].items() if learnt > least)
-    mean = {
-        name: {b: (one["memorizes"][b] + other["memorizes"][b]) / 2 for b in trained}
-        for name, one, other in (
-            ("crossed", found["half A"], found["half B"]),
-            ("swapped", plain, found["swapped"]),
-        )
+    memorizes, learns = {name: found[name]["memorizes"] for name in TRAININGS}, found["one way"]["learns"]
+    trained = {block: learns[block] + memorizes["one way"][block] for block in learns}
+    least = 0.05 * max(learns.values())
+    kappa = min(trained[block] / learnt for block, learnt in learns.items() if learnt > least)
+    memorizes |= {
+        "ratio": {block: trained[block] - kappa * learns[block] for block in learns},
+        "crossed": {block: (memorizes["half A"][block] + memorizes["half B"][block]) / 2 for block in learns},
+        "swapped": {block: (memorizes["one way"][block] + memorizes["swapped"][block]) / 2 for block in learns},
     }
-    ratio = {block: trained[block] - kappa * plain["learns"][block] for block in trained}
-    values = {"clipped": plain["memorizes"], "ratio": ratio, **mean}
-    clipped = {name: {b: max(value, 0.0) for b, value in blocks.items()} for name, blocks in values.items()}
-    return {"learns": plain["learns"], "raw": plain["memorizes"], **clipped}
+    clipped = {name: {block: max(value, 0.0) for block, value in memorizes[name].items()} for name in READINGS}
+    return {"learns": learns, **clipped}
 
 
 def by_group(blocks: Blocks) -> list[float]:
@@ -149,10 +164,6 @@ def judge(pieces: Pieces, seeds: list[int], trials: pd.DataFrame) -> list[dict[s
             for name, column in MEASURED.items()
         ]
         size = runs["trainable_parameters"].to_numpy(float)
-        pairs += [
-            ("parameters", name, runs[column] * (-1 if column == "audit_amd" else 1))
-            for name, column in MEASURED.items()
-        ]
         for reading, name, measured in pairs:
             predicted = size if reading == "parameters" else masks @ means[reading]
             row = {
@@ -247,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
             "screenings": {f"{t}-{s}": pieces.read(f"{t}-{s}") for s in seeds for t in TRAININGS},
         }
         write_results(file, content, render(content))
-        plot_screening(content["screenings"][f"plain-{seeds[0]}"], file.with_suffix(".png"))
+        plot_screening(content["screenings"][f"one way-{seeds[0]}"], file.with_suffix(".png"))
         print(render(content))
     exit_if_missing(failed)
 
