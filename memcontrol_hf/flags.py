@@ -218,6 +218,16 @@ class ScriptArguments:
         study=False,
         publish="yes",
     )
+    screen: bool = _flag(
+        True,
+        "Make a screening first, which tells what each block learns and memorizes, and try its masks first. The "
+        "screening is left out where it does not go with the other flags.",
+        study=True,
+        publish="yes",
+    )
+    screen_steps: int | None = _flag(
+        None, "Steps of the screening; as many as a trial has by default.", study="screen", publish="yes"
+    )
     prune_at: float | None = _flag(
         None,
         "Share of a trial's steps after which the trial is stopped if two others dominate it there.",

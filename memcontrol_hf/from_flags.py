@@ -121,6 +121,7 @@ def _check_numbers(args: ScriptArguments) -> None:
         ("finalist_repeats", 1),
         ("max_train_steps", 1),
         ("search_max_steps", 1),
+        ("screen_steps", 4),
         ("eval_num_images", 2),
     ):
         if (value := getattr(args, flag)) is not None and value < least:
@@ -356,6 +357,8 @@ def search_options(
         "study_name": args.study_name,
         "settings": settings_with_images(args, trainer),
         "enqueue": known_masks(trainer.search_space, *rates, [mask] if mask else []),
+        "screen": None if args.screen else False,
+        "screen_steps": args.screen_steps,
         "memorization_budget": args.memorization_budget,
         "max_trainable_percent": args.max_trainable_percent,
         "trial_timeout": args.trial_timeout,

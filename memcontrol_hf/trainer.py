@@ -39,7 +39,7 @@ from .randomness import Purpose, seeded_generator
 from .report import MemorizationReport
 from .report.card import write_card
 from .screening import Screening
-from .screening.run import run_screening
+from .screening.run import check_screening, run_screening
 from .screening.settings import ScreeningSettings
 from .search import run_search
 from .search.ray import run_search_on_ray
@@ -531,21 +531,40 @@ class MemControlTrainer(Trainer):
                 without validation images, and `dp_sgd`, whose guarantee would not cover the screening; and in the run,
                 when a loss is not finite.
         """
+        settings = self._screening_settings(steps, every, learning_rate, seeds)
+        self._check_screening()
+        return run_screening(self, settings)
+
+    def obstacle_to_screening(self, steps: int | None = None) -> str | None:
+        """Why [`screen`] would refuse so many steps, with what to do; `None` when it would not."""
+        try:
+            self._screening_settings(steps)
+            self._check_screening()
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def _screening_settings(
+        self, steps: int | None, every: int = 4, learning_rate: float | None = None, seeds: int = 1
+    ) -> ScreeningSettings:
         args = self.args
-        settings = ScreeningSettings(
+        return ScreeningSettings(
             steps=(args.search_max_steps or args.max_steps) if steps is None else steps,
             every=every,
             learning_rate=args.learning_rate if learning_rate is None else learning_rate,
             seeds=seeds,
             seed=args.seed,
         )
+
+    def _check_screening(self) -> None:
+        """Raise `ValueError` for what a screening does not go with."""
+        check_screening(self)
         for name, mitigation in self._mitigations.items():
             if overrides(mitigation, "private_training"):
                 raise ValueError(
                     f"a screening looks at training images outside of the account of {name}, whose guarantee would "
                     "not hold: screen without it, on images that need no guarantee, or leave the screening out"
                 )
-        return run_screening(self, settings)
 
     # ---- the search ----
 

@@ -263,7 +263,7 @@ def test_masks_over_the_parameter_budget_are_not_tried_and_do_not_count(tmp_path
 
 def test_a_trial_that_takes_too_long_is_stopped(tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=10_000)
-    runs = trainer.hyperparameter_search(n_trials=2, trial_timeout=1)
+    runs = trainer.hyperparameter_search(n_trials=2, trial_timeout=1, screen=False)
     assert [t.state.name for t in runs[0].run_summary.trials] == ["FAIL", "COMPLETE"]
     assert "took longer than 1 s" in runs[0].run_summary.trials[0].user_attrs["failure"]
 

@@ -1,9 +1,10 @@
 """The outer level: the search of a mask and a learning rate over one Optuna study.
 
 `settings`: what a search is asked for. `storage`: where the study is kept. `sampler`: which hyperparameters the next
-trial gets. `study`: the study that workers share. `processes`: the processes that share a trial. `loop`: trials one
-after the other. `callbacks`: how a trial is stopped early. `front`: from the trials to one run. `final`: after the
-trials. `summary`: the study in the report. `ray`: workers on a Ray cluster. `protocol`: what a trainer must offer.
+trial gets. `study`: the study that workers share. `claims`: what one of its workers does alone. `screened`: the
+screening that a study begins with. `processes`: the processes that share a trial. `loop`: trials one after the other.
+`callbacks`: how a trial is stopped early. `front`: from the trials to one run. `final`: after the trials. `summary`:
+the study in the report. `ray`: workers on a Ray cluster. `protocol`: what a trainer must offer.
 """
 
 from .final import claim_final, repeat_runs
@@ -19,6 +20,7 @@ from .front import (
 )
 from .loop import run_search
 from .sampler import SAMPLERS, SeededSampler, check_sampler, known_masks
+from .screened import kept_screening
 from .settings import SearchSettings, check_budget, check_n_trials, check_prune_at
 from .storage import check_study, open_storage, public_address, storage_address
 from .study import SharedStudy
@@ -41,6 +43,7 @@ __all__ = [
     "complete_trials",
     "dominates",
     "is_frozen_base",
+    "kept_screening",
     "known_masks",
     "open_storage",
     "pareto_front",

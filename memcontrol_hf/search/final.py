@@ -13,12 +13,12 @@ from optuna.trial import FrozenTrial, TrialState
 from transformers.trainer_utils import BestRun
 
 from ..tracking import start_tracking
+from .claims import FINAL, Claim
 from .front import NoRunError
 from .loop import objective_values
 from .processes import Processes, from_first
 from .protocol import ComputeObjective, SearchableTrainer
 from .settings import named_values
-from .storage import FINAL
 from .worker import is_alive, this_worker
 
 logger = logging.getLogger(__name__)
@@ -145,15 +145,10 @@ def _claim_final_run(study: optuna.Study, timeout: float | None, poll_seconds: f
             "if it is gone, or has another name now, end this one and give --trial_timeout"
         )
         time.sleep(poll_seconds)
-    final = optuna.create_study(storage=study._storage, study_name=study.study_name + FINAL, load_if_exists=True)
-    claim = final.ask()
-    claim.set_user_attr("worker", this_worker())
-    earlier = [trial for trial in final.get_trials(deepcopy=False) if trial.number < claim.number]
-    if any(map(_keeps_final_run, earlier)):
-        final.tell(claim, state=TrialState.FAIL)
-        return False
-    atexit.register(_release, final, claim.number)
-    return True
+    claim = Claim.make(study, FINAL, _keeps_final_run)
+    if claim is not None:
+        atexit.register(claim.release)  # after the final fine-tune, or an error
+    return claim is not None
 
 
 def _keeps_final_run(claim: FrozenTrial) -> bool:
@@ -164,8 +159,3 @@ def _keeps_final_run(claim: FrozenTrial) -> bool:
     if claim.state == TrialState.COMPLETE:
         return claim.datetime_complete > datetime.fromtimestamp(worker[-1])
     return claim.state == TrialState.RUNNING and is_alive(claim)
-
-
-def _release(final: optuna.Study, number: int) -> None:
-    """Record at the exit of the process, after the final fine-tune or an error, that its claim has ended."""
-    final.tell(number, 0.0)

@@ -22,6 +22,7 @@ from .callbacks import Dominated, PruningCallback, TimeoutCallback
 from .processes import SearchProcesses
 from .protocol import ComputeObjective, HpName, HpSpace, SearchableTrainer
 from .sampler import known_masks, mask_and_rate
+from .screened import is_to_be_screened, screened_trials, screening_of_study
 from .settings import SearchSettings
 from .storage import storage_address
 from .study import OVER_BUDGET, Outcome, PlannedTrial, SharedStudy
@@ -69,15 +70,19 @@ def run_search(
     """
     args, space = trainer.args, trainer.search_space
     settings = SearchSettings(n_trials, direction, args.objectives if compute_objective is None else None, **options)
-    hp_space = hp_space or mask_and_rate(space, *settings.learning_rate_range)
-    known = known_masks(space, *settings.learning_rate_range) if settings.enqueue is None else settings.enqueue
+    rates, screen = settings.learning_rate_range, is_to_be_screened(trainer, settings, hp_space)
+    hp_space = hp_space or mask_and_rate(space, *rates)
+    known = list(known_masks(space, *rates) if settings.enqueue is None else settings.enqueue)
     address, shared = storage_address(settings.storage, args.output_dir), None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if args.process_index == 0:
-        shared = SharedStudy.open(settings, address, args.seed, known)
+        shared = SharedStudy.open(settings, address)
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         if delegate is not None:
             delegate(shared)
+    screening = screening_of_study(trainer, settings, shared) if screen else None
+    if shared:
+        shared.try_first([*known, *screened_trials(screening, *rates)], args.seed)
     processes = SearchProcesses(settings, address, args.world_size, shared)
     timeout = TimeoutCallback(settings.trial_timeout, processes)
     pruning = PruningCallback(settings.prune_at, trainer, processes)

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import optuna
 from transformers import TrainerCallback
 
+from ..screening import Screening
 from ..search_space import SearchSpace
 
 HpSpace = Callable[[optuna.Trial], dict[str, Any]]
@@ -49,6 +50,12 @@ class SearchableTrainer(Protocol):
 
     def train_and_evaluate(self) -> dict[str, float]:
         """Run one trial with the current mask and arguments, and return its figures."""
+
+    def obstacle_to_screening(self, steps: int | None = None) -> str | None:
+        """Why the trainer cannot be screened, with what to do; `None` when it can."""
+
+    def screen(self, steps: int | None = None, *, learning_rate: float | None = None) -> Screening:
+        """Train all blocks together, and read off what each block learns and what it memorizes."""
 
     def evaluate_mid_training(self, metrics: list[str]) -> dict[str, float]:
         """Measure the model for a callback that interrupts a training."""

@@ -36,6 +36,13 @@ class SearchSettings:
             would go on with others is refused.
         enqueue (list of `dict`, *optional*):
             Parameters of the first trials; by default all blocks on, and all blocks off (the frozen base).
+        screen (`bool`, *optional*):
+            Whether a screening is made before the first trial, whose masks are tried after those of `enqueue`; see
+            [`~memcontrol_hf.screening.Screening`]. By default it is made for a quality and a memorization objective,
+            unless there is an `hp_space`, or something that does not go with it. The study keeps it. It is no trial,
+            and `trial_timeout` does not end it.
+        screen_steps (`int`, *optional*):
+            Number of steps of the screening; as many as a trial has by default.
         memorization_budget (`float`, *optional*):
             Worst value of the second objective that is allowed. The budget is a constraint, which the sampler learns;
             trials over the budget are not on the front.
@@ -63,6 +70,8 @@ class SearchSettings:
     study_name: str = "memcontrol"
     settings: Mapping[str, Any] | None = None
     enqueue: Sequence[Mapping[str, Any]] | None = None
+    screen: bool | None = None
+    screen_steps: int | None = None
     memorization_budget: float | None = None
     max_trainable_percent: float | None = None
     trial_timeout: float | None = None

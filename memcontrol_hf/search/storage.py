@@ -13,8 +13,7 @@ from optuna.storages.journal import JournalFileBackend
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
-FINAL = "-final"
-"""The end of the name of the study by which one process takes the final fine-tune."""
+from .claims import FINAL, SCREENING
 
 
 def storage_address(storage: str | None, output_dir: str | Path) -> str:
@@ -81,7 +80,7 @@ def check_study(
     if "://" not in storage and not Path(storage).exists():
         return
     opened = open_storage(storage)
-    names = [name for name in optuna.get_all_study_names(opened) if not name.endswith(FINAL)]
+    names = [name for name in optuna.get_all_study_names(opened) if not name.endswith((FINAL, SCREENING))]
     if study_name not in names:
         if names and only_study:
             raise ValueError(

@@ -88,7 +88,8 @@ class SharedStudy:
 
     The attributes that a study and its trials carry are a file format, by which later commands go on with a search:
 
-    - study: `settings`, `memorization_budget`, and `repeat N of trial M` (see [`~memcontrol_hf.search.repeat_runs`])
+    - study: `settings`, `memorization_budget`, `screening` (what [`~memcontrol_hf.screening.Screening.to_dict`] gives,
+      or a `failure`), and `repeat N of trial M` (see [`~memcontrol_hf.search.repeat_runs`])
     - trial: `worker`, `hyperparameters`, `figures`, `trainable_parameters`, `trainable_percent`; `same_as` (the number
       of the earlier trial whose figures it has), `repeats` (the number of the killed trial), `on_the_way` (figures in
       the middle of the training, for pruning) and `failure` (the reason)
@@ -105,9 +106,7 @@ class SharedStudy:
         self._stopped = False  # whether the sampler has said that its space is used up
 
     @classmethod
-    def open(
-        cls, settings: SearchSettings, address: str, seed: int, known: Sequence[Mapping[str, Any]]
-    ) -> "SharedStudy":
+    def open(cls, settings: SearchSettings, address: str) -> "SharedStudy":
         """Go on with the study at `address`, or create it; trials whose process was killed are queued again.
 
         Args:
@@ -115,23 +114,15 @@ class SharedStudy:
                 Settings of the search.
             address (`str`):
                 Storage of the study; see [`~memcontrol_hf.search.open_storage`].
-            seed (`int`):
-                Random seed of a sampler that is given by its name.
-            known (list of `dict`):
-                Parameters of the first trials.
 
         Raises:
             ValueError: when the study was made with other settings, and when the storage cannot be opened.
         """
         check_study(address, settings.study_name, settings.settings or {}, only_study=settings.storage is None)
-        sampler = settings.sampler
-        if isinstance(sampler, str):
-            sampler = SeededSampler(SAMPLERS[sampler], seed, known)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study = optuna.create_study(
                 storage=open_storage(address),
-                sampler=sampler,
                 study_name=settings.study_name,
                 directions=settings.directions,
                 load_if_exists=True,
@@ -141,12 +132,30 @@ class SharedStudy:
                 if settings.objectives is not None:
                     study.set_metric_names(list(settings.objectives))
             study.set_user_attr("memorization_budget", settings.memorization_budget)
-        if not isinstance(sampler, SeededSampler):
-            for params in known:
-                study.enqueue_trial(dict(params), skip_if_exists=True)
         shared = cls(study, settings)
         shared.queue_again_what_died()
         return shared
+
+    # ---- before the first trial ----
+
+    def has_trials(self) -> bool:
+        """Whether a trial was begun, by any worker."""
+        return bool(self._trials())
+
+    def try_first(self, known: Sequence[Mapping[str, Any]], seed: int) -> None:
+        """Let the study begin with known trials, and draw the others by the sampler of the settings.
+
+        Args:
+            known (list of `dict`): parameters of the first trials.
+            seed (`int`): random seed of a sampler that is given by its name.
+        """
+        sampler = self.settings.sampler
+        if isinstance(sampler, str):
+            sampler = SeededSampler(SAMPLERS[sampler], seed, known)
+        self.study.sampler = sampler
+        if not isinstance(sampler, SeededSampler):
+            for params in known:
+                self.study.enqueue_trial(dict(params), skip_if_exists=True)
 
     # ---- asking for trials ----
 

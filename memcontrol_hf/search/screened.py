@@ -1,0 +1,144 @@
+"""The screening of a study: one worker makes it before the first trial, and all of them try its masks first."""
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from ..screening import Screening
+from .claims import SCREENING, Claim
+from .processes import from_first
+from .protocol import HpSpace, SearchableTrainer
+from .settings import SearchSettings
+from .study import SharedStudy
+from .worker import is_alive
+
+logger = logging.getLogger(__name__)
+
+SCREENED_MASKS = 4
+"""Number of masks of a screening that a search tries after all blocks on and all blocks off."""
+
+QUALITY, MEMORIZATION = {"fid", "loss"}, {"amd", "membership_auc", "noise_norm"}
+"""Objectives between which a screening's masks are a trade-off."""
+
+_ATTRIBUTE = "screening"  # of the study: what `Screening.to_dict` gives, or the `failure`
+_POLL_SECONDS = 2.0
+
+
+def is_to_be_screened(trainer: SearchableTrainer, settings: SearchSettings, hp_space: HpSpace | None) -> bool:
+    """Whether a search makes a screening first.
+
+    Without a word in the settings it does where its masks can help: for a quality and a memorization objective, and
+    the default `hp_space`, and where the trainer can be screened.
+
+    Raises:
+        ValueError: when the settings ask for a screening and the trainer cannot be screened.
+    """
+    if settings.screen is False:
+        return False
+    obstacle = trainer.obstacle_to_screening(settings.screen_steps)
+    if settings.screen and obstacle:
+        raise ValueError(obstacle)
+    objectives = set(settings.objectives or ())
+    helpful = hp_space is None and bool(objectives & QUALITY) and bool(objectives & MEMORIZATION)
+    if settings.screen is None and helpful and obstacle:
+        logger.info(f"the search begins without a screening: {obstacle}")
+    return obstacle is None and (bool(settings.screen) or helpful)
+
+
+def screening_rate(low: float, high: float) -> float:
+    """The learning rate of a screening and of its masks: the geometric mean of the range."""
+    return math.sqrt(low * high)
+
+
+def screening_of_study(
+    trainer: SearchableTrainer, settings: SearchSettings, shared: SharedStudy | None
+) -> Screening | None:
+    """The screening that the study keeps; before the first trial, it is made if no other worker makes it.
+
+    Args:
+        trainer ([`~memcontrol_hf.search.protocol.SearchableTrainer`]):
+            The trainer to screen.
+        settings ([`SearchSettings`]):
+            Settings of the search.
+        shared ([`SharedStudy`], *optional*):
+            The study, in the first of the processes that share a trial; `None` in the others.
+
+    Returns:
+        [`~memcontrol_hf.screening.Screening`]; `None` when the screening has failed, and for a study whose first trial
+        was begun without one.
+    """
+    kept, claim = _kept_or_claimed(shared, settings.trial_timeout) if shared else (None, None)
+    kept, make = from_first((kept, claim is not None), trainer.args.world_size)
+    if make:
+        try:
+            kept = _make(trainer, settings)
+            if shared:
+                shared.study.set_user_attr(_ATTRIBUTE, kept)
+        finally:
+            if claim:
+                claim.release()
+    return None if _failed(kept) else Screening.from_dict(kept)
+
+
+def _kept_or_claimed(shared: SharedStudy, timeout: float | None) -> tuple[Mapping[str, Any] | None, Claim | None]:
+    """The screening that the study keeps, or the claim to make it; neither, when trials were begun without one."""
+    said = False
+
+    def holds(claim: FrozenTrial) -> bool:
+        return not claim.state.is_finished() and is_alive(claim, timeout)
+
+    while True:
+        if (kept := shared.study.user_attrs.get(_ATTRIBUTE)) is not None or shared.has_trials():
+            return kept, None
+        claim = Claim.make(shared.study, SCREENING, holds)
+        if claim is not None:
+            if _ATTRIBUTE not in shared.study.user_attrs:
+                return None, claim
+            claim.release()  # it was finished between the two looks
+            continue
+        if not said:
+            logger.info("another process that works on this study makes its screening: waiting for it")
+            said = True
+        time.sleep(_POLL_SECONDS)
+
+
+def kept_screening(study: optuna.Study) -> dict[str, Any] | None:
+    """The screening that a study keeps, as dictionaries; `None` when it keeps none, or the screening has failed."""
+    kept = study.user_attrs.get(_ATTRIBUTE)
+    return None if _failed(kept) else kept
+
+
+def _failed(kept: Mapping[str, Any] | None) -> bool:
+    return kept is None or "failure" in kept
+
+
+def _make(trainer: SearchableTrainer, settings: SearchSettings) -> dict[str, Any]:
+    """The screening as the study keeps it; a screening that diverges is kept as a failure, and is not made again."""
+    rate = screening_rate(*settings.learning_rate_range)
+    started = time.perf_counter()
+    try:
+        screening = trainer.screen(settings.screen_steps, learning_rate=rate)
+    except ValueError as error:
+        logger.warning(f"the search goes on without a screening: {error}")
+        return {"failure": str(error)}
+    seconds = time.perf_counter() - started
+    logger.info(
+        f"screening: what each of {len(screening.learns)} blocks learns and memorizes, from "
+        f"{screening.settings['steps']} steps with all of them on at the learning rate {rate:.2g} ({seconds:.0f} s)"
+    )
+    return screening.to_dict()
+
+
+def screened_trials(screening: Screening | None, low: float, high: float) -> list[dict[str, Any]]:
+    """Parameters of the trials of a screening's masks, those in the middle of the trade-off first."""
+    if screening is None:
+        return []
+    masks = screening.masks(SCREENED_MASKS)
+    order = sorted(range(len(masks)), key=lambda place: abs(place - (len(masks) - 1) / 2))
+    rate = {} if low == high else {"learning_rate": screening_rate(low, high)}
+    return [{f"mask.{name}": on for name, on in masks[place].items()} | rate for place in order]

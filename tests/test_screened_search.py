@@ -1,0 +1,160 @@
+"""A search begins with a screening: one worker makes it, the study keeps it, and its masks are tried first."""
+
+import logging
+import threading
+
+import optuna
+import pytest
+from conftest import tiny_pipeline, tiny_trainer
+from optuna.samplers import RandomSampler
+
+from memcontrol_hf import MemControlConfig, MemControlTrainer, Screening, SearchSpace
+from memcontrol_hf.search import kept_screening
+from memcontrol_hf.search.claims import SCREENING, Claim
+from memcontrol_hf.search.screened import SCREENED_MASKS, screened_trials
+from memcontrol_hf.search.worker import this_worker
+
+RATES = {"learning_rate_range": (1e-2, 1e-1)}
+CHEAP = {"max_steps": 8, "objectives": ["loss", "membership_auc"]}
+
+
+def searched(folder, n_trials=3, trainer=None, **options):
+    trainer = trainer or tiny_trainer(folder, **CHEAP)
+    runs = trainer.hyperparameter_search(n_trials=n_trials, **RATES, **options)
+    return runs[0].run_summary
+
+
+@pytest.fixture(scope="module")
+def folder_and_study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("screened")
+    return folder, searched(folder, n_trials=2 + SCREENED_MASKS)
+
+
+def test_the_masks_of_the_screening_come_after_all_on_and_all_off(folder_and_study, tmp_path):
+    _, study = folder_and_study
+    screening = Screening.from_dict(kept_screening(study))
+    assert screening.to_dict() == tiny_trainer(tmp_path, **CHEAP).screen(learning_rate=10**-1.5).to_dict()
+    masks = [trial.user_attrs["hyperparameters"]["mask"] for trial in study.trials]
+    expected = screening.masks(SCREENED_MASKS)
+    known = masks[2 : 2 + len(expected)]
+    assert all(masks[0].values()) and not any(masks[1].values())
+    assert sorted(map(str, known)) == sorted(map(str, expected)) and known[0] == expected[(len(expected) - 1) // 2]
+    assert all(t.params["learning_rate"] == pytest.approx(10**-1.5) for t in study.trials[: 2 + len(expected)])
+
+
+def test_a_search_that_goes_on_makes_no_other_screening(folder_and_study, monkeypatch):
+    folder, study = folder_and_study
+    monkeypatch.setattr(MemControlTrainer, "screen", lambda *_, **__: pytest.fail("screened again"))
+    assert kept_screening(searched(folder, n_trials=3)) == kept_screening(study)
+
+
+def test_workers_share_one_screening(tmp_path, monkeypatch):
+    """The second worker comes while the first one screens, waits, and gets the same masks."""
+    first, second = (tiny_trainer(tmp_path / name, **CHEAP) for name in ("one", "two"))
+    storage, screened, began = str(tmp_path / "journal"), [], threading.Event()
+    screen = MemControlTrainer.screen
+
+    def counted(trainer, *args, **kwargs):
+        screened.append(trainer)
+        began.set()
+        return screen(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(MemControlTrainer, "screen", counted)
+    monkeypatch.setattr("memcontrol_hf.search.screened._POLL_SECONDS", 0.05)
+    monkeypatch.setattr("memcontrol_hf.search.study.this_worker", lambda: [*this_worker()[:2], threading.get_ident()])
+    monkeypatch.setattr("memcontrol_hf.search.study.is_alive", lambda *_: True)
+    worker = threading.Thread(target=searched, args=(None, 2, first), kwargs={"storage": storage})
+    worker.start()
+    began.wait(60)
+    study = searched(None, 2, second, storage=storage)
+    worker.join()
+    assert screened == [first] and kept_screening(study) is not None
+
+
+def test_a_screening_that_was_killed_is_made_by_the_next_worker(tmp_path, monkeypatch):
+    storage = optuna.storages.InMemoryStorage()
+    study = optuna.create_study(storage=storage)
+    monkeypatch.setattr("memcontrol_hf.search.claims.this_worker", lambda: [this_worker()[0], 2**22 + 1, 0.0])
+    from memcontrol_hf.search.worker import is_alive
+
+    def holds(claim):
+        return not claim.state.is_finished() and is_alive(claim)
+
+    assert Claim.make(study, SCREENING, holds) is not None, "its process is not there any more"
+    monkeypatch.undo()
+    alive = Claim.make(study, SCREENING, holds)
+    assert alive is not None and Claim.make(study, SCREENING, holds) is None
+    alive.release()
+    assert Claim.make(study, SCREENING, holds) is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        ({}, {"screen": False}),
+        ({"objectives": ["loss"]}, {}),
+        ({"objectives": ["membership_auc", "noise_norm"]}, {}),
+        ({"max_steps": 2}, {}),
+        ({"space": "one"}, {}),
+        ({}, {"hp_space": lambda trial: {"mask": {"mid_block.attentions.0": True}}}),
+        ({}, {"compute_objective": lambda figures: [figures["eval_loss"], figures["eval_membership_auc"]],
+              "direction": ["minimize", "minimize"]}),
+        ({"mitigations": ["dp_sgd:delta=0.01"], "objectives": ["loss", "membership_auc"]}, {}),
+    ],
+)  # fmt: skip
+def test_a_screening_is_left_out_where_it_does_not_help(tmp_path, monkeypatch, given, options):
+    monkeypatch.setattr(MemControlTrainer, "screen", lambda *_, **__: pytest.fail("screened"))
+    monkeypatch.setattr(MemControlTrainer, "train_and_evaluate", lambda self: FIGURES)
+    pipeline = tiny_pipeline()
+    space = {"space": SearchSpace.from_model(pipeline.unet, ["to_q$"])} if "space" in given else {}
+    runs = tiny_trainer(tmp_path, pipeline, **{**CHEAP, **given, **space}).hyperparameter_search(
+        n_trials=1, **RATES, **options
+    )
+    run = runs if not isinstance(runs, list) else runs[0]
+    assert kept_screening(run.run_summary) is None
+
+
+FIGURES = {f"eval_{name}": 0.5 for name in ("loss", "membership_auc", "noise_norm")}
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        ({"mitigations": ["dp_sgd:delta=0.01"]}, {}, "outside of the account of dp_sgd"),
+        ({"max_steps": 3}, {}, "a screening of 3 steps has no probe every 4 steps"),
+        ({}, {"screen_steps": 0}, "steps of a screening must be at least 1, but is 0"),
+        ({"space": "one"}, {}, "the search space has only one"),
+    ],
+)
+def test_a_screening_that_was_asked_for_and_cannot_be_made_is_an_error(tmp_path, given, options, message):
+    pipeline = tiny_pipeline()
+    space = {"space": SearchSpace.from_model(pipeline.unet, ["to_q$"])} if "space" in given else {}
+    trainer = tiny_trainer(tmp_path, pipeline, **{**CHEAP, **given, **space})
+    with pytest.raises(ValueError, match=message):
+        trainer.hyperparameter_search(n_trials=1, screen=True, **options)
+    assert not (tmp_path / "study.journal").exists()
+
+
+def test_a_screening_that_diverges_does_not_end_the_search(tmp_path, monkeypatch, caplog):
+    trainer = tiny_trainer(tmp_path, config=MemControlConfig(method="weights"), **CHEAP)
+    monkeypatch.setattr(MemControlTrainer, "train_and_evaluate", lambda self: FIGURES)
+    with caplog.at_level(logging.WARNING, "memcontrol_hf"):
+        runs = trainer.hyperparameter_search(n_trials=2, learning_rate_range=(1e30, 1e30))
+    study = runs[0].run_summary
+    assert "the search goes on without a screening: the losses are not finite in step" in caplog.text
+    assert kept_screening(study) is None and "failure" in study.user_attrs["screening"]
+    monkeypatch.setattr(MemControlTrainer, "screen", lambda *_, **__: pytest.fail("screened again"))
+    trainer.hyperparameter_search(n_trials=3, learning_rate_range=(1e30, 1e30))
+
+
+def test_a_sampler_of_ones_own_is_queued_the_masks(tmp_path, monkeypatch):
+    monkeypatch.setattr(MemControlTrainer, "train_and_evaluate", lambda self: FIGURES)
+    study = searched(tmp_path, n_trials=3, sampler=RandomSampler(seed=0))
+    first = screened_trials(Screening.from_dict(kept_screening(study)), *RATES["learning_rate_range"])[0]
+    assert {name: study.trials[2].params[name] for name in first} == first
+
+
+def test_more_steps_can_be_screened_than_a_trial_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(MemControlTrainer, "train_and_evaluate", lambda self: FIGURES)
+    study = searched(tmp_path, n_trials=1, screen_steps=16)
+    assert kept_screening(study)["settings"]["steps"] == 16
