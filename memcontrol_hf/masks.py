@@ -19,10 +19,15 @@ def block_map(mask: Mapping[str, bool]) -> list[tuple[str, str]]:
     """
     rows: dict[str, str] = {}
     for name, on in mask.items():
-        part = _PART.match(name)
-        key = (part[1] or part[2]) if part else name
+        key = part_of(name)
         rows[key] = rows.get(key, "") + ("■" if on else "□")
     return list(rows.items())
+
+
+def part_of(block: str) -> str:
+    """The part of the model (`down_blocks.0`, `transformer_blocks`, ...) that a block is in, or else the block."""
+    part = _PART.match(block)
+    return (part[1] or part[2]) if part else block
 
 
 def selected_blocks(mask: Mapping[str, bool]) -> list[str]:

@@ -30,7 +30,7 @@ from .report import ALL_ON, DEFAULT_GATE, FROZEN_BASE, SELECTED, MemorizationRep
 from .report.card import write_card as render_card
 from .report.plots import plot_search
 from .sampling import denoiser_in_place, generate
-from .search import claim_final, rank_runs, repeat_runs, search_summary, select_run
+from .search import claim_final, kept_screening, rank_runs, repeat_runs, search_summary, select_run
 from .tracking import start_tracking
 from .trainer import MemControlTrainer
 from .tuners import MemControlConfig
@@ -297,6 +297,7 @@ def save(
         encoder=encoder or encoder_name(trainer.encoder),
         command=command,
         search=None if choice.study is None else search_summary(choice.study, choice.sampler, trainer.args.objectives),
+        screening=None if choice.study is None else kept_screening(choice.study),
         card={"denoiser": trainer.family.denoiser_name, **(card or {})},
         weights=adapter_digests(folder),
     )
@@ -366,7 +367,7 @@ def write_card(trainer: MemControlTrainer, report: MemorizationReport, choice: C
     folder = Path(trainer.args.output_dir)
     if report.search is not None:
         distances = report.audit and report.audit["distances"]
-        plot_search(report.search, report.mask, folder / PLOT, choice.trial, distances)
+        plot_search(report.search, report.mask, folder / PLOT, choice.trial, distances, report.screening)
     card = render_card(folder)
     log_report(report, folder)
     return card

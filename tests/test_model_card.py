@@ -22,6 +22,7 @@ from memcontrol_hf.masks import block_map
 from memcontrol_hf.report import REPORT_SCHEMA
 from memcontrol_hf.report.card import write_card
 from memcontrol_hf.report.loading_snippet import _OUR_METHODS
+from memcontrol_hf.report.screening_table import screening_table
 from memcontrol_hf.tuners import METHODS
 
 MODEL_CARDS = Path(__file__).parent.parent / "model_cards"
@@ -64,6 +65,18 @@ def headings(card: ModelCard) -> list[str]:
     return re.findall(r"^## (.*)$", card.text, re.MULTILINE)
 
 
+def small_screening() -> dict:
+    figures = {
+        "learns": (0.03, 0.01, -0.002),
+        "memorizes": (0.0, 0.004, 0.004),
+        "learns_error": (0.002, 0.001, None),
+        "memorizes_error": (0.0008, 0.0, 0.0),
+        "parameters": (5, 6, 7),
+    }
+    settings = {"steps": 80, "every": 4, "learning_rate": 1e-3, "seeds": 1, "seed": 0}
+    return {k: dict(zip(small_report().mask, v)) for k, v in figures.items()} | {"settings": settings, "version": 1}
+
+
 @pytest.mark.parametrize(("passed", "verdict"), [(True, "passed."), (False, "FAILED."), (None, "not applied.")])
 def test_the_verdict_comes_first_and_the_parts_in_their_order(tmp_path, passed, verdict):
     card = rendered(tmp_path, small_report(passed))
@@ -90,8 +103,20 @@ def test_the_verdict_comes_first_and_the_parts_in_their_order(tmp_path, passed, 
         small_report(card={"export": {"format": "lora", "rank": 4, "relative_error": 0.25}}),
         small_report(card={"export": {"format": "merged"}}),
         small_report(card={"denoiser": "transformer", "example_inputs": {"class_labels": [7]}}),
+        small_report(screening=small_screening()),
     ],
-    ids=["passed", "failed", "no gate", "nothing measured", "demo", "mitigations", "lora", "merged", "classes"],
+    ids=[
+        "passed",
+        "failed",
+        "no gate",
+        "nothing measured",
+        "demo",
+        "mitigations",
+        "lora",
+        "merged",
+        "classes",
+        "screened",
+    ],
 )
 def test_no_card_has_a_placeholder_and_every_snippet_is_python(tmp_path, report):
     card = rendered(tmp_path, report)
@@ -102,6 +127,28 @@ def test_no_card_has_a_placeholder_and_every_snippet_is_python(tmp_path, report)
     jsonschema.validate(json.loads((tmp_path / "memorization_report.json").read_text()) | {"search": None},
                         json.loads(REPORT_SCHEMA.read_text()))  # fmt: skip
     assert len(card.text.split()) < 900, "it is short"
+
+
+def test_the_card_says_what_each_block_does(tmp_path):
+    card = rendered(tmp_path, small_report(screening=small_screening()))
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in card.text.splitlines()
+        if line.startswith("|") and " ± " in line
+    ]
+    assert rows == [
+        ["`mid_block.attentions.0`", "□", "75 ± 5 %", "0 ± 10 %"],
+        ["`up_blocks.1.attentions.0`", "■", "25 ± 2 %", "50 ± 0 %"],
+        ["`up_blocks.1.attentions.1`", "□", "0 %", "50 ± 0 %"],
+    ]
+    assert headings(card).index("What each block does") == headings(card).index("What was tuned") + 1
+    many = [f"up_blocks.{i}.attentions.0.to_{j}" for i in range(3) for j in range(12)]
+    wide = {"learns": {name: 0.5 if name.startswith("up_blocks.2") else 0.25 for name in many}}
+    rest = {side: dict.fromkeys(many, 0.0) for side in ("memorizes", "learns_error", "memorizes_error")}
+    rows = screening_table(small_screening() | wide | rest, dict.fromkeys(many[:2], True))
+    assert [row["name"] for row in rows] == ["up_blocks.0", "up_blocks.1", "up_blocks.2"]
+    assert [row["learns"] for row in rows] == ["25 ± 0 %", "25 ± 0 %", "50 ± 0 %"]
+    assert rows[0]["blocks"] == "■■" + 10 * "□" and rows[0]["memorizes"] == "0 %"
 
 
 def test_the_snippet_loads_the_revision_of_the_base_that_was_tuned(tmp_path):

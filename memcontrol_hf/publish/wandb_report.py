@@ -16,9 +16,9 @@ from ..tracking import current_run
 def log_report(report: MemorizationReport, folder: str | Path) -> None:
     """Put a report into the current run, if there is one.
 
-    The run gets the trials of the search with the front, the effects of the blocks and the block map as tables, the
-    plot as an image, and the report as an artifact. With `WANDB_LOG_MODEL` set, as the Trainer's own callback reads
-    this variable, the files that may be published are an artifact too, if the release gate passed.
+    The run gets the trials of the search with the front, the effects of the blocks, the screening and the block map as
+    tables, the plot as an image, and the report as an artifact. With `WANDB_LOG_MODEL` set, as the Trainer's own
+    callback reads this variable, the files that may be published are an artifact too, if the release gate passed.
 
     Args:
         report ([`MemorizationReport`]): Report of the adapter.
@@ -42,6 +42,13 @@ def log_report(report: MemorizationReport, folder: str | Path) -> None:
         logged["front"] = wandb.Table(columns, data=rows)
         effects = [[block, report.mask[block], *values] for block, values in report.search["block_effects"].items()]
         logged["block_effects"] = wandb.Table(["block", "selected", *objectives], data=effects)
+    if report.screening:
+        sides = ("learns", "learns_error", "memorizes", "memorizes_error")
+        rows = [
+            [block, report.mask.get(block, False), *(report.screening[side][block] for side in sides)]
+            for block in report.screening["learns"]
+        ]
+        logged["screening"] = wandb.Table(["block", "selected", *sides], data=rows)
     if (folder / PLOT).is_file():
         logged["front_plot"] = wandb.Image(str(folder / PLOT))
     run.log(logged)

@@ -14,6 +14,7 @@ from .card_metadata import as_yaml, base_metadata, eval_results, last_part, pipe
 from .escaping import render_template
 from .loading_snippet import loading_snippet
 from .report import SELECTED, MemorizationReport
+from .screening_table import screening_table
 from .verdict import verdict
 
 
@@ -90,6 +91,7 @@ class AdapterCard:
             table=report.table() if report.figures else [],
             block_map=block_map(report.mask),
             blocks_on=len(selected_blocks(report.mask)),
+            what_blocks_do=screening_table(report.screening, report.mask) if report.screening else [],
             stopped_at=stopped if isinstance(stopped, dict) else {SELECTED: stopped},
             dp=report.guarantee(),
             attacks=attack_rows(report) if report.audit else [],

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -19,6 +20,7 @@ def plot_search(
     path: str | Path,
     selected: int | None = None,
     distances: Mapping[str, list[float]] | None = None,
+    screening: Mapping[str, Any] | None = None,
 ) -> None:
     """Draw a search as a PNG: its trials with the Pareto front, their history, and what each block does.
 
@@ -28,11 +30,18 @@ def plot_search(
         path (`str`): File to write.
         selected (`int`, *optional*): Number of the trial that was chosen. Without it, no trial and no block is marked.
         distances (`dict`, *optional*): Distances of the audit, for a fourth panel; see [`plot_distances`].
+        screening (`dict`, *optional*):
+            Screening of the search: `report.screening`. It tells what each block does more surely than the trials.
     """
     figure, (front, history, blocks, *further) = _figure(3 if distances is None else 4)
     _draw_front(figure, front, search, len(mask), selected)
     _draw_history(history, search, selected)
-    _draw_blocks(figure, blocks, search, mask if selected is not None else dict.fromkeys(mask, False))
+    marked = mask if selected is not None else dict.fromkeys(mask, False)
+    if screening is None:
+        _draw_blocks(figure, blocks, search, marked)
+    else:
+        _draw_screening(blocks, screening, marked)
+        blocks.legend(fontsize=9)
     if distances is not None:
         _draw_distances(*further, distances)
     figure.savefig(path)
@@ -59,7 +68,16 @@ def plot_screening(screening: Mapping[str, Any], path: str | Path) -> None:
     """
     figure, (axes,) = _figure(1)
     figure.set_size_inches(10, 4.6)
+    _draw_screening(axes, screening)
+    figure.legend(fontsize=9, loc="outside lower center", ncols=2)
+    figure.savefig(path)
+
+
+def _draw_screening(axes: Axes, screening: Mapping[str, Any], mask: Mapping[str, bool] = MappingProxyType({})) -> None:
+    """What each block learns and memorizes, as bars; the blocks that a mask has on are shaded."""
     names = list(screening["learns"])
+    for place in (place for place, name in enumerate(names) if mask.get(name)):
+        axes.axvspan(place - 0.5, place + 0.5, color="black", alpha=0.08, lw=0, zorder=0)
     sides = (("learns", "tab:green", -0.2, "learns: fall of the loss on validation images"),
              ("memorizes", "tab:red", 0.2, "memorizes: further fall on training images"))  # fmt: skip
     for side, color, shift, label in sides:
@@ -71,11 +89,13 @@ def plot_screening(screening: Mapping[str, Any], path: str | Path) -> None:
     axes.set_xlim(-0.5, len(names) - 0.5)
     _label_parts(axes, [(part, len(blocks)) for part, blocks in block_map(dict.fromkeys(names, False))])
     settings = screening["settings"]
-    axes.set_title(f"{settings['steps']} steps with every block on, learning rate {settings['learning_rate']:g}")
+    shaded = " (shaded: selected)" if any(mask.values()) else ""
+    axes.set_title(
+        f"What a block does: {settings['steps']} steps with all on, rate {settings['learning_rate']:.2g}{shaded}",
+        fontsize=11,
+    )
     axes.set_ylabel("fall of the loss, with standard errors")
-    figure.legend(fontsize=9, loc="outside lower center", ncols=2)
     axes.grid(alpha=0.3, axis="y")
-    figure.savefig(path)
 
 
 def _figure(panels: int) -> tuple[Figure, list[Axes]]:

@@ -13,7 +13,7 @@ from typing import Any
 from .. import __version__
 from .verdict import NOT_APPLICABLE, asked_of, verdict, violation
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 REPORT_SCHEMA = Path(__file__).with_name("report_schema.json")
 """The JSON Schema of a report."""
 
@@ -46,6 +46,9 @@ class MemorizationReport:
         images (`dict[str, int]`): Number of rows and of different images of each split.
         encoder (`str`): Image encoder whose features `fid` and `amd` use.
         search (`dict`, *optional*): Summary of the search; `None` when the mask was given.
+        screening (`dict`, *optional*):
+            What each block learns and memorizes, as [`~memcontrol_hf.screening.Screening.to_dict`] gives it; `None`
+            when the search made no screening.
         audit (`dict`, *optional*): What [`audit_memorization`] found.
         gate (`dict`, *optional*): What [`MemorizationReport.judge`] decided.
         command (`str`, *optional*): Command that made the report, without what names a place or a person's data.
@@ -68,6 +71,7 @@ class MemorizationReport:
     images: dict[str, int] = field(default_factory=dict)
     encoder: str = ""
     search: dict[str, Any] | None = None
+    screening: dict[str, Any] | None = None
     audit: dict[str, Any] | None = None
     gate: dict[str, Any] | None = None
     command: str | None = None
@@ -87,7 +91,7 @@ class MemorizationReport:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "MemorizationReport":
-        """Read a report.
+        """Read a report. One of version 2 is read, too; it has no screening.
 
         Raises:
             ValueError: When the file holds no report, or a report of another version.
@@ -97,6 +101,8 @@ class MemorizationReport:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is no memorization report: {error}") from None
         found = content.get("schema_version") if isinstance(content, dict) else None
+        if found == 2:
+            found = content["schema_version"] = SCHEMA_VERSION
         if found != SCHEMA_VERSION:
             raise ValueError(f"{path} has report version {found!r}, but this package reads {SCHEMA_VERSION}")
         return cls(**content)
