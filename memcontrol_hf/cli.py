@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
     from .report import MemorizationReport
 
+_WITH_FLAGS_OF_TRAIN = {
+    "train": "search, fine-tune, audit and save an adapter",
+    "screen": "tell what each block of a model learns and what it memorizes on a data set",
+}
+"""Commands whose flags are those of the training, each a module of its own."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command.
@@ -28,10 +34,10 @@ def main(argv: list[str] | None = None) -> int:
         `int`: The exit code.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["train"]:
-        from . import train
+    if argv and argv[0] in _WITH_FLAGS_OF_TRAIN:
+        from . import screen, train
 
-        train.main(argv[1:], prog="memcontrol train")
+        {"train": train, "screen": screen}[argv[0]].main(argv[1:], prog=f"memcontrol {argv[0]}")
         return PASSED
     args = _parser().parse_args(argv)
     try:
@@ -56,7 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Fine-tune on images that must not leak; audit models; publish adapters with the evidence.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    commands.add_parser("train", help="search, fine-tune, audit and save an adapter", add_help=False)
+    for name, text in _WITH_FLAGS_OF_TRAIN.items():
+        commands.add_parser(name, help=text, add_help=False)
     for add in (_add_audit, _add_card, _add_push, _add_push_mask, _add_export):
         add(commands)
     return parser

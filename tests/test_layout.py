@@ -50,6 +50,7 @@ ROOMS = [
     "flag_parser",
     "from_flags",
     "train",
+    "screen",
     "cli",
 ]
 """Every room, each after all that it may import. Only the lazy `memcontrol_hf/__init__.py` stands outside."""

@@ -8,7 +8,7 @@ import pytest
 from conftest import tiny_pipeline, tiny_trainer
 from optuna.samplers import RandomSampler
 
-from memcontrol_hf import MemControlConfig, MemControlTrainer, Screening, SearchSpace
+from memcontrol_hf import MemControlConfig, MemControlTrainer, Screening, SearchSpace, cli
 from memcontrol_hf.search import kept_screening
 from memcontrol_hf.search.claims import SCREENING, Claim
 from memcontrol_hf.search.screened import SCREENED_MASKS, screened_trials
@@ -158,3 +158,25 @@ def test_more_steps_can_be_screened_than_a_trial_has(tmp_path, monkeypatch):
     monkeypatch.setattr(MemControlTrainer, "train_and_evaluate", lambda self: FIGURES)
     study = searched(tmp_path, n_trials=1, screen_steps=16)
     assert kept_screening(study)["settings"]["steps"] == 16
+
+
+def test_the_command_screens_and_writes_what_it_found(tmp_path, capsys, monkeypatch):
+    made_up = Screening({"a": 0.5, "b": 0.25}, {"a": 0.1, "b": 0.0}, {"a": 0.01, "b": 0.01}, {"a": 0.01, "b": 0.01},
+                        {"a": 1200, "b": 3}, {"steps": 8, "learning_rate": 0.03})  # fmt: skip
+    asked = {}
+    monkeypatch.setattr(MemControlTrainer, "screen", lambda _, *args, **options: asked.update(options) or made_up)
+    cli.main(["screen", "--output_dir", str(tmp_path), "--max_train_steps", "8", "--search_max_steps", "8"])
+    assert asked == {"learning_rate": pytest.approx(10**-1.5)}
+    assert Screening.from_json(tmp_path / "screening.json") == made_up
+    assert (tmp_path / "screening.png").read_bytes().startswith(b"\x89PNG")
+    assert {file.name for file in tmp_path.iterdir()} == {"screening.json", "screening.png"}
+    printed = capsys.readouterr().out
+    assert "a      1,200       +0.5000 ± 0.0100  +0.1000 ± 0.0100" in printed
+    assert printed.splitlines()[-2:] == ["  a, b", "  b"]
+
+
+def test_the_command_says_what_cannot_be_screened(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["screen", "--output_dir", str(tmp_path / "out"), "--search_max_steps", "3"])
+    assert ended.value.code == 2 and not (tmp_path / "out").exists()
+    assert "error: a screening of 3 steps has no probe every 4 steps" in capsys.readouterr().err

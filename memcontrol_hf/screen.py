@@ -1,0 +1,65 @@
+r"""Tell what each block of a model learns and what it memorizes on a data set, by one training with all blocks on.
+
+    memcontrol screen --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
+        --train_data_dir my_images --method lora --output_dir my_screening
+
+It takes the flags of `memcontrol train`, and reads those of the model, the images, what is tuned and the training. The
+folder gets `screening.json` (see `memcontrol_hf.Screening`), which holds no image and no caption, and `screening.png`.
+Several GPUs: `accelerate launch -m memcontrol_hf.screen`.
+
+Exit codes: 0 done, 2 wrong use, 1 an error.
+"""
+
+from pathlib import Path
+
+from .command_line import ERROR, WRONG_USE
+from .flag_parser import FlagParser
+from .flags import ScriptArguments
+from .train import exit_code, set_up
+
+FILE, PLOT = "screening.json", "screening.png"
+"""What the command writes into the output folder."""
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> None:
+    """Parse the flags, then screen. The libraries that compute are loaded after the flags, so that the help is quick.
+
+    Args:
+        argv (list of `str`, *optional*): arguments; those of the process by default.
+        prog (`str`, *optional*): name of the command in its help.
+
+    Raises:
+        SystemExit: with an exit code, after one line that says what is wrong.
+    """
+    args = FlagParser(__doc__, prog).script_arguments(argv)
+    set_up()
+    run(args)
+
+
+def run(args: ScriptArguments) -> None:
+    """Load, screen, write what was found, and print it."""
+    from .from_flags import fixed_rate, make_trainer
+    from .report.plots import plot_screening
+
+    with exit_code(WRONG_USE, ValueError):
+        trainer, _, rates, _ = make_trainer(args)
+        if obstacle := trainer.obstacle_to_screening(args.screen_steps):
+            raise ValueError(obstacle)
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+    with exit_code(ERROR, (ValueError, RuntimeError)):
+        screening = trainer.screen(args.screen_steps, learning_rate=fixed_rate(args, rates))
+    if not trainer.is_world_process_zero():
+        return
+    screening.to_json(folder / FILE)
+    plot_screening(screening.to_dict(), folder / PLOT)
+    rows = screening.table()
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows))
+    print(f"\nmasks along the trade-off, by memcontrol_hf.Screening.from_json({str(folder / FILE)!r}).masks(4):")
+    for mask in screening.masks(4):
+        print("  " + ", ".join(name for name, on in mask.items() if on))
+
+
+if __name__ == "__main__":
+    main()
