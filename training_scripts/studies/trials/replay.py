@@ -1,6 +1,6 @@
 """Which sampler? Each sampler searches the table of real trials, instead of training, many times."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -11,12 +11,17 @@ import optuna
 import pandas as pd
 
 from common.intervals import bootstrap_median
+from memcontrol_hf.screening import Screening
 from memcontrol_hf.search import SAMPLERS, SeededSampler
+from memcontrol_hf.search.screened import screened_trials
 
 from .columns import OBJECTIVES, masks
 
 PLAIN = "plain random"
 """Optuna's random sampler without the queued trials and without free repeats."""
+
+SCREENED = "screened "
+"""The beginning of the name of a sampler that is preceded by the masks of a screening."""
 
 SLOW = ("gp", "nsga2")
 """Samplers that replay a twentieth of the searches: `gp` fits a model, `nsga2` draws many repeats."""
@@ -46,17 +51,21 @@ class Table:
 
     Args:
         runs: The table, as [`~trials.columns.read`] returns it.
+        objectives: Columns of the two objectives, which are minimized.
+        screenings: Screenings of the groups, which searches take in turn.
     """
 
-    def __init__(self, runs: pd.DataFrame) -> None:
-        self.groups = masks(runs)
+    def __init__(
+        self, runs: pd.DataFrame, objectives: Sequence[str] = OBJECTIVES, screenings: Sequence[Screening] = ()
+    ) -> None:
+        self.groups, self.screenings = masks(runs), screenings
         self.rates = sorted(runs["learning_rate"].unique())
         self.values = {
             (*(bool(on) for on in mask), rate): np.array(objectives)
             for *mask, rate, objectives in zip(
                 *(runs[group] for group in self.groups),
                 runs["learning_rate"],
-                runs[OBJECTIVES].to_numpy(),
+                runs[list(objectives)].to_numpy(),
                 strict=True,
             )
         }
@@ -76,6 +85,15 @@ class Table:
         """The trials that a search queues first: all groups on, and all groups off."""
         return [dict.fromkeys(self.groups, on) | {"learning_rate": self.rates[0]} for on in (True, False)]
 
+    def screened(self, seed: int) -> list[dict[str, Any]]:
+        """The masks of a screening, in the order in which a search tries them."""
+        rate = self.rates[0]
+        trials = screened_trials(self.screenings[seed % len(self.screenings)], rate, rate)
+        return [
+            {name.removeprefix("mask."): on for name, on in trial.items()} | {"learning_rate": rate}
+            for trial in trials
+        ]
+
     def ask(self, trial: optuna.Trial) -> tuple:
         """The key in `values` of what a sampler suggests."""
         mask = [trial.suggest_categorical(group, [False, True]) for group in self.groups]
@@ -86,7 +104,7 @@ def replay(table: Table, name: str, trials: int, seed: int) -> np.ndarray:
     """One search of the table.
 
     Args:
-        name: Name of a sampler, or `PLAIN`.
+        name: Name of a sampler, or `PLAIN`, or `SCREENED` and the name of a sampler.
         trials: Number of trials. A trial that repeats another is free, as in `run_search`; with `PLAIN` it counts.
 
     Returns:
@@ -94,7 +112,8 @@ def replay(table: Table, name: str, trials: int, seed: int) -> np.ndarray:
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     make: Callable[[int], optuna.samplers.BaseSampler] = SAMPLERS[name.split()[-1]]
-    sampler = make(seed) if name == PLAIN else SeededSampler(make, seed, table.queued())
+    known = [*table.queued(), *(table.screened(seed) if name.startswith(SCREENED) else [])]
+    sampler = make(seed) if name == PLAIN else SeededSampler(make, seed, known)
     study = optuna.create_study(directions=["minimize"] * 2, sampler=sampler)
     seen, found = set(), []
     # As in `run_search`, the search ends before its budget where nearly all runs are tried. A Gaussian process takes
