@@ -48,9 +48,9 @@ def render(content: dict[str, Any]) -> str:
         "",
         "Share of the hypervolume of the table's front that a search has found after so many trials: median over "
         f"{content['searches']} searches with its 95 % bootstrap interval. All searches but plain random search begin "
-        "with all blocks on and all blocks off; a screened search goes on with the masks of its screening, which costs "
-        "one trial and a half that are not counted here. The last column counts the trials that are needed to reach "
-        "what plain random search has after 64.",
+        "with all blocks on and all blocks off; a screened search goes on with the masks of its screening, which "
+        "costs one trial and a half that are not counted here. The last column counts the trials that are needed to "
+        "reach what plain random search has after 64.",
         "",
     ]
     for quality in QUALITIES:
