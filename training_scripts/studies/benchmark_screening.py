@@ -61,8 +61,8 @@ def render(content: dict[str, Any]) -> str:
         f"`{content['command']}`",
         "",
         f"{content['steps']} steps of batch size 32 on the demo with every block on, and the same with probes every "
-        f"4 steps; each in a process of its own with one thread, alternately. Medians of {content['repeats']} pairs, and "
-        "the median ratio within a pair (lowest to highest).",
+        f"4 steps; each in a process of its own with one thread, alternately. Medians of {content['repeats']} pairs, "
+        "and the median ratio within a pair (lowest to highest).",
         "",
         *table(["", *SIDES, "ratio"], rows),
     ]
