@@ -15,7 +15,8 @@ from pathlib import Path
 from .command_line import ERROR, WRONG_USE
 from .flag_parser import FlagParser
 from .flags import ScriptArguments
-from .train import exit_code, set_up
+from .progress import quiet_log
+from .train import exit_code
 
 FILE, PLOT = "screening.json", "screening.png"
 """What the command writes into the output folder."""
@@ -32,8 +33,11 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
         SystemExit: with an exit code, after one line that says what is wrong.
     """
     args = FlagParser(__doc__, prog).script_arguments(argv)
-    set_up()
-    run(args)
+    with quiet_log():
+        import torch
+
+        torch.set_float32_matmul_precision("high")
+        run(args)
 
 
 def run(args: ScriptArguments) -> None:

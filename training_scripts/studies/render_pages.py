@@ -14,6 +14,7 @@ import benchmark_attacks
 import benchmark_workers
 import compare_mitigations
 import paper_table.page
+import screened_replay
 import screening_predicts
 import trials.page
 from common.pages import read_results, write_results
@@ -26,6 +27,8 @@ PAGES: dict[str, Callable[[dict], str]] = {
     "attack_cost": benchmark_attacks.render,
     "workers": benchmark_workers.render,
     "results/screening_demo": screening_predicts.render,
+    "results/screening_elpv": screening_predicts.render,
+    "results/screened_replay": screened_replay.render,
 }
 
 
