@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 REPORT, CARD, PLOT, MASK = "memorization_report.json", "README.md", "pareto_front.png", "mask.json"
@@ -30,11 +31,40 @@ def adapter_parts(folder: Path) -> tuple[str, ...]:
 
 
 def adapter_digests(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file of weights in the folder: a report says with them what it was measured on."""
-    names = [*(_within(part, ADAPTER) for part in adapter_parts(folder)), LORA]
-    return {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names if (folder / name).is_file()
-    }
+    """The SHA-256 of each file of an adapter in the folder, and of the plot: what a report is bound to."""
+    names = [_within(part, name) for part in PARTS for name in (ADAPTER, CONFIG)]
+    return {name: file_digest(folder / name) for name in (*names, LORA, PLOT) if (folder / name).is_file()}
+
+
+def file_digest(file: Path) -> str:
+    """The SHA-256 of a file."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def changed_files(folder: Path, digests: Mapping[str, str]) -> list[str]:
+    """The files that are not what a report was measured on. A plot may be missing, since it changes no figure.
+
+    Args:
+        folder (`Path`): Folder of the adapter.
+        digests (`dict[str, str]`): The report's SHA-256 of each file.
+    """
+    found = adapter_digests(folder)
+    known = {name: digest for name, digest in digests.items() if name != PLOT or name in found}
+    return sorted(name for name in found.keys() | known.keys() if found.get(name) != known.get(name))
+
+
+def check_plain_files(folder: Path) -> None:
+    """Raise `ValueError` for a public file that is a link, or lies behind one: it may be any file of this machine."""
+    for name in PUBLIC_FILES:
+        place = folder / name
+        for linked in {place.parent, place} - {folder}:
+            if linked.is_symlink():
+                raise ValueError(f"{str(linked)!r} is a symbolic link, which a push does not follow: put a copy there")
+        if place.exists() and not place.is_file():
+            raise ValueError(f"{str(place)!r} is no file: take it away")
+        if place.exists() and place.stat().st_nlink > 1:
+            raise ValueError(f"{str(place)!r} is a hard link, a second name of some file: put a copy there")
 
 
 def read_mask(source: str | Path) -> dict[str, bool]:

@@ -122,13 +122,13 @@ class ScriptArguments:
         study=True,
         publish="placeholder",
     )
-    image_column: str = _flag("image", "Column with the images.", study=True, publish="unless_path")
-    caption_column: str = _flag("text", "Column with the captions.", study=True, publish="unless_path")
+    image_column: str = _flag("image", "Column with the images.", study=True, publish="placeholder")
+    caption_column: str = _flag("text", "Column with the captions.", study=True, publish="placeholder")
     group_column: str | None = _flag(
         None,
         "Column whose values the splits keep together, such as a patient's id.",
         study=True,
-        publish="unless_path",
+        publish="placeholder",
     )
     canaries: int = _flag(
         0,
@@ -246,7 +246,7 @@ class ScriptArguments:
         study=False,
         publish="never",
     )
-    study_name: str = _flag("memcontrol", "Name of the study in its storage.", study=False, publish="unless_path")
+    study_name: str = _flag("memcontrol", "Name of the study in its storage.", study=False, publish="never")
     backend: Literal["optuna", "ray"] = _flag(
         "optuna",
         "Where trials run. optuna: in this process. ray: in workers that Ray places on its cluster.",

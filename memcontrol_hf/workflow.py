@@ -19,7 +19,7 @@ import optuna
 from datasets import Dataset, DatasetDict
 from transformers.trainer_utils import BestRun
 
-from .adapter_folder import LORA, PLOT, REPORT, adapter_digests
+from .adapter_folder import LORA, PLOT, REPORT, adapter_digests, file_digest
 from .audit import AuditSettings, audit_memorization
 from .encoders import encoder_name
 from .evaluation import METRICS
@@ -30,7 +30,15 @@ from .report import ALL_ON, DEFAULT_GATE, FROZEN_BASE, SELECTED, MemorizationRep
 from .report.card import write_card as render_card
 from .report.plots import plot_search
 from .sampling import denoiser_in_place, generate
-from .search import claim_final, kept_screening, rank_runs, repeat_runs, search_summary, select_run
+from .search import (
+    claim_final,
+    kept_screening,
+    public_study_name,
+    rank_runs,
+    repeat_runs,
+    search_summary,
+    select_run,
+)
 from .tracking import start_tracking
 from .trainer import MemControlTrainer
 from .tuners import MemControlConfig
@@ -131,7 +139,11 @@ def search(
     choice = Choice(run.hyperparameters, run.run_summary, int(run.run_id), sampler)
     trainer.args.seed += 1  # the search has not seen it
     if isinstance(trainer.peft_config, MemControlConfig):
-        trainer.peft_config.search = {"study_name": study_name, "trial": choice.trial, "sampler": sampler}
+        trainer.peft_config.search = {
+            "study_name": public_study_name(study_name),
+            "trial": choice.trial,
+            "sampler": sampler,
+        }
     return choice
 
 
@@ -368,6 +380,8 @@ def write_card(trainer: MemControlTrainer, report: MemorizationReport, choice: C
     if report.search is not None:
         distances = report.audit and report.audit["distances"]
         plot_search(report.search, report.mask, folder / PLOT, choice.trial, distances, report.screening)
+        report.weights[PLOT] = file_digest(folder / PLOT)
+        report.to_json(folder / REPORT)
     card = render_card(folder)
     log_report(report, folder)
     return card

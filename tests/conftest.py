@@ -213,6 +213,7 @@ def adapter_folder(folder, config=None, mask=None, report=None):
     from peft import get_peft_model
 
     from memcontrol_hf import MemControlConfig, SearchSpace
+    from memcontrol_hf.adapter_folder import adapter_digests
     from memcontrol_hf.report.card import write_card
 
     unet = tiny_unet()
@@ -227,6 +228,8 @@ def adapter_folder(folder, config=None, mask=None, report=None):
     (folder / "study.journal").write_text("not for others")
     (folder / "private").mkdir()
     (folder / "private" / "review.html").write_text("not for others")
-    (report or small_report(mask=mask)).to_json(folder / "memorization_report.json")
+    report = report or small_report(mask=mask)
+    report.weights = adapter_digests(folder)
+    report.to_json(folder / "memorization_report.json")
     write_card(folder)
     return folder

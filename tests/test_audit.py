@@ -430,10 +430,18 @@ def test_the_gate_takes_the_bad_end_of_the_interval(limit, figures, passed):
         ("fid: {max: .nan}", "must be a number, but is nan"),
         ("fid: {max: true}", "must be a number, but is True"),
         ("fid: {max: [", "cannot read the gate"),
+        ("fid: {}", "fid has no limit"),
+        ("fid: {max: 1}\nfid: {max: 2}", "fid stands there twice"),
+        ("fid: {max: 1, max: 2}", "max stands there twice"),
+        ("fid: &a {max: 1}\nkid: *a", r"a gate has no aliases, but \*a is one"),
+        ("[" * 3000, "cannot read the gate .*nested too deeply"),
+        ("#" * 200_000, "has 200000 bytes, more than"),
+        ("a" * 900 + ": {max: 1}", r"unknown measure \[...\] in "),
+        ("\ud800", "cannot read the gate"),
     ],
 )
 def test_a_bad_gate_is_named(tmp_path, content, message):
-    (tmp_path / "gate.yaml").write_text(content)
+    (tmp_path / "gate.yaml").write_bytes(content.encode(errors="surrogatepass"))
     with pytest.raises(ValueError, match=message):
         load_gate(tmp_path / "gate.yaml")
 

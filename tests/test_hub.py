@@ -14,9 +14,9 @@ from mini_hub import TOKEN, Repo, serve
 from safetensors.torch import load_file
 
 from memcontrol_hf import MemorizationReport, cli
-from memcontrol_hf.adapter_folder import PUBLIC_FILES, adapter_digests
+from memcontrol_hf.adapter_folder import PUBLIC_FILES
 from memcontrol_hf.families import family_of
-from memcontrol_hf.publish.hub import WAITS, PushError, push
+from memcontrol_hf.publish.hub import CARD_BY_HAND, WAITS, PushError, push
 
 PUSHED = sorted(
     name
@@ -75,9 +75,11 @@ def test_the_pushed_card_loads_from_where_it_was_pushed_to(hub, folder):
     assert '(pipe.unet, "owner/adapter")' in hub.repos["owner/adapter"].files["README.md"].decode()
 
 
-def test_the_card_is_rendered_last(hub, folder):
+def test_the_card_is_rendered_last_and_one_by_hand_is_kept(hub, folder, caplog):
     (folder / "README.md").write_text("written by somebody else")
     push(folder)
+    assert (folder / "README.by_hand.md").read_text() == "written by somebody else"
+    assert f"kept as {CARD_BY_HAND}" in caplog.text
     order = [line["value"]["path"] for line in commit(hub) if line["key"] != "header"]
     assert order[-1] == "README.md" and sorted(order) == PUSHED
     assert ModelCard(hub.repos["tester/my-adapter"].files["README.md"].decode()).data.library_name == "peft"
@@ -199,15 +201,95 @@ def test_a_folder_without_an_adapter_is_refused_before_the_hub_is_asked(hub, fol
 
 def test_other_weights_than_those_measured_are_refused(hub, folder, capsys):
     report = MemorizationReport.from_json(folder / "memorization_report.json")
-    report.weights = adapter_digests(folder)
-    assert list(report.weights) == ["adapter_model.safetensors"]
-    report.to_json(folder / "memorization_report.json")
+    assert list(report.weights) == ["adapter_model.safetensors", "adapter_config.json"]
     weights = (folder / "adapter_model.safetensors").read_bytes()
     (folder / "adapter_model.safetensors").write_bytes(weights + b" ")
     assert cli.main(["push", str(folder)]) == 2 and not hub.repos
-    assert "are not those that memorization_report.json was measured on" in capsys.readouterr().err
+    assert "adapter_model.safetensors in" in (error := capsys.readouterr().err)
+    assert "not what memorization_report.json was measured on" in error
     (folder / "adapter_model.safetensors").write_bytes(weights)
     assert cli.main(["push", str(folder)]) == 0
+
+
+def edited(folder, change) -> None:
+    file = folder / "memorization_report.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def config_with_a_large_scale(content, folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "scale": 50}))
+
+
+EDITS = {
+    "passed beside failures": (lambda c, f: c["gate"].update(failures=["ten"]), 3),
+    "a word in the place of a boolean": (lambda c, f: c["gate"].update(passed="false"), 3),
+    "no limit": (lambda c, f: c["gate"].update(limits={}), 2),
+    "a measure without limit": (lambda c, f: c["gate"].update(limits={"extraction_rate": {}}), 2),
+    "limits that are none": (lambda c, f: c["gate"].update(limits=[1]), 2),
+    "no verdict": (lambda c, f: c["gate"].pop("passed"), 2),
+    "no measures": (lambda c, f: c["audit"].update(measures={}), 3),
+    "no audit": (lambda c, f: c.update(audit=None), 3),
+    "worse figures": (lambda c, f: c["audit"]["measures"]["extraction_rate"]["model"].update(high=0.9), 3),
+    "an end that hides the value": (
+        lambda c, f: c["audit"]["measures"]["extraction_rate"]["model"].update(value=1),
+        3,
+    ),
+    "figures that are words": (lambda c, f: c["audit"]["measures"]["extraction_rate"]["model"].update(high="0"), 2),
+    "no gate": (lambda c, f: c.update(gate=None), 3),
+    "no digests": (lambda c, f: c.update(weights={}), 2),
+    "no digest of the configuration": (lambda c, f: c["weights"].pop("adapter_config.json"), 2),
+    "another configuration": (config_with_a_large_scale, 2),
+    "another plot": (lambda c, f: (f / "pareto_front.png").write_bytes(b"a scan"), 2),
+    "NaN": (lambda c, f: c["audit"]["measures"]["extraction_rate"]["model"].update(high=float("nan")), 2),
+    "an unknown part": (lambda c, f: c.update(caption="zebra"), 2),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_report_that_was_edited_is_judged_again_and_not_pushed(hub, folder, capsys, edit):
+    change, code = EDITS[edit]
+    edited(folder, lambda content: change(content, folder))
+    assert cli.main(["push", str(folder)]) == code
+    assert hub.requests == [] and "error: " in capsys.readouterr().err
+
+
+def test_a_card_says_what_the_figures_say_and_not_what_the_report_claims(hub, folder):
+    edited(folder, lambda content: content["audit"]["measures"]["extraction_rate"]["model"].update(high=0.9))
+    push(folder, allow_failed_gate=True)
+    assert "**Release gate: FAILED.**" in hub.repos["tester/my-adapter"].files["README.md"].decode()
+
+
+@pytest.mark.parametrize("name", ["pareto_front.png", "README.md", "memorization_report.json", "text_encoder"])
+@pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
+def test_no_link_leads_a_file_of_this_machine_into_a_push(hub, folder, tmp_path, capsys, name, link):
+    secret, place = tmp_path / "secret", folder / name
+    if name == "text_encoder":
+        secret.mkdir()
+        (secret / "adapter_config.json").write_text("{}")
+        if link == "hardlink_to":
+            place.mkdir()
+            secret, place = secret / "adapter_config.json", place / "adapter_config.json"
+    else:
+        secret.write_bytes(place.read_bytes() if place.exists() else b"secret")
+        place.unlink(missing_ok=True)
+    getattr(place, link)(secret)
+    assert cli.main(["push", str(folder)]) == 2
+    assert "link" in capsys.readouterr().err and hub.requests == []
+
+
+def test_a_shared_mask_holds_what_is_known_and_follows_no_link(hub, folder, tmp_path, capsys):
+    mask = {"mask": {"a": True, "b": False}, "patient": "zebra", "base_model": "$(touch stolen)"}
+    (folder / "mask.json").write_text(json.dumps(mask))
+    assert cli.main(["push-mask", str(folder), "owner/mask"]) == 0
+    assert b"zebra" not in b"".join(hub.repos["owner/mask"].files.values())
+    assert "--pretrained_model_name_or_path '$(touch stolen)'" in hub.repos["owner/mask"].files["README.md"].decode()
+    (folder / "mask.json").rename(tmp_path / "secret.json")
+    (folder / "mask.json").symlink_to(tmp_path / "secret.json")
+    assert cli.main(["push-mask", str(folder), "owner/mask"]) == 2
+    assert "symbolic link" in capsys.readouterr().err
 
 
 def test_a_name_that_is_none_is_refused(hub, folder, capsys):

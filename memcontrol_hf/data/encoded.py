@@ -159,6 +159,7 @@ def encode(
     fingerprint = Hasher.hash([*key, f"digest {DIGEST_VERSION}", "transparency over white"])
     folder = Path(datasets_config.HF_DATASETS_CACHE) / "memcontrol_hf"
     folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)  # it holds what images and captions say
     if (earlier := folder / f"{Hasher.hash(key)}.arrow").exists():
         logger.warning(f"{earlier} was cached by an earlier version: it is not read, and can be deleted")
     probe = family.encode_images(torch.zeros(1, 3, resolution, resolution))

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
-from ..adapter_folder import ADAPTER, CONFIG, PLOT, REPORT, adapter_digests, adapter_parts
+from ..adapter_folder import ADAPTER, CONFIG, PLOT, REPORT, adapter_digests, adapter_parts, changed_files
 from ..families import family_of, load_pipeline
 from ..report import MemorizationReport
 from ..report.card import write_card
@@ -47,6 +47,8 @@ def export(folder: str | Path, output_dir: str | Path, to: str, pipeline: str | 
     parts = _checked_parts(folder, output_dir, to, rank)
     config = PeftConfig.from_pretrained(folder / parts[0])
     report = MemorizationReport.from_json(folder / REPORT)
+    if report.weights and (changed := changed_files(folder, report.weights)):
+        raise ValueError(f"{', '.join(changed)} in {str(folder)!r}: not what {REPORT} was measured on")
     facts: dict[str, Any] = {"format": to}
     if to == "peft":
         _copy_adapter(folder, output_dir, parts, config)
@@ -62,10 +64,10 @@ def export(folder: str | Path, output_dir: str | Path, to: str, pipeline: str | 
             facts |= {} if isinstance(config, LoraConfig) else {"rank": used_rank, "relative_error": error}
     report.card = {key: value for key, value in report.card.items() if key not in ("hub_model_id", "revision")}
     report.card |= {"location": output_dir.name, "export": facts}
-    report.weights = adapter_digests(output_dir)
-    report.to_json(output_dir / REPORT)
     if (folder / PLOT).is_file():
         shutil.copy(folder / PLOT, output_dir / PLOT)
+    report.weights = adapter_digests(output_dir)
+    report.to_json(output_dir / REPORT)
     write_card(output_dir)
     return f"{output_dir}: {written}"
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import shlex
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,11 +28,16 @@ from ..adapter_folder import (
     MASK,
     PUBLIC_FILES,
     REPORT,
-    adapter_digests,
     adapter_parts,
+    changed_files,
+    check_plain_files,
+    read_mask,
 )
 from ..report import MemorizationReport
-from ..report.card import write_card
+from ..report.card import render_card, write_card
+
+CARD_BY_HAND = "README.by_hand.md"
+"""Where a push keeps a card that somebody has written."""
 
 WAITS = (1.0, 2.0, 4.0, 8.0)
 """Seconds before each further try, when the Hub is busy, fails or closes the connection."""
@@ -74,8 +80,8 @@ def push(
         `str`: The address of the commit.
 
     Raises:
-        ValueError: For a folder without an adapter, other weights than the report was measured on, and a public
-            repository that was not allowed.
+        ValueError: For a folder without an adapter, for other files than those that the report was measured on, for a
+            public file that is a link, and for a public repository that was not allowed.
         GateFailed: When the gate failed and a failed gate was not allowed.
         PushError: When the Hub refuses the token or the commit, or does not answer in several tries.
     """
@@ -83,6 +89,7 @@ def push(
     report = _checked(folder, allow_failed_gate)
     repo_id = repo_id or report.card.get("hub_model_id") or folder.resolve().name
     again = push_command(folder, repo_id, revision, public, allow_failed_gate)
+    _keep_card_by_hand(folder)
 
     def prepare(full_id: str) -> None:
         report.card = {name: value for name, value in report.card.items() if name not in ("revision", "location")}
@@ -129,8 +136,16 @@ def mask_content(folder: str | Path) -> dict[str, Any]:
         ValueError: For a folder without a mask.
     """
     folder = Path(folder)
+    for name in (MASK, REPORT):
+        if (folder / name).is_symlink():
+            raise ValueError(
+                f"{str(folder / name)!r} is a symbolic link, which a push does not follow: put a copy there"
+            )
     if (folder / MASK).is_file():
-        return json.loads((folder / MASK).read_text(encoding="utf-8"))
+        content = json.loads((folder / MASK).read_text(encoding="utf-8"))
+        read_mask(folder)
+        known = ("mask", "base_model", "method", "search", "figures", "license")
+        return {name: content[name] for name in known if name in content}
     if not (folder / REPORT).is_file():
         raise ValueError(f"{str(folder)!r} holds no {REPORT} and no {MASK}: give the folder of an adapter")
     report = MemorizationReport.from_json(folder / REPORT)
@@ -189,19 +204,31 @@ def _checked(folder: Path, allow_failed_gate: bool) -> MemorizationReport:
         raise ValueError(f"{str(folder)!r} holds no {REPORT}: give the folder that a fine-tune left")
     if not adapter_parts(folder) and not (folder / LORA).is_file():
         raise ValueError(f"{str(folder)!r} holds no adapter: {ADAPTER} with {CONFIG}, or {LORA}")
+    check_plain_files(folder)
     report = MemorizationReport.from_json(folder / REPORT)
-    if report.weights and report.weights != adapter_digests(folder):
+    if (report.audit or report.weights) and (changed := changed_files(folder, report.weights)):
         raise ValueError(
-            f"the weights in {str(folder)!r} are not those that {REPORT} was measured on: run the "
-            "training again, which measures what it saves"
+            f"{', '.join(changed)} in {str(folder)!r}: not what {REPORT} was measured on. Run the training again, "
+            "which measures what it saves"
         )
-    if report.gate is not None and not report.gate["passed"] and not allow_failed_gate:
+    if report.judge_again() is False and not allow_failed_gate:
+        reason = f"failed ({len(report.gate['failures'])} limits" if report.gate else "has not judged the audit ("
         raise GateFailed(
-            f"the release gate failed ({len(report.gate['failures'])} limits, see {folder / REPORT}), so nothing is "
-            "pushed. To push the adapter all the same, with a card that begins with the failure, add "
-            "--allow_failed_gate"
+            f"the release gate {reason}, see {folder / REPORT}), so nothing is pushed. To push the adapter all the "
+            "same, with a card that begins with the failure, add --allow_failed_gate"
         )
     return report
+
+
+def _keep_card_by_hand(folder: Path) -> None:
+    """Keep a card that is not the one that the folder's report gives, since a push writes the card anew."""
+    card = folder / CARD
+    if card.is_file() and card.read_bytes() != render_card(folder).encode():
+        shutil.copy2(card, folder / CARD_BY_HAND)
+        logger.warning(
+            f"{card} was changed by hand, or by another version of memcontrol_hf: it is kept as {CARD_BY_HAND}, and "
+            "the card of the report is pushed"
+        )
 
 
 def _upload(
@@ -228,6 +255,7 @@ def _upload(
             if revision:
                 api.create_branch(full_id, branch=revision, exist_ok=True)
             prepare(full_id)
+            check_plain_files(folder)
             return api.create_commit(
                 full_id,
                 [CommitOperationAdd(name, folder / name) for name in names if (folder / name).is_file()],

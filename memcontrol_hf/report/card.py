@@ -12,14 +12,34 @@ from .report import MemorizationReport
 
 
 def write_card(folder: str | Path) -> Path:
-    """Render the card of a folder from the files in the folder, and put the card there in one move.
+    """Render the card of a folder, and put the card there in one move.
+
+    Args:
+        folder (`str`): As for [`render_card`].
+
+    Returns:
+        `Path`: The card.
+
+    Raises:
+        ValueError: As [`render_card`].
+    """
+    folder = Path(folder)
+    text = render_card(folder)
+    new = folder / f".{CARD}.new"
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, folder / CARD)
+    return folder / CARD
+
+
+def render_card(folder: str | Path) -> str:
+    """The text of the card of a folder, from the files in the folder.
 
     Args:
         folder (`str`): Folder of an adapter, an export or an audit (with a `memorization_report.json`), of a mask
             (with a `mask.json`), or of the demo's pipeline.
 
     Returns:
-        `Path`: The card.
+        `str`: The card.
 
     Raises:
         ValueError: When the folder is of no such kind, or its report is of another version.
@@ -28,14 +48,9 @@ def write_card(folder: str | Path) -> Path:
     if (folder / REPORT).is_file():
         report = MemorizationReport.from_json(folder / REPORT)
         of_audit = report.audit is not None and not report.mask
-        text = (AuditCard if of_audit else AdapterCard).from_folder(folder).render()
-    elif (folder / MASK).is_file():
-        text = MaskCard.from_folder(folder).render()
-    elif (folder / "model_index.json").is_file() and (folder.parent / TRAINING_LOG).is_file():
-        text = render_base_card(folder)
-    else:
-        raise ValueError(f"{str(folder)!r} holds no {REPORT} and no {MASK}: a card is rendered from one of these")
-    new = folder / f".{CARD}.new"
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, folder / CARD)
-    return folder / CARD
+        return (AuditCard if of_audit else AdapterCard).from_folder(folder).render()
+    if (folder / MASK).is_file():
+        return MaskCard.from_folder(folder).render()
+    if (folder / "model_index.json").is_file() and (folder.parent / TRAINING_LOG).is_file():
+        return render_base_card(folder)
+    raise ValueError(f"{str(folder)!r} holds no {REPORT} and no {MASK}: a card is rendered from one of these")

@@ -2,6 +2,8 @@
 
 import math
 from pathlib import Path
+from textwrap import shorten
+from typing import Any
 
 import yaml
 
@@ -35,6 +37,25 @@ MEASURES = (
 """Names of what an audit can measure and a gate can limit."""
 
 
+_LARGEST_GATE = 100_000  # bytes
+
+
+class _GateLoader(yaml.SafeLoader):
+    """Reads what a gate needs: no aliases, which can make a few bytes huge, and no name twice."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, f"a gate has no aliases, but *{event.anchor} is one")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise yaml.constructor.ConstructorError(None, None, f"{shorten(twice, 80)} stands there twice")
+        return super().construct_mapping(node, deep)
+
+
 def load_gate(path: str | Path = DEFAULT_GATE) -> dict[str, dict[str, float]]:
     """Read a gate file.
 
@@ -49,17 +70,41 @@ def load_gate(path: str | Path = DEFAULT_GATE) -> dict[str, dict[str, float]]:
             or a bound that is no finite number.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        if (size := Path(path).stat().st_size) > _LARGEST_GATE:
+            raise ValueError(f"cannot read the gate {str(path)!r}: it has {size} bytes, more than {_LARGEST_GATE}")
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _GateLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read the gate {str(path)!r}: {str(error).splitlines()[0]}") from None
-    if not isinstance(content, dict) or not content or not all(isinstance(limit, dict) for limit in content.values()):
-        raise ValueError(f"{str(path)!r} is no gate: a gate names measures, each with limits such as {{max: 0.05}}")
-    for name, limit in content.items():
+    except RecursionError:
+        raise ValueError(f"cannot read the gate {str(path)!r}: it is nested too deeply") from None
+    return check_limits(content, repr(str(path)))
+
+
+def check_limits(limits: Any, source: str) -> dict[str, dict[str, float]]:
+    """Return limits as they are, once they are known to be those of a gate.
+
+    Args:
+        limits: What was read.
+        source (`str`): Where it was read, for the error message.
+
+    Raises:
+        ValueError: When there is no limit, a measure without a limit, an unknown measure, an unknown kind of limit, or
+            a bound that is no finite number.
+    """
+    if not isinstance(limits, dict) or not limits or not all(isinstance(limit, dict) for limit in limits.values()):
+        raise ValueError(f"{source} is no gate: a gate names measures, each with limits such as {{max: 0.05}}")
+    for name, limit in limits.items():
         if name not in MEASURES:
-            raise ValueError(f"unknown measure {name!r} in {str(path)!r}: use some of {', '.join(MEASURES)}")
+            raise ValueError(f"unknown measure {_short(name)} in {source}: use some of {', '.join(MEASURES)}")
+        if not limit:
+            raise ValueError(f"{name} has no limit in {source}: give one of {', '.join(LIMITS)}, or leave it out")
         for kind, bound in limit.items():
             if kind not in LIMITS:
-                raise ValueError(f"unknown limit {kind!r} of {name} in {str(path)!r}: use {', '.join(LIMITS)}")
+                raise ValueError(f"unknown limit {_short(kind)} of {name} in {source}: use {', '.join(LIMITS)}")
             if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not math.isfinite(bound):
-                raise ValueError(f"the limit {kind} of {name} in {str(path)!r} must be a number, but is {bound!r}")
-    return content
+                raise ValueError(f"the limit {kind} of {name} in {source} must be a number, but is {_short(bound)}")
+    return limits
+
+
+def _short(value: Any) -> str:
+    return shorten(repr(value), 80)

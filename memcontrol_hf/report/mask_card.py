@@ -1,6 +1,7 @@
 """The card of a mask that is shared without its adapter."""
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,24 +38,28 @@ class MaskCard:
         """The text of the card."""
         content, mask = self.content, self.content["mask"]
         base, method = content.get("base_model", ""), content.get("method")
+        tunes_text = any(name.startswith("text_encoder") for name in mask)
         report = MemorizationReport(figures=content.get("figures", {}), versions={})
         data = ModelCardData(
             **base_metadata(base, "adapter"),
             license=content.get("license"),
             tags=["memcontrol", "memcontrol-mask", *([method] if method else []), "diffusers", "memorization"],
         )
+        command = ["memcontrol", "train", "--mask_from", self.location]
+        command += ["--method", method] if method else []
+        command += ["--text_encoder_blocks"] if tunes_text else []
+        command += ["--pretrained_model_name_or_path", base] if base and base != "demo" else []
+        command += ["--train_data_dir", "my_images"]
         return render_template(
             "mask_card_template.md",
             metadata=as_yaml(data),
             name=last_part(self.location),
-            location=self.location,
+            command=shlex.join(command),
             base=readable_base(base),
-            base_argument=base,
             method=method,
             block_map=block_map(mask),
             blocks_on=len(selected_blocks(mask)),
             block_count=len(mask),
-            tunes_text=any(name.startswith("text_encoder") for name in mask),
             search=content.get("search"),
             table=report.table() if report.figures else [],
         )

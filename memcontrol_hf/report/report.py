@@ -5,12 +5,13 @@ A report holds aggregates only: no image, caption, file name or id of the data.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from .gate import check_limits
 from .verdict import NOT_APPLICABLE, asked_of, verdict, violation
 
 SCHEMA_VERSION = 3
@@ -18,6 +19,7 @@ REPORT_SCHEMA = Path(__file__).with_name("report_schema.json")
 """The JSON Schema of a report."""
 
 FROZEN_BASE, ALL_ON, SELECTED = "frozen base", "all blocks", "selected mask"
+_LARGEST_REPORT = 50_000_000  # bytes; a search of a thousand trials takes less than one million
 _CONTROLS = ("frozen_base", "held_out_as_train")
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "optuna")
 
@@ -52,7 +54,7 @@ class MemorizationReport:
         audit (`dict`, *optional*): What [`audit_memorization`] found.
         gate (`dict`, *optional*): What [`MemorizationReport.judge`] decided.
         command (`str`, *optional*): Command that made the report, without what names a place or a person's data.
-        weights (`dict[str, str]`): SHA-256 of each file of weights that was measured.
+        weights (`dict[str, str]`): SHA-256 of each file of the adapter that was measured, and of the plot.
         card (`dict`):
             What the card says beside the figures, each where it is known: `base_revision` of the base model,
             `hub_model_id` and `revision` of a push, else the `location` of the folder in the loading snippet,
@@ -97,14 +99,18 @@ class MemorizationReport:
             ValueError: When the file holds no report, or a report of another version.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+            if (size := Path(path).stat().st_size) > _LARGEST_REPORT:
+                raise ValueError(f"it has {size} bytes, more than {_LARGEST_REPORT}")
+            content = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_number)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is no memorization report: {error}") from None
         found = content.get("schema_version") if isinstance(content, dict) else None
         if found == 2:
             found = content["schema_version"] = SCHEMA_VERSION
         if found != SCHEMA_VERSION:
             raise ValueError(f"{path} has report version {found!r}, but this package reads {SCHEMA_VERSION}")
+        if unknown := content.keys() - {f.name for f in fields(cls)}:
+            raise ValueError(f"{path} is no memorization report: {min(unknown)!r} is no part of a report")
         return cls(**content)
 
     def judge(self, limits: Mapping[str, Mapping[str, float]]) -> bool:
@@ -135,6 +141,34 @@ class MemorizationReport:
         if found:
             self.gate["kinds"] = {of_limit.name: of_limit.kind for of_limit in found}
             self.gate["factor"] = max((of_limit.factor or 0 for of_limit in found), default=0)
+        return self.gate["passed"]
+
+    def judge_again(self) -> bool | None:
+        """Whether the release gate passes, by the figures and limits alone; the stored verdict can only make it fail.
+
+        `gate` holds the new verdict afterwards.
+
+        Returns:
+            `bool`: `None` for a report without audit and gate. An audit that no gate has judged does not pass.
+
+        Raises:
+            ValueError: When audit or gate are not what an audit writes.
+        """
+        if self.gate is None:
+            return None if self.audit is None else False
+        try:
+            stored, passed = [str(reason) for reason in self.gate["failures"]], self.gate["passed"]
+            limits = check_limits(self.gate["limits"], "the report")
+            if self.audit is None:
+                self.gate = {"limits": limits, "failures": stored or ["there is no audit"], "passed": False}
+                return False
+            self.judge(limits)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the report's gate cannot be judged again: {type(error).__name__}: {error}") from None
+        self.gate["failures"] += [reason for reason in stored if reason not in self.gate["failures"]]
+        if not self.gate["failures"] and passed is not True:
+            self.gate["failures"].append(f"the report's verdict is {passed!r}, not true")
+        self.gate["passed"] = not self.gate["failures"]
         return self.gate["passed"]
 
     def guarantee(self) -> dict[str, Any] | None:
@@ -212,6 +246,11 @@ class MemorizationReport:
             passed = "passed" if self.gate["passed"] else "FAILED"
             parts.append("\n".join([f"gate: {passed}", *self.gate["failures"], verdict(self.gate, self.audit)]))
         return "\n\n".join(parts)
+
+
+def _no_number(name: str) -> None:
+    """JSON has no NaN and no Infinity, but Python's reader takes them."""
+    raise ValueError(f"{name} is no number")
 
 
 def _aligned(rows: list[list[str]]) -> str:

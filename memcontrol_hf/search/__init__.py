@@ -24,7 +24,7 @@ from .screened import kept_screening
 from .settings import SearchSettings, check_budget, check_n_trials, check_prune_at
 from .storage import check_study, open_storage, public_address, storage_address
 from .study import SharedStudy
-from .summary import block_effects, search_summary
+from .summary import block_effects, public_study_name, search_summary
 
 __all__ = [
     "SAMPLERS",
@@ -48,6 +48,7 @@ __all__ = [
     "open_storage",
     "pareto_front",
     "public_address",
+    "public_study_name",
     "rank_runs",
     "repeat_runs",
     "run_search",

@@ -9,6 +9,11 @@ import optuna
 from .front import complete_trials, pareto_front
 
 
+def public_study_name(name: str) -> str:
+    """The default name of a study as it is, and `unnamed` for a name of the user's own, which may tell of people."""
+    return name if name == "memcontrol" else "unnamed"
+
+
 def search_summary(study: optuna.Study, sampler: str, objectives: list[str]) -> dict[str, Any]:
     """Summarize a study: its objectives, and the mask size and the values of every finished trial."""
     front = {trial.number for trial in pareto_front(study)}
@@ -25,7 +30,7 @@ def search_summary(study: optuna.Study, sampler: str, objectives: list[str]) -> 
     ]
     ended = Counter(trial.state.name for trial in study.trials)
     return {
-        "study_name": study.study_name,
+        "study_name": public_study_name(study.study_name),
         "sampler": sampler,
         "objectives": objectives,
         "directions": [d.name.lower() for d in study.directions],
