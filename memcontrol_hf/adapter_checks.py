@@ -59,7 +59,7 @@ def check_whole(adapted: PeftModel, file: Path) -> None:
         stored = set(tensors.keys())
     loaded = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     _check_names(loaded.keys() - stored, stored - loaded.keys())
-    _check_finite(loaded)
+    check_finite(loaded)
 
 
 def check_lora_whole(
@@ -84,7 +84,7 @@ def check_lora_whole(
             loaded |= {f"{part}.{name}": tensor for name, tensor in tensors.items()}
     if len(stored) != len(loaded) or not loaded:
         raise ValueError(f"of {len(stored)} tensors in the file, {len(loaded)} are needed by layers of the pipeline.")
-    _check_finite(loaded)
+    check_finite(loaded)
 
 
 def _check_names(missing: Collection[str], unexpected: Collection[str]) -> None:
@@ -94,7 +94,7 @@ def _check_names(missing: Collection[str], unexpected: Collection[str]) -> None:
             raise ValueError(f"{len(names)} of its tensors {trouble}: {first}.")
 
 
-def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
     if not tensors:
         raise ValueError("it changes no layer of the model.")
     for name, tensor in tensors.items():

@@ -11,10 +11,10 @@ from typing import Any
 
 from datasets import DatasetDict
 from peft import LoraConfig, PeftConfig
-from transformers.trainer_utils import get_last_checkpoint
 
 from .adapter_folder import CONFIG, read_mask
 from .audit import LEAST_IMAGES, AuditSettings, cannot_pass, least_images, write_split
+from .checkpoints import newest_whole
 from .data import check_near_duplicates, images_digest, load_images, plant_canaries
 from .demo import demo_dataset
 from .dry_run import load_architecture, plan
@@ -380,7 +380,7 @@ def checkpoint_to_resume(args: ScriptArguments) -> str | None:
     """The checkpoint of the final fine-tune from which `--resume_from_checkpoint` goes on, if there is one."""
     if args.resume_from_checkpoint != "latest":
         return args.resume_from_checkpoint
-    return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    return newest_whole(args.output_dir)
 
 
 def report_facts(args: ScriptArguments, trainer: MemControlTrainer) -> dict[str, Any]:

@@ -17,16 +17,11 @@ from peft import PeftConfig, PeftType
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
-    BestRun,
-    PredictionOutput,
-    TrainOutput,
-    get_last_checkpoint,
-)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, BestRun, PredictionOutput, TrainOutput
 
 from .adapter_folder import REPORT
 from .adapters import MaskedAdapters, merged
+from .checkpoints import check_parameters, check_whole, newest_whole
 from .data import EncodedImages, weights_digest
 from .demo import DEMO_PIPELINE
 from .encoders import Encoder, load_encoder
@@ -186,12 +181,17 @@ class MemControlTrainer(Trainer):
         """As in transformers.
 
         Raises:
-            ValueError: for a mask that selects no block, and for a checkpoint of another run.
+            ValueError: for a mask that selects no block, for a checkpoint that is damaged or of another run, and when
+                a trained parameter is not finite before a checkpoint is written or in the end.
         """
         if not any(self.mask.values()):
             raise ValueError("the mask selects no block: the frozen base can be evaluated, but not trained")
         latest = resume_from_checkpoint is True
-        checkpoint = get_last_checkpoint(self.args.output_dir) if latest else resume_from_checkpoint
+        checkpoint = newest_whole(self.args.output_dir) if latest else resume_from_checkpoint
+        if latest and not checkpoint:
+            raise ValueError(
+                f"there is no whole checkpoint in {self.args.output_dir}: leave resume_from_checkpoint out"
+            )
         if checkpoint:
             self.check_resumes(checkpoint)
         for mitigation in self._mitigations.values():
@@ -205,13 +205,15 @@ class MemControlTrainer(Trainer):
             self._load_from_checkpoint(checkpoint)  # the Trainer would train further
             self.state = state
             return TrainOutput(state.global_step, 0.0, {})
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        self._check_finite()
         if self._private is not None:
             self._private.check_moved()
         return output
 
     def check_resumes(self, checkpoint: str) -> None:
-        """Raise `ValueError` for a checkpoint of another mask, method or learning rate, as far as it holds them."""
+        """Raise `ValueError` for a checkpoint that is damaged, or of another mask, method or learning rate."""
+        check_whole(checkpoint)
         differing = self.adapters.differences(Path(checkpoint))
         file = Path(checkpoint) / SCHEDULER_NAME
         rates = torch.load(file, map_location="cpu", weights_only=True).get("base_lrs", []) if file.exists() else []
@@ -301,7 +303,12 @@ class MemControlTrainer(Trainer):
                 model, self.family.losses, batch, self.state.global_step, last=self.accelerator.sync_gradients
             )
 
+    def _check_finite(self) -> None:
+        """Raise `ValueError` when a trained parameter is not finite: nothing that is saved may hold such a value."""
+        check_parameters(self.model, self.state.global_step, self.args.learning_rate)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._check_finite()
         super()._save_checkpoint(model, trial)
         if self._private is not None and self.args.should_save:
             folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

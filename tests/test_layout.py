@@ -33,6 +33,7 @@ ROOMS = [
     "sampling",
     "adapter_checks",
     "adapters",
+    "checkpoints",
     "mitigations",
     "evaluation",
     "training_loss",
