@@ -1,5 +1,5 @@
 # Each target works alone on a fresh clone: it makes .venv and installs what it needs.
-.PHONY: quickstart test quality style clean
+.PHONY: quickstart test quality style docs clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -14,6 +14,10 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .venv/dev: .venv/core
 	$(BIN)/pip install -q -c constraints.txt -e '.[test,quality]'
 	$(BIN)/pip install -q -c constraints.txt --no-deps torchxrayvision  # for the reports in it, which need no torchvision
+	touch $@
+
+.venv/docs: .venv/core
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
 	touch $@
 
 quickstart: .venv/core  ## search, fine-tune, measure and save an adapter, on the demo that ships in the package
@@ -31,5 +35,8 @@ style: .venv/dev  ## mend the style in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: .venv/docs  ## the pages of docs/ and the docstrings as a site, in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv outputs build *.egg-info
+	rm -rf .venv outputs site build *.egg-info

@@ -436,15 +436,12 @@ class MemControlTrainer(Trainer):
                 default.
 
         Returns:
-            `dict[str, float]`: the figures, some with a further figure to compare them with:
-
-            - `loss` (of `eval_dataset`), `loss_train` (of the training images, each once)
-            - `membership_auc`, `membership_auc_low`, `membership_auc_high` (95 % interval)
-            - `noise_norm` (of the training images), `noise_norm_held_out` (of `eval_dataset`); left out for an
-              unconditional model
-            - `fid`: images generated from the captions of `eval_dataset`, compared with its images
-            - `amd`: images generated from training captions, compared with the training images; `amd_held_out`: the
-              same generated images, compared with the images of `eval_dataset`
+            `dict[str, float]`: the figures, some with a further figure to compare them with. `loss` is of
+            `eval_dataset`, `loss_train` of the training images, each once. `membership_auc` has the ends
+            `membership_auc_low` and `membership_auc_high` of its 95 % interval. `noise_norm` is of the training
+            images, `noise_norm_held_out` of `eval_dataset`; both are left out for an unconditional model. `fid`
+            compares images generated from the captions of `eval_dataset` with its images. `amd` compares images
+            generated from training captions with the training images, and `amd_held_out` with those of `eval_dataset`.
         """
         wanted = self.args.objectives if metrics is None else metrics
         check_objectives(wanted)

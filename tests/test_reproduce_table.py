@@ -94,9 +94,9 @@ def test_the_published_cards_show_the_committed_runs(data):
     assert report.card.get("over_seeds") == over_seeds(content, data)
 
 
-def test_the_readme_shows_the_committed_runs_and_verdicts():
+def test_the_findings_show_the_committed_runs_and_verdicts():
     content = json.loads((ROOT / "docs" / "results.json").read_text(encoding="utf-8"))
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
     for row in over_seeds(content, "demo")["table"]:
         assert f"| {' | '.join(row)} |" in text
     for claim, judged in judge(content).items():

@@ -13,7 +13,7 @@ from memcontrol_hf import MemorizationReport, workflow
 from memcontrol_hf.report import DEFAULT_GATE
 from memcontrol_hf.workflow import within_gate
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "python.md"
 
 
 @pytest.fixture
@@ -21,9 +21,9 @@ def data() -> DatasetDict:
     return DatasetDict(train=images_of(10, seed=1), validation=images_of(8, seed=2), held_out=images_of(10, seed=3))
 
 
-def test_the_example_of_the_readme_ends_with_the_report_and_the_card(tmp_path, data, capsys):
-    """The README's own lines, on a tiny pipeline and with small numbers."""
-    (code,) = re.findall(r"```python\n(from memcontrol_hf import MemControlConfig.*?)```", README.read_text(), re.S)
+def test_the_example_of_the_docs_ends_with_the_report_and_the_card(tmp_path, data, capsys):
+    """The page's own lines, on a tiny pipeline and with small numbers."""
+    (code,) = re.findall(r"```python\n(from memcontrol_hf import MemControlConfig.*?)```", PAGE.read_text(), re.S)
     small = {"resolution": 16, "max_steps": 2, "search_max_steps": 2, "per_device_train_batch_size": 4}
     small |= {"eval_num_images": 6, "eval_inference_steps": 2, "n_trials": 3}
     for name, value in small.items():
