@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -25,7 +26,7 @@ def quiet_log() -> Iterator[None]:
     """
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
-    _quieten_libraries(bars=sys.stderr.isatty())
+    verbosity = _quieten_libraries(bars=sys.stderr.isatty())
     logging.basicConfig(format="%(message)s")
     _package.setLevel(logging.INFO if _is_first_process() else logging.WARNING)
     format_before, warnings.formatwarning = warnings.formatwarning, _one_line
@@ -36,22 +37,26 @@ def quiet_log() -> Iterator[None]:
     finally:
         logging.captureWarnings(False)
         warnings.formatwarning = format_before
+        for library, level in verbosity.items():
+            library.set_verbosity(level)
 
 
-def _quieten_libraries(bars: bool) -> None:
-    """Leave the Hugging Face libraries their errors and, if wanted, their bars."""
+def _quieten_libraries(bars: bool) -> dict[ModuleType, int]:
+    """Leave the Hugging Face libraries their errors and, if wanted, their bars; return the verbosity of before."""
     import datasets  # late, since these load PyTorch
     from diffusers.utils import logging as diffusers_logging
     from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging as transformers_logging
 
-    for library in (diffusers_logging, transformers_logging):
+    before = {library: library.get_verbosity() for library in (diffusers_logging, transformers_logging)}
+    for library in before:
         library.set_verbosity_error()
         if not bars:
             library.disable_progress_bar()
     if not bars:
         datasets.disable_progress_bars()
         disable_progress_bars()
+    return before
 
 
 def bar(items: Any = None, text: str = "", total: int | None = None, initial: int = 0) -> tqdm:

@@ -102,8 +102,9 @@ def run(args: ScriptArguments) -> None:
 
 def last_words(report: "MemorizationReport", folder: Path) -> str:
     """The end of what is printed: the verdict, where things are, and what to do next."""
-    failures = report.gate["failures"]
-    if report.gate["passed"]:
+    gate = report.gate or {"passed": False, "failures": []}
+    failures = gate["failures"]
+    if gate["passed"]:
         verdict, following = "passed", f"memcontrol push {folder} --hub_model_id YOUR_NAME/YOUR_ADAPTER"
     elif report.audit is None:
         verdict = "FAILED, since the adapter could not be attacked"
@@ -114,7 +115,7 @@ def last_words(report: "MemorizationReport", folder: Path) -> str:
     places = {"adapter": ADAPTER, "card": CARD, "report": REPORT, "plot": PLOT, "search": "study.journal"}
     lines = [f"{name}: {folder / file}" for name, file in places.items() if (folder / file).exists()]
     lines += [f"to look through, on this machine only: {file}" for file in folder.glob("private/*.html")]
-    if not report.gate["passed"]:
+    if not gate["passed"]:
         lines += [f"to push nevertheless: memcontrol push {folder} --allow_failed_gate"]
     return "\n".join([f"verdict: {verdict}", *lines, f"next: {following}"])
 

@@ -101,7 +101,8 @@ def script():
 def test_the_script_plans_from_configs_alone(tmp_path, script, capsys):
     folder = without_weights(sd3(), tmp_path / "model")
     arguments = ["--pretrained_model_name_or_path", str(folder), "--resolution", "16", "--method", "lora"]
-    script.main([*arguments, "--dry_run", "--train_data_dir", str(tmp_path), "--output_dir", str(tmp_path / "out")])
+    arguments += ["--train_data_dir", str(tmp_path), "--encoder", "demo"]
+    script.main([*arguments, "--dry_run", "--output_dir", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert "SD3Transformer2DModel" in printed and "transformer_blocks.1" in printed
     assert "memory of a training step, about: " in printed

@@ -316,7 +316,7 @@ def test_they_are_on_inside_a_searchs_trials(tmp_path):
     dropped, read, log, encode_prompts = [], [], trainer.log, trainer.family.encode_prompts
     trainer.log = lambda logs, *rest: (log(logs, *rest), dropped.append(logs.get("dropped_samples", 0)))
     trainer.family.encode_prompts = lambda prompts: read.append(list(prompts)) or encode_prompts(prompts)
-    trainer.hyperparameter_search(n_trials=3, learning_rate_range=(1e-2, 1e-2))
+    trainer.hyperparameter_search(n_trials=3, learning_rate_range=(1e-2, 1e-2), screen=False)
     study = optuna.load_study(study_name="memcontrol", storage=open_storage(str(tmp_path / "study.journal")))
     trials = [trial for trial in study.trials if any(trial.user_attrs["hyperparameters"]["mask"].values())]
     assert len(trials) == 2

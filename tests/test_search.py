@@ -147,7 +147,8 @@ def test_a_killed_search_goes_on_and_repeats_the_trial_it_lost(tmp_path):
     assert [t.state for t in after[: len(done)]] == [TrialState.COMPLETE] * len(done)
     assert after[lost[0].number].state == TrialState.FAIL
     assert after[lost[0].number].user_attrs["failure"] == "its process ended"
-    assert after[-1].params == lost[0].params and after[-1].state == TrialState.COMPLETE
+    (repeat,) = (t for t in after if t.user_attrs.get("repeats") == lost[0].number)
+    assert repeat.params == lost[0].params and repeat.state == TrialState.COMPLETE
 
 
 def test_other_settings_are_refused_and_named(searched, tmp_path):

@@ -58,7 +58,8 @@ def violation(name: str, kind: str, bound: float, figures: Mapping[str, Any]) ->
         reason = f"{name}: {(model or {}).get('note') or 'was not measured'}; what is not measured does not pass"
         return Violation(name, "unmeasured", reason)
     value, end, over = model["value"], model["low" if kind == "min" else "high"], bound
-    end = value if end is None else end
+    worst = min if kind == "min" else max
+    end = value if end is None else worst(value, end)  # a report that was edited can hold an end that hides the value
     if kind.startswith("max_above_"):
         control = kind.removeprefix("max_above_")
         reference = figures.get(control)

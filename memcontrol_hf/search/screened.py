@@ -40,7 +40,8 @@ def is_to_be_screened(trainer: SearchableTrainer, settings: SearchSettings, hp_s
     """
     if settings.screen is False:
         return False
-    obstacle = trainer.obstacle_to_screening(settings.screen_steps)
+    ask = getattr(trainer, "obstacle_to_screening", lambda steps: "this kind of trainer cannot be screened")
+    obstacle = ask(settings.screen_steps)
     if settings.screen and obstacle:
         raise ValueError(obstacle)
     objectives = set(settings.objectives or ())
