@@ -63,7 +63,8 @@ def load_adapter(pipeline: "DiffusionPipeline", adapter: str | Path) -> None:
 
     Raises:
         ValueError: when the adapter is none of these or does not fit the pipeline, when one of its tensors is missing,
-            belongs to no layer or is not finite. The pipeline is then as before.
+            belongs to no layer or is not finite, or when it changes the base's own weights, which a later measurement
+            of the base would see. The pipeline is then as before.
     """
     path, family = Path(adapter), family_of(pipeline)
 
@@ -95,7 +96,9 @@ def load_adapter(pipeline: "DiffusionPipeline", adapter: str | Path) -> None:
 def _load_part(part: nn.Module, adapter: str, folder: str) -> PeftModel:
     """A part of a pipeline with its part of an adapter, which has been loaded whole."""
     file, subfolder = weights_file(adapter, folder), folder or None
-    check_sizes(PeftConfig.from_pretrained(adapter, subfolder=subfolder), file)
+    config = PeftConfig.from_pretrained(adapter, subfolder=subfolder)
+    check_leaves_base(config)
+    check_sizes(config, file)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error here
         tuned = PeftModel.from_pretrained(part, adapter, subfolder=subfolder)

@@ -74,6 +74,17 @@ def test_a_rank_that_the_weights_do_not_have_takes_no_memory(tmp_path, rank):
         load_adapter(tiny_pipeline(), tmp_path)
 
 
+@pytest.mark.parametrize("change", [{"init_lora_weights": "pissa"}, {"bias": "all"}, {"modules_to_save": ["conv_in"]}])
+def test_an_adapter_that_changes_the_base_itself_is_refused_and_the_base_is_as_before(tmp_path, change):
+    config = json.loads((lora(tmp_path) / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(config | change))
+    pipeline = tiny_pipeline()
+    with pytest.raises(ValueError, match="the base has to stay as it is"):
+        load_adapter(pipeline, tmp_path)
+    after, before = pipeline.unet.state_dict(), tiny_pipeline().unet.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
 def test_an_adapter_that_changes_nothing_is_named_before_any_attack(tmp_path, monkeypatch):
     monkeypatch.setattr("memcontrol_hf.audit.audit.attack_pipeline", lambda *_, **__: pytest.fail("an attack began"))
     with pytest.raises(

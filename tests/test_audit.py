@@ -410,6 +410,9 @@ def figure(value, low=None, high=None):
         ({"max_above_frozen_base": 0.1}, {"model": figure(0.4, 0.3, 0.5), "frozen_base": None}, False),
         ({"max_above_held_out_as_train": 1.0}, {"model": figure(None), "held_out_as_train": figure(0.1)}, False),
         ({"max": 1.0, "min": 0.5}, {"model": figure(0.4)}, False),
+        ({"max": 0.5}, {"model": figure(None) | {"note": "not applicable: no captions"}}, True),
+        ({"max": 0.5}, {"model": figure(0.6) | {"note": "not applicable: edited"}}, False),
+        ({"max": 0.5}, {"model": figure(0.6, 0.1, 0.2)}, False),  # edited: beyond its own interval
     ],
 )
 def test_the_gate_takes_the_bad_end_of_the_interval(limit, figures, passed):
@@ -429,7 +432,9 @@ def test_the_gate_takes_the_bad_end_of_the_interval(limit, figures, passed):
         ("fid: {max: high}", "must be a number, but is 'high'"),
         ("fid: {max: .nan}", "must be a number, but is nan"),
         ("fid: {max: true}", "must be a number, but is True"),
+        ("fid: {max: 1" + "0" * 400 + "}", r"must be a number, but is \[\.\.\.\]"),
         ("fid: {max: [", "cannot read the gate"),
+        ("fid: {max: .inf}", "must be a number, but is inf"),
         ("fid: {}", "fid has no limit"),
         ("fid: {max: 1}\nfid: {max: 2}", "fid stands there twice"),
         ("fid: {max: 1, max: 2}", "max stands there twice"),

@@ -1,6 +1,6 @@
 """The release gate: a file of limits for the measures of an audit."""
 
-import math
+import sys
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -101,7 +101,7 @@ def check_limits(limits: Any, source: str) -> dict[str, dict[str, float]]:
         for kind, bound in limit.items():
             if kind not in LIMITS:
                 raise ValueError(f"unknown limit {_short(kind)} of {name} in {source}: use {', '.join(LIMITS)}")
-            if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not math.isfinite(bound):
+            if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not abs(bound) <= sys.float_info.max:
                 raise ValueError(f"the limit {kind} of {name} in {source} must be a number, but is {_short(bound)}")
     return limits
 

@@ -52,7 +52,7 @@ def violation(name: str, kind: str, bound: float, figures: Mapping[str, Any]) ->
         figures (`dict`): What the audit found: for the `model` and for each control its `value`, `low` and `high`.
     """
     model = figures.get("model")
-    if model and (model.get("note") or "").startswith(NOT_APPLICABLE):
+    if model and model["value"] is None and (model.get("note") or "").startswith(NOT_APPLICABLE):
         return None
     if not model or model["value"] is None:
         reason = f"{name}: {(model or {}).get('note') or 'was not measured'}; what is not measured does not pass"
