@@ -86,7 +86,8 @@ def run(args: ScriptArguments) -> None:
     if checkpoint:
         with exit_code(WRONG_USE, ValueError):
             workflow.check_resumes(trainer, choice, checkpoint)
-    tuned = workflow.fine_tune(trainer, choice, data["held_out"], checkpoint, args.study_name)
+    with exit_code(ERROR, (ValueError, RuntimeError), f". What was finished is kept in {args.output_dir}"):
+        tuned = workflow.fine_tune(trainer, choice, data["held_out"], checkpoint, args.study_name)
     if not trainer.is_world_process_zero():
         return
 
