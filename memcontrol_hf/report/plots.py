@@ -126,9 +126,8 @@ def _draw_front(figure: Figure, axes: Axes, search: Mapping[str, Any], block_cou
             axes.annotate(name, points[trial["number"]], xytext=(7, 7), textcoords="offset points", fontsize=9)
     if selected is not None:
         axes.scatter(*points[selected], s=190, facecolor="none", edgecolor="tab:red", linewidth=2, zorder=3)
-        axes.annotate(
-            "selected", points[selected], xytext=(9, -14), textcoords="offset points", fontsize=9, color="tab:red"
-        )
+        beside = {"xytext": (-11, -12), "textcoords": "offset points", "ha": "right"}  # other names are on the right
+        axes.annotate("selected", points[selected], **beside, fontsize=9, color="tab:red")
     better = {"minimize": "lower is better", "maximize": "higher is better"}
     if two:
         axes.set_xlabel(f"{objectives[0]} ({better[directions[0]]})")
