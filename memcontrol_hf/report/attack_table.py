@@ -12,7 +12,7 @@ _ATTACKS = {
     "membership_auc_secmi": "The same by the attack SecMI",
     "membership_auc_pia": "The same by the attack PIA",
     "membership_auc_clid": "The same by the attack CLiD",
-    "extraction_rate": "Get training images back by asking with their captions, by a fixed distance, which was set for "
+    "extraction_rate": "Get training images back by asking with their captions, by a fixed distance that was set for "
     "photographs",
     "extraction_rate_calibrated": "The same, nearer to the training image than half the way to other real images",
     "nearest_share": "Generated images that are nearer to a training image than to other real images",
