@@ -165,6 +165,8 @@ def judge(pieces: Pieces, seeds: list[int], trials: pd.DataFrame) -> list[dict[s
         ]
         size = runs["trainable_parameters"].to_numpy(float)
         for reading, name, measured in pairs:
+            if measured.nunique() < 2:  # no copy is found in any run, say
+                continue
             predicted = size if reading == "parameters" else masks @ means[reading]
             row = {
                 "masks_rate": rate,
