@@ -17,6 +17,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from optuna.trial import TrialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
+from transformers import DebertaConfig, DebertaModel, T5Config, T5EncoderModel
 
 from memcontrol_hf import MemControlConfig, MemControlTrainingArguments
 from memcontrol_hf.search import claim_final, open_storage
@@ -611,3 +612,27 @@ def test_an_adapter_is_traced_as_it_computes(method, trace):
             traced()
     expected = model(X)
     torch.testing.assert_close(traced(), expected)
+
+
+def test_the_weight_that_t5_only_shares_is_no_module_to_tune():
+    """It holds the weight of `encoder.embed_tokens`, which is what the encoder calls."""
+    config = T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=16)
+    names = tunable_modules(T5EncoderModel(config), "weights")
+    assert "encoder.embed_tokens" in names and "shared" not in names
+
+
+def test_norms_of_debertas_own_are_tuned():
+    config = DebertaConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=16
+    )
+    model, tokens = DebertaModel(config).eval(), torch.arange(6)[None]
+    names = tunable_modules(model, "norm")
+    assert "embeddings.LayerNorm" in names
+    with torch.no_grad():
+        before = model(tokens).last_hidden_state
+        adapted = get_peft_model(model, MemControlConfig(method="norm", target_modules=names))
+        assert torch.equal(adapted(tokens).last_hidden_state, before)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter += 0.5
+        assert not torch.allclose(adapted(tokens).last_hidden_state, before)

@@ -116,7 +116,16 @@ def tunable_modules(
         if name
         and (not prefix or name == prefix or name.startswith(f"{prefix}."))
         and tuned_tensors(module, method, name, scale_modules)
+        and not _is_never_called(model, name, module)
     ]
+
+
+def _is_never_called(model: nn.Module, name: str, module: nn.Module) -> bool:
+    """Whether a module only holds a weight for others, as `shared` does in the models of the T5 and BART families."""
+    if name.rpartition(".")[2] != "shared" or not isinstance(module, nn.Embedding):
+        return False
+    embeddings = (other for other in model.modules() if isinstance(other, nn.Embedding) and other is not module)
+    return any(other.weight is module.weight for other in embeddings)
 
 
 def linear_modules(model: nn.Module) -> list[str]:
