@@ -588,7 +588,7 @@ from conftest import tiny_trainer
 import datasets.config
 datasets.config.HF_DATASETS_CACHE = {cache!r}
 import memcontrol_hf.search.processes
-memcontrol_hf.search.processes._AGREEMENT = datetime.timedelta(seconds=20)
+memcontrol_hf.search.processes._AGREEMENT = datetime.timedelta(seconds={patience})
 trainer = tiny_trainer({folder!r}, max_steps=2, use_cpu=True)
 measure, calls = trainer.train_and_evaluate, []
 
@@ -605,10 +605,10 @@ trainer.hyperparameter_search(n_trials={trials}, prune_at={prune_at}, sampler="r
 """
 
 
-def search_in_two_processes(tmp_path, failing=(), trials=4, prune_at=None, rates=(1e-3, 1e-2)):
+def search_in_two_processes(tmp_path, failing=(), trials=4, prune_at=None, rates=(1e-3, 1e-2), patience=300):
     """One search whose trials two processes share, and in the second trial of which some of them fail.
 
-    Returns its exit code and study.
+    The processes wait `patience` seconds for each other. Returns its exit code and study; shows what it printed.
     """
     file = tmp_path / "together.py"
     folder, cache = tmp_path / "out", str(tmp_path / "cache")
@@ -621,11 +621,13 @@ def search_in_two_processes(tmp_path, failing=(), trials=4, prune_at=None, rates
             trials=trials,
             prune_at=prune_at,
             rates=rates,
+            patience=patience,
         ),
         encoding="utf-8",
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launch, str(file)], timeout=300, stderr=subprocess.DEVNULL)
+    done = subprocess.run([*launch, str(file)], timeout=600, stderr=subprocess.PIPE, text=True)
+    print(done.stderr)
     return done.returncode, study_in(folder)
 
 
@@ -637,7 +639,7 @@ def test_a_trial_that_fails_in_all_its_processes_is_recorded_and_the_search_goes
 
 
 def test_a_trial_that_fails_in_one_process_alone_is_recorded_and_nothing_hangs(tmp_path):
-    code, study = search_in_two_processes(tmp_path, {1})
+    code, study = search_in_two_processes(tmp_path, {1}, patience=20)
     assert code != 0
     assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL"]
     assert study.trials[1].user_attrs["failure"] == "MemoryError: no memory left"
