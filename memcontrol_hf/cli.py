@@ -310,7 +310,7 @@ def _attack(args: argparse.Namespace) -> "MemorizationReport":
         adapter=args.adapter,
         base_pipeline=base,
         generated=generated,
-        encoder=args.encoder or "demo",
+        encoder=args.encoder,
         clip_model=args.clip_model,
         settings=AuditSettings(resolution=resolution, **amounts),
         output_dir=args.output_dir,

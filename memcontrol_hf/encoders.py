@@ -1,19 +1,52 @@
 """Image encoders with one small interface: images `[N, 3, H, W]` in [0, 1] -> features `[N, D]`."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
+from datasets import Dataset
+from PIL import Image as PILImage
 from torch import nn
 from torch.nn import functional as F
 
-from .demo import DEMO_ENCODER
+from .demo import DEMO_ENCODER, demo_dataset
+from .images import pixel_digest
 
-NEEDS_ENCODER = (
-    "images other than the demo's need an --encoder, which says what is alike in them: facebook/dinov2-small for "
-    "photographs, microsoft/rad-dino or xrv:densenet121-res224-all for radiographs, owkin/phikon for histology. "
-    "--encoder demo takes the demo's, which was trained on emoji and sees little in other images"
-)
-"""The error for images without a named encoder."""
+
+def _needs_encoder(argument: str, demo: str) -> str:
+    return (
+        f"images other than the demo's need an {argument}, which says what is alike in them: facebook/dinov2-small "
+        "for photographs, microsoft/rad-dino or xrv:densenet121-res224-all for radiographs, owkin/phikon for "
+        f"histology. {demo} takes the demo's, which was trained on emoji and sees little in other images"
+    )
+
+
+NEEDS_ENCODER = _needs_encoder("--encoder", "--encoder demo")
+"""The error for images without a named encoder, where encoders are named by a flag."""
+
+
+def named_encoder(encoder: str | nn.Module | None, *sets: Dataset) -> str | nn.Module:
+    """The encoder that was named, or without one the demo's, which judges the demo's images alone.
+
+    Args:
+        encoder (`str` or `nn.Module`, *optional*): encoder as [`load_encoder`] takes it.
+        *sets (`Dataset`): images that the encoder is for: column `image`.
+
+    Raises:
+        ValueError: when no encoder is named and an image is none of the demo's.
+    """
+    if encoder is not None:
+        return encoder
+    if all(pixel_digest(row["image"]) in _demo_digests() for images in sets for row in images):
+        return "demo"
+    raise ValueError(_needs_encoder("encoder=", 'encoder="demo"'))
+
+
+@cache
+def _demo_digests() -> frozenset[str]:
+    return frozenset(pixel_digest(row["image"]) for images in demo_dataset().values() for row in images)
 
 
 class Encoder(nn.Module):
@@ -26,6 +59,9 @@ class Encoder(nn.Module):
             Side in pixels to which images are resized. Without it images keep their size.
         mean, std (list of `float`):
             Mean and standard deviation by which each channel is normalized.
+        processor (`Callable`, *optional*):
+            Image processor of `transformers` that comes with the model. It resizes, crops and normalizes the images
+            as the model's authors did, in the place of `size`, `mean` and `std`.
     """
 
     def __init__(
@@ -34,10 +70,12 @@ class Encoder(nn.Module):
         size: int | None = None,
         mean: tuple[float, ...] = (0.0, 0.0, 0.0),
         std: tuple[float, ...] = (1.0, 1.0, 1.0),
+        processor: Callable[..., Any] | None = None,
     ):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.size = size
+        self.processor = processor
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
@@ -60,16 +98,32 @@ class Encoder(nn.Module):
         return torch.cat([self._features(batch).float().cpu() for batch in images.split(batch_size)])
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
-        images = images.to(self.mean)
-        if self.size is not None and images.shape[-2:] != (self.size, self.size):
-            images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
-        output = self.model((images - self.mean) / self.std)
+        if self.processor is not None:
+            output = self.model(_processed(images, self.processor).to(self.mean))
+        else:
+            images = images.to(self.mean)
+            if self.size is not None and images.shape[-2:] != (self.size, self.size):
+                images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
+            output = self.model((images - self.mean) / self.std)
         if isinstance(output, torch.Tensor):
             features = output
         else:  # a transformers model: the pooled output, or the class token where there is no pooler
             pooled = output.get("pooler_output")
             features = pooled if pooled is not None else output["last_hidden_state"][:, 0]
         return features.flatten(1)
+
+
+def _processed(images: torch.Tensor, processor: Callable[..., Any]) -> torch.Tensor:
+    """The inputs of a model by its image processor, from images `[N, 3, H, W]` in [0, 1].
+
+    The processor resizes images of 8 bits. Images that have its size already are not rounded to 8 bits.
+    """
+    size, images = processor.size, images.float().cpu()
+    if (size.get("height"), size.get("width")) == tuple(images.shape[-2:]):
+        as_floats = {"do_resize": False, "do_convert_rgb": False, "rescale_factor": 255 * processor.rescale_factor}
+        return processor(list(images.numpy()), return_tensors="pt", **as_floats)["pixel_values"]
+    pixels = (255 * images).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    return processor([PILImage.fromarray(image) for image in pixels], return_tensors="pt")["pixel_values"]
 
 
 def load_encoder(encoder: str | nn.Module, device: torch.device | str = "cpu") -> Encoder:
@@ -97,7 +151,8 @@ def load_encoder(encoder: str | nn.Module, device: torch.device | str = "cpu") -
 
     path = str(DEMO_ENCODER) if encoder == "demo" else encoder
     try:
-        processor = AutoImageProcessor.from_pretrained(path)
+        # by PIL, so that the features are the same whether torchvision is installed or not
+        processor = AutoImageProcessor.from_pretrained(path, backend="pil")
         model = AutoModel.from_pretrained(path)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -105,10 +160,7 @@ def load_encoder(encoder: str | nn.Module, device: torch.device | str = "cpu") -
             f"cannot load the image encoder {encoder!r}: {reason} Give 'demo', a folder or a Hub id of a vision "
             "model, or xrv:<weights of torchxrayvision>."
         ) from None
-    size = processor.size.get("height") or processor.size.get("shortest_edge")
-    if getattr(processor, "crop_size", None) and getattr(processor, "do_center_crop", False):
-        size = processor.crop_size["height"]
-    loaded = Encoder(model.eval(), size, tuple(processor.image_mean), tuple(processor.image_std))
+    loaded = Encoder(model, processor=processor)
     try:
         loaded(torch.zeros(1, 3, 32, 32))
     except (AttributeError, KeyError, TypeError, ValueError) as error:

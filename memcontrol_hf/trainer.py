@@ -24,7 +24,7 @@ from .adapters import MaskedAdapters, merged
 from .checkpoints import check_parameters, check_whole, newest_whole
 from .data import EncodedImages, weights_digest
 from .demo import DEMO_PIPELINE
-from .encoders import Encoder, load_encoder
+from .encoders import Encoder, load_encoder, named_encoder
 from .evaluation import METRICS, Evaluator, check_objectives
 from .families import Condition, Family, family_of
 from .mitigations import PrivateTraining, parse_mitigations
@@ -68,8 +68,9 @@ class MemControlTrainer(Trainer):
         search_space ([`SearchSpace`], *optional*): blocks that a mask switches; the denoiser's attention blocks by
             default. [`~memcontrol_hf.families.Family.search_space`] can add the blocks of text encoders.
         mask (`dict[str, bool]`, *optional*): mask of the first fine-tune; every block is on by default.
-        encoder (`str` or `nn.Module`): image encoder of `fid` and `amd`; see
-            [`~memcontrol_hf.encoders.load_encoder`].
+        encoder (`str` or `nn.Module`, *optional*): image encoder of `fid` and `amd`; see
+            [`~memcontrol_hf.encoders.load_encoder`]. It can be left out for the demo's images, which the demo's
+            encoder judges then, and while neither `fid` nor `amd` is measured.
         callbacks (list of `TrainerCallback`, *optional*): callbacks, as in transformers.
 
     Raises:
@@ -86,7 +87,7 @@ class MemControlTrainer(Trainer):
         eval_dataset: Dataset,
         search_space: SearchSpace | None = None,
         mask: Mapping[str, bool] | None = None,
-        encoder: str | nn.Module = "demo",
+        encoder: str | nn.Module | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
         self.family = family_of(pipeline)
@@ -99,12 +100,15 @@ class MemControlTrainer(Trainer):
         self.peft_config = peft_config
         self.search_space = search_space or self.family.search_space()
         _check_one_dataset(train_dataset, eval_dataset)
-        images = train_dataset.images if isinstance(train_dataset, EncodedImages) else train_dataset
         for mitigation in self._mitigations.values():
-            mitigation.check(self.family, images, args, tunes_text=bool(self.search_space.text_encoders))
+            mitigation.check(
+                self.family, *_images_of(train_dataset), args, tunes_text=bool(self.search_space.text_encoders)
+            )
         self.adapters = MaskedAdapters(self.family, self.search_space, peft_config)
         self.mask = self.search_space.check(self.search_space.mask(True) if mask is None else mask)
-        self._encoder: str | nn.Module | Encoder = encoder
+        self._encoder: str | nn.Module | Encoder | None = encoder
+        if {"fid", "amd"} & {*args.objectives}:
+            self._encoder = named_encoder(encoder, *_images_of(train_dataset, eval_dataset))
         self._replaced: dict[str, Any] = {}  # values of the arguments before `apply_hyperparameters`
         self._encoded: dict[str, EncodedImages] = {}  # key: fingerprint of the images
         self._trial_rows: dict[tuple[int, float], EncodedImages] = {}  # key: seed and share
@@ -501,7 +505,8 @@ class MemControlTrainer(Trainer):
     def encoder(self) -> Encoder:
         """The image encoder, loaded when it is first needed."""
         if not isinstance(self._encoder, Encoder):
-            self._encoder = load_encoder(self._encoder, self.args.device)
+            named = named_encoder(self._encoder, *_images_of(self._full_train_dataset, self.eval_dataset))
+            self._encoder = load_encoder(named, self.args.device)
         return self._encoder
 
     # ---- screening ----
@@ -707,6 +712,12 @@ def _check_one_dataset(*datasets: Any) -> None:
                 f"training and validation images must each be one Dataset, but got a {type(dataset).__name__}: "
                 "measure further images with evaluate(dataset, metric_key_prefix=...)"
             )
+
+
+def _images_of(*datasets: Dataset | EncodedImages | None) -> list[Dataset]:
+    """The images of those that are given."""
+    given = [dataset for dataset in datasets if dataset is not None]
+    return [dataset.images if isinstance(dataset, EncodedImages) else dataset for dataset in given]
 
 
 def _published_name(pipeline: "DiffusionPipeline") -> str:

@@ -112,8 +112,19 @@ def validation_images() -> Dataset:
     return images_of(8, seed=2)
 
 
+AVERAGES = torch.nn.Sequential(torch.nn.AvgPool2d(RESOLUTION), torch.nn.Flatten())
+
+
 def tiny_trainer(
-    output_dir, pipeline=None, config=None, train=None, validation=None, mask=None, space=None, **arguments
+    output_dir,
+    pipeline=None,
+    config=None,
+    train=None,
+    validation=None,
+    mask=None,
+    space=None,
+    encoder=AVERAGES,
+    **arguments,
 ):
     """A trainer whose steps take milliseconds."""
     from memcontrol_hf import MemControlConfig, MemControlTrainer, MemControlTrainingArguments
@@ -139,7 +150,7 @@ def tiny_trainer(
         eval_dataset=validation or images_of(8, seed=2),
         search_space=space,
         mask=mask,
-        encoder=torch.nn.Sequential(torch.nn.AvgPool2d(RESOLUTION), torch.nn.Flatten()),
+        encoder=encoder,
     )
 
 

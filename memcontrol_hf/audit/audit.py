@@ -24,7 +24,7 @@ from datasets import Dataset
 from .. import metrics
 from ..adapters import adapter_in_place, load_adapter, unload_adapter
 from ..data import EncodedImages, weights_digest, without_captions
-from ..encoders import Encoder, encoder_name, load_encoder
+from ..encoders import Encoder, encoder_name, load_encoder, named_encoder
 from ..families import family_of
 from ..images import near_duplicates
 from ..randomness import Purpose, row_keys
@@ -47,7 +47,7 @@ def audit_memorization(
     adapter: str | Path | None = None,
     base_pipeline: "DiffusionPipeline | None" = None,
     generated: Dataset | None = None,
-    encoder: str | torch.nn.Module = "demo",
+    encoder: str | torch.nn.Module | None = None,
     clip_model: str | None = None,
     settings: AuditSettings | None = None,
     output_dir: str | Path | None = None,
@@ -70,8 +70,9 @@ def audit_memorization(
             Base of a whole fine-tuned pipeline, which is attacked as a control.
         generated (`Dataset`, *optional*):
             Generated images instead of a pipeline, column `image`. Only distances between images can be measured then.
-        encoder (`str` or `nn.Module`):
-            Image encoder of distances, copies and quality; see [`~memcontrol_hf.encoders.load_encoder`].
+        encoder (`str` or `nn.Module`, *optional*):
+            Image encoder of distances, copies and quality; see [`~memcontrol_hf.encoders.load_encoder`]. It can be
+            left out for the demo's images alone, which the demo's encoder judges then.
         clip_model (`str`, *optional*):
             Hub id or folder of the CLIP model of the CLIP score. Without it the CLIP score is not measured.
         settings ([`AuditSettings`], *optional*):
@@ -86,9 +87,9 @@ def audit_memorization(
         [`MemorizationReport`]: report with `audit`, which no gate has judged yet.
 
     Raises:
-        ValueError: for sets that are too small or overlap, and for neither or both of `pipeline` and `generated`;
-            before the long work, for an adapter that cannot be loaded whole or changes nothing, a CLIP model that
-            cannot be loaded, and a folder that cannot be written to.
+        ValueError: for sets that are too small or overlap, for neither or both of `pipeline` and `generated`, and for
+            images other than the demo's without an encoder; before the long work, for an adapter that cannot be loaded
+            whole or changes nothing, a CLIP model that cannot be loaded, and a folder that cannot be written to.
     """
     settings = settings or AuditSettings()
     if (pipeline is None) == (generated is None):
@@ -97,6 +98,7 @@ def audit_memorization(
         train, held_out = (without_captions(data) for data in (train, held_out))
     columns = ["image"] if pipeline is None else ["image", "text"]
     _check_columns({"train": train, "held_out": held_out}, columns)
+    encoder = named_encoder(encoder, train, held_out)
     if pipeline is not None:
         family_of(pipeline).check_resolution(settings.resolution)
     else:

@@ -37,6 +37,7 @@ def demo_trainer(
         eval_dataset=data["validation"],
         search_space=SearchSpace.from_model(pipeline.unet, blocks),
         mask=mask,
+        encoder="demo",
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
