@@ -55,3 +55,12 @@ def bootstrap_median(values: np.ndarray) -> dict[str, float]:
     drawn = bootstrap((values,), np.median, n_resamples=999, method="percentile", rng=0)
     low, high = drawn.confidence_interval
     return {"median": float(np.median(values)), "low": float(low), "high": float(high)}
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number (Holm, Scandinavian Journal of Statistics 1979, 6:65), in the same order."""
+    corrected, largest = [1.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        corrected[place] = largest
+    return corrected
