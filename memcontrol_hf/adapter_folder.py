@@ -38,8 +38,7 @@ def adapter_digests(folder: Path) -> dict[str, str]:
 
 def file_digest(file: Path) -> str:
     """The SHA-256 of a file."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def changed_files(folder: Path, digests: Mapping[str, str]) -> list[str]:
@@ -58,13 +57,18 @@ def check_plain_files(folder: Path) -> None:
     """Raise `ValueError` for a public file that is a link, or lies behind one: it may be any file of this machine."""
     for name in PUBLIC_FILES:
         place = folder / name
-        for linked in {place.parent, place} - {folder}:
-            if linked.is_symlink():
-                raise ValueError(f"{str(linked)!r} is a symbolic link, which a push does not follow: put a copy there")
+        for inside in {place.parent, place} - {folder}:
+            check_no_link(inside)
         if place.exists() and not place.is_file():
             raise ValueError(f"{str(place)!r} is no file: take it away")
         if place.exists() and place.stat().st_nlink > 1:
             raise ValueError(f"{str(place)!r} is a hard link, a second name of some file: put a copy there")
+
+
+def check_no_link(place: Path) -> None:
+    """Raise `ValueError` for a symbolic link: what it leads to is not uploaded."""
+    if place.is_symlink():
+        raise ValueError(f"{str(place)!r} is a symbolic link, which a push does not follow: put a copy there")
 
 
 def read_mask(source: str | Path) -> dict[str, bool]:

@@ -13,7 +13,7 @@ from datasets import DatasetDict
 from peft import LoraConfig, PeftConfig
 
 from .adapter_folder import CONFIG, read_mask
-from .audit import LEAST_IMAGES, AuditSettings, cannot_pass, least_images, write_split
+from .audit import LEAST_IMAGES, AuditSettings, cannot_pass, least_images
 from .checkpoints import newest_whole
 from .data import check_near_duplicates, images_digest, load_images, plant_canaries
 from .demo import demo_dataset
@@ -31,6 +31,7 @@ from .search import (
     check_prune_at,
     check_study,
     known_masks,
+    middle_rate,
     storage_address,
 )
 from .search.ray import check_ray
@@ -326,8 +327,6 @@ def make_trainer(args: ScriptArguments) -> tuple[MemControlTrainer, DatasetDict,
                 f"the {name} split has {count} different images, but the audit needs {least}: there will be no audit, "
                 "and the gate will fail"
             )
-    if not on_demo_data(args) and trainer.is_world_process_zero():
-        write_split(data, Path(args.output_dir))
     return trainer, data, rates, mask
 
 
@@ -373,7 +372,7 @@ def search_options(
 
 def fixed_rate(args: ScriptArguments, rates: tuple[float, float]) -> float:
     """The learning rate without a search: `--learning_rate`, or the geometric mean of the method's range."""
-    return args.learning_rate or (rates[0] * rates[1]) ** 0.5
+    return args.learning_rate or middle_rate(*rates)
 
 
 def checkpoint_to_resume(args: ScriptArguments) -> str | None:

@@ -13,37 +13,23 @@ Exit codes: 0 done, 2 wrong use, 1 an error.
 from pathlib import Path
 
 from .command_line import ERROR, WRONG_USE
-from .flag_parser import FlagParser
 from .flags import ScriptArguments
-from .progress import quiet_log
-from .train import exit_code
+from .train import exit_code, start
 
 FILE, PLOT = "screening.json", "screening.png"
 """What the command writes into the output folder."""
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
-    """Parse the flags, then screen. The libraries that compute are loaded after the flags, so that the help is quick.
-
-    Args:
-        argv (list of `str`, *optional*): arguments; those of the process by default.
-        prog (`str`, *optional*): name of the command in its help.
-
-    Raises:
-        SystemExit: with an exit code, after one line that says what is wrong.
-    """
-    args = FlagParser(__doc__, prog).script_arguments(argv)
-    with quiet_log():
-        import torch
-
-        torch.set_float32_matmul_precision("high")
-        run(args)
+    """Screen by the flags: see [`~memcontrol_hf.train.start`]."""
+    start(run, __doc__, argv, prog)
 
 
 def run(args: ScriptArguments) -> None:
     """Load, screen, write what was found, and print it."""
     from .from_flags import fixed_rate, make_trainer
     from .report.plots import plot_screening
+    from .report.report import aligned
 
     with exit_code(WRONG_USE, ValueError):
         trainer, _, rates, _ = make_trainer(args)
@@ -57,9 +43,7 @@ def run(args: ScriptArguments) -> None:
         return
     screening.to_json(folder / FILE)
     plot_screening(screening.to_dict(), folder / PLOT)
-    rows = screening.table()
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows))
+    print(aligned(screening.table()))
     print(f"\nmasks along the trade-off, by memcontrol_hf.Screening.from_json({str(folder / FILE)!r}).masks(4):")
     for mask in screening.masks(4):
         print("  " + ", ".join(name for name, on in mask.items() if on))

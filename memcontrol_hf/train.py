@@ -18,7 +18,7 @@ Exit codes: 0 done, 3 the gate refused the push, 2 wrong use, 1 an error.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from .adapter_folder import ADAPTER, CARD, PLOT, REPORT
 from .command_line import ERROR, GATE_FAILED, WRONG_USE
 from .flag_parser import FlagParser
-from .flags import ScriptArguments
+from .flags import ScriptArguments, on_demo_data
 from .progress import quiet_log
 
 if TYPE_CHECKING:
@@ -34,17 +34,25 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
+    """Train by the flags: see [`start`]."""
+    start(run, __doc__, argv, prog)
+
+
+def start(
+    run: Callable[[ScriptArguments], None], description: str, argv: list[str] | None = None, prog: str | None = None
+) -> None:
     """Parse the flags, then run. The libraries that compute are loaded after the flags, so that the help is quick.
 
     Args:
+        run (`Callable`): what the command does with its flags.
+        description (`str`): text of the help above the flags.
         argv (list of `str`, *optional*): arguments; those of the process by default.
         prog (`str`, *optional*): name of the command in its help.
 
     Raises:
         SystemExit: with an exit code, after one line that says what is wrong.
     """
-    args = FlagParser(__doc__, prog).script_arguments(argv)
-
+    args = FlagParser(description, prog).script_arguments(argv)
     with quiet_log():
         import torch
 
@@ -55,6 +63,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
 def run(args: ScriptArguments) -> None:
     """Load, search, choose, fine-tune, save, audit, render the card, push."""
     from . import workflow
+    from .audit import write_split
     from .from_flags import (
         audit_settings,
         checkpoint_to_resume,
@@ -72,6 +81,8 @@ def run(args: ScriptArguments) -> None:
             print(dry_run(args))
             return
         trainer, data, rates, mask = make_trainer(args)
+        if not on_demo_data(args) and trainer.is_world_process_zero():
+            write_split(data, Path(args.output_dir))
 
     if args.n_trials:
         kept = public_address(args.storage) if args.storage else args.output_dir
@@ -103,9 +114,8 @@ def run(args: ScriptArguments) -> None:
 
 def last_words(report: "MemorizationReport", folder: Path) -> str:
     """The end of what is printed: the verdict, where things are, and what to do next."""
-    gate = report.gate or {"passed": False, "failures": []}
-    failures = gate["failures"]
-    if gate["passed"]:
+    failures = report.gate["failures"]
+    if report.gate["passed"]:
         verdict, following = "passed", f"memcontrol push {folder} --hub_model_id YOUR_NAME/YOUR_ADAPTER"
     elif report.audit is None:
         verdict = "FAILED, since the adapter could not be attacked"
@@ -116,7 +126,7 @@ def last_words(report: "MemorizationReport", folder: Path) -> str:
     places = {"adapter": ADAPTER, "card": CARD, "report": REPORT, "plot": PLOT, "search": "study.journal"}
     lines = [f"{name}: {folder / file}" for name, file in places.items() if (folder / file).exists()]
     lines += [f"to look through, on this machine only: {file}" for file in folder.glob("private/*.html")]
-    if not gate["passed"]:
+    if not report.gate["passed"]:
         lines += [f"to push nevertheless: memcontrol push {folder} --allow_failed_gate"]
     return "\n".join([f"verdict: {verdict}", *lines, f"next: {following}"])
 

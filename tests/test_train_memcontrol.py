@@ -312,7 +312,8 @@ def test_a_control_that_diverges_costs_nothing_else(script, assets, finished, tm
 def test_other_images_are_another_study(script, assets, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(workflow, "fine_tune_and_measure", lambda *_: {})
     for call in ("save", "audit", "write_card"):
-        monkeypatch.setattr(workflow, call, lambda *_, **__: MemorizationReport())
+        gate = {"passed": False, "limits": {}, "failures": []}
+        monkeypatch.setattr(workflow, call, lambda *_, gate=gate, **__: MemorizationReport(gate=gate))
     images = tmp_path / "images"
     shutil.copytree(assets / "images", images)
     arguments = flags(assets, tmp_path / "out", train_data_dir=images, n_trials=1)

@@ -30,6 +30,7 @@ from ..adapter_folder import (
     REPORT,
     adapter_parts,
     changed_files,
+    check_no_link,
     check_plain_files,
     read_mask,
 )
@@ -137,10 +138,7 @@ def mask_content(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     for name in (MASK, REPORT):
-        if (folder / name).is_symlink():
-            raise ValueError(
-                f"{str(folder / name)!r} is a symbolic link, which a push does not follow: put a copy there"
-            )
+        check_no_link(folder / name)
     if (folder / MASK).is_file():
         content = json.loads((folder / MASK).read_text(encoding="utf-8"))
         read_mask(folder)

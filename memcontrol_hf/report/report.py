@@ -230,11 +230,11 @@ class MemorizationReport:
         """What was measured, to print: aligned tables, the guarantee, the canaries and the verdict."""
         parts = []
         if self.figures:
-            parts.append(_aligned(self.table()))
+            parts.append(aligned(self.table()))
         if privacy := self.privacy():
             parts.append(privacy)
         if self.audit is not None:
-            parts.append(_aligned(self.audit_table()))
+            parts.append(aligned(self.audit_table()))
             canaries = self.audit["canaries"]
             found = ", ".join(f"{name} {n['caught']} of {n['of']}" for name, n in canaries["caught"].items())
             parts.append(
@@ -253,7 +253,8 @@ def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 
-def _aligned(rows: list[list[str]]) -> str:
+def aligned(rows: list[list[str]]) -> str:
+    """Rows of text in aligned columns, with a line below the head, which is the first row."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

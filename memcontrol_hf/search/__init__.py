@@ -19,7 +19,7 @@ from .front import (
     select_run,
 )
 from .loop import run_search
-from .sampler import SAMPLERS, SeededSampler, check_sampler, known_masks
+from .sampler import SAMPLERS, SeededSampler, check_sampler, known_masks, middle_rate
 from .screened import kept_screening
 from .settings import SearchSettings, check_budget, check_n_trials, check_prune_at
 from .storage import check_study, open_storage, public_address, storage_address
@@ -45,6 +45,7 @@ __all__ = [
     "is_frozen_base",
     "kept_screening",
     "known_masks",
+    "middle_rate",
     "open_storage",
     "pareto_front",
     "public_address",

@@ -1,7 +1,7 @@
 """Which hyperparameters the next trial gets: known ones first, then those that a sampler draws."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,13 +88,19 @@ def mask_and_rate(space: SearchSpace, low: float, high: float) -> HpSpace:
     return suggest
 
 
+def middle_rate(low: float, high: float) -> float:
+    """The geometric mean of a range of learning rates: the rate of a screening, and of trials that are known."""
+    return math.sqrt(low * high)
+
+
+def known_trials(masks: Iterable[Mapping[str, bool]], low: float, high: float) -> list[dict[str, Any]]:
+    """Parameters of the trials of some masks at the [`middle_rate`], which is none where the rate is fixed."""
+    rate = {} if low == high else {"learning_rate": middle_rate(low, high)}
+    return [{f"mask.{name}": on for name, on in mask.items()} | rate for mask in masks]
+
+
 def known_masks(
     space: SearchSpace, low: float, high: float, masks: Sequence[Mapping[str, bool]] = ()
 ) -> list[dict[str, Any]]:
-    """Parameters of the trials with all blocks on, with all blocks off, and with the masks that are given.
-
-    The learning rate is the geometric mean of `low` and `high`.
-    """
-    rate = {} if low == high else {"learning_rate": math.sqrt(low * high)}
-    all_masks = [space.mask(True), space.mask(False), *(space.check(mask) for mask in masks)]
-    return [{f"mask.{name}": on for name, on in mask.items()} | rate for mask in all_masks]
+    """[`known_trials`] with all blocks on, with all blocks off, and with the masks that are given."""
+    return known_trials([space.mask(True), space.mask(False), *map(space.check, masks)], low, high)

@@ -1,7 +1,6 @@
 """The screening of a study: one worker makes it before the first trial, and all of them try its masks first."""
 
 import logging
-import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from ..screening import Screening
 from .claims import SCREENING, Claim
 from .processes import from_first
 from .protocol import HpSpace, SearchableTrainer
+from .sampler import known_trials, middle_rate
 from .settings import SearchSettings
 from .study import SharedStudy
 from .worker import is_alive
@@ -49,11 +49,6 @@ def is_to_be_screened(trainer: SearchableTrainer, settings: SearchSettings, hp_s
     if settings.screen is None and helpful and obstacle:
         logger.info(f"the search begins without a screening: {obstacle}")
     return obstacle is None and (bool(settings.screen) or helpful)
-
-
-def screening_rate(low: float, high: float) -> float:
-    """The learning rate of a screening and of its masks: the geometric mean of the range."""
-    return math.sqrt(low * high)
 
 
 def screening_of_study(
@@ -120,7 +115,7 @@ def _failed(kept: Mapping[str, Any] | None) -> bool:
 
 def _make(trainer: SearchableTrainer, settings: SearchSettings) -> dict[str, Any]:
     """The screening as the study keeps it; a screening that diverges is kept as a failure, and is not made again."""
-    rate = screening_rate(*settings.learning_rate_range)
+    rate = middle_rate(*settings.learning_rate_range)
     started = time.perf_counter()
     try:
         screening = trainer.screen(settings.screen_steps, learning_rate=rate)
@@ -141,5 +136,4 @@ def screened_trials(screening: Screening | None, low: float, high: float) -> lis
         return []
     masks = screening.masks(SCREENED_MASKS)
     order = sorted(range(len(masks)), key=lambda place: abs(place - (len(masks) - 1) / 2))
-    rate = {} if low == high else {"learning_rate": screening_rate(low, high)}
-    return [{f"mask.{name}": on for name, on in masks[place].items()} | rate for place in order]
+    return known_trials([masks[place] for place in order], low, high)
