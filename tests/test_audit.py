@@ -22,6 +22,7 @@ from memcontrol_hf import (
 )
 from memcontrol_hf.adapters import adapter_in_place, load_adapter
 from memcontrol_hf.audit import AuditSettings, cannot_pass, caption_markers, least_images, write_split
+from memcontrol_hf.audit.attacks import Attacked, _compare_trajectories
 from memcontrol_hf.cli import main
 from memcontrol_hf.data import load_image_folder, weights_digest
 from memcontrol_hf.flags import ScriptArguments, public_flags, settings
@@ -119,6 +120,16 @@ def test_a_memorizing_fine_tune_is_caught_and_its_base_is_not(tmp_path):
     assert report.audit["images"]["train_near_duplicates"] == 0
     assert not report.judge(load_gate())
     assert any("membership_auc_loss" in failure for failure in report.gate["failures"])
+
+
+def test_captions_that_steer_less_than_others_are_caught_as_well_as_those_that_steer_harder():
+    result, others = Attacked({}, {}, [], {}), torch.linspace(1, 2, 100)
+    _compare_trajectories(result, torch.tensor([0.5, 1.5, 2.5]), others, rows=[4, 7, 9], repeated={4})
+    assert result.caught == {
+        "trajectory_norm": ({9}, {4, 7, 9}),
+        "trajectory_norm_low": ({4}, {4, 7, 9}),
+    }
+    assert result.figures["trajectory_norm_auc_canaries"].value == 0, "the AUC keeps its side"
 
 
 def test_figures_do_not_depend_on_the_batch_size():

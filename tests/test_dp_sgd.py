@@ -113,6 +113,17 @@ def test_the_noise_has_the_size_that_the_accountant_reckons_with(trainer):
     assert not torch.equal(step(trainer, other, [{}]) * 4, noise)
 
 
+def test_rows_and_noise_depend_on_every_bit_of_the_key(trainer):
+    gradients = private(trainer, 3.0)
+    found = set()
+    for bit in range(128):
+        gradients.key = 1 << bit
+        found.add((gradients._draws(0, 0).random(), gradients._draws(1, 0).random(), gradients._draws(1, 1).random()))
+    assert len({draw for draws in found for draw in draws}) == 3 * 128
+    halves = gradients._draws(1, 0).bit_generator.state["state"]["key"].tolist()
+    assert halves == [0, 1 << 63], "no digest, of which fewer bits might count"
+
+
 def test_rows_are_drawn_independently_at_the_sampling_rate():
     gradients = PrivateGradients(DPSGD(delta=1e-3), rows=50, batch_size=10, parts=3, steps=400)
     gradients.key = 1

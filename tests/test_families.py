@@ -105,6 +105,17 @@ def test_every_family_with_every_tuner(tmp_path, name, tuner):
     assert scores.shape == (2,) and torch.isfinite(scores).all() and (scores < 0).all()
 
 
+def test_difffit_trains_the_class_embedding_of_dit(tmp_path):
+    trainer = family_trainer(tmp_path, "dit", config=TUNERS["difffit"])
+    classes = {name: p for name, p in adapter_of(trainer.model).items() if "class_embedder" in name}
+    assert len(classes) == 2, "one in each block"
+    row = trainer.family.labels(["aaa"])[0]
+    trainer.train()
+    for name, after in adapter_of(trainer.model).items():
+        if name in classes:
+            assert not torch.equal(after[row], classes[name][row])
+
+
 @pytest.mark.parametrize("name", PIPELINES)
 def test_the_all_off_mask_is_the_base_exactly(tmp_path, name):
     trainer = family_trainer(tmp_path, name, mask={})

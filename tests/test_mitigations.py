@@ -11,8 +11,9 @@ from conftest import adapter_of, images_of, tiny_trainer, tiny_unet
 from safetensors.torch import load_file
 from test_train_memcontrol import assets, flags, script  # noqa: F401  (fixtures)
 from test_trainer import equal
+from transformers import TrainerCallback
 
-from memcontrol_hf import MemControlTrainingArguments, MemorizationReport, SearchSpace
+from memcontrol_hf import MemControlConfig, MemControlTrainingArguments, MemorizationReport, SearchSpace
 from memcontrol_hf.flags import ScriptArguments, settings
 from memcontrol_hf.metrics import steering_norms
 from memcontrol_hf.mitigations import MITIGATIONS, EarlyStopCallback, parse_mitigations
@@ -204,6 +205,25 @@ def test_samples_above_a_fixed_norm_give_no_gradient(tmp_path):
 def test_a_batch_above_the_norm_gives_no_gradient_at_all(tmp_path):
     trainer = tiny_trainer(tmp_path, mitigations=["threshold:1e-9"])
     assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients(trainer, batch_of(trainer)).values())
+
+
+def test_a_step_whose_rows_are_all_left_out_changes_nothing(tmp_path):
+    """Not even by the momentum of earlier steps and by weight decay."""
+    decay = {"weight_decay": 0.5, "learning_rate": 0.1}
+    trainer = tiny_trainer(tmp_path, config=MemControlConfig(method="weights"), mitigations=["threshold:1e9"], **decay)
+    states = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            states.append(adapter_of(model))
+            if state.global_step == 3:
+                trainer._mitigations["threshold"].value = 1e-9
+
+    trainer.add_callback(Watch)
+    trainer.train()
+    assert len(states) == 6 and all(not torch.equal(states[1][name], states[2][name]) for name in states[0])
+    for later in states[3:]:
+        equal(later, states[2], atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(("q", "count"), [(0.9, 1), (0.5, 4), (0.01, 7)])

@@ -212,7 +212,10 @@ def _extraction(
 def _compare_trajectories(
     result: Attacked, norms: torch.Tensor, other_norms: torch.Tensor, rows: list[int], repeated: set[int]
 ) -> None:
-    """Add to `result` whether training captions, and canaries' captions, steer harder than held-out captions.
+    """Add to `result` whether training captions, and canaries' captions, steer harder or less than held-out captions.
+
+    A caption whose image is memorized can lie on either side: `trajectory_norm` catches the largest norms, and
+    `trajectory_norm_low` the smallest.
 
     Args:
         result ([`Attacked`]): results so far, which are changed.
@@ -223,8 +226,9 @@ def _compare_trajectories(
     """
     outcome = metrics.membership(norms, other_norms)
     result.figures["trajectory_norm_auc"] = Figure(outcome.auc, *outcome.interval)
-    limit = torch.quantile(other_norms, 1 - FALSE_ALARMS)
-    result.caught["trajectory_norm"] = ({row for row, norm in zip(rows, norms) if norm > limit}, set(rows))
+    low, high = torch.quantile(other_norms, torch.tensor([FALSE_ALARMS, 1 - FALSE_ALARMS]).to(other_norms))
+    result.caught["trajectory_norm"] = ({row for row, norm in zip(rows, norms) if norm > high}, set(rows))
+    result.caught["trajectory_norm_low"] = ({row for row, norm in zip(rows, norms) if norm < low}, set(rows))
     canary_norms = [norm for row, norm in zip(rows, norms.tolist()) if row in repeated]
     if canary_norms:
         outcome = metrics.membership(torch.tensor(canary_norms), other_norms)

@@ -10,8 +10,10 @@ class StableDiffusionXLFamily(Family):
 
     The training follows diffusers' `train_text_to_image_sdxl.py`: timesteps are drawn uniformly, and all losses weigh
     alike unless min-SNR weighting is asked for. The time ids describe an image that was neither resized nor cropped,
-    as the pipeline samples by default. The null condition is the pipeline's own: zeros with
-    `force_zeros_for_empty_prompt`, else the empty caption.
+    as the pipeline samples by default. That script gives each image's own size and crop instead, which are left out
+    here on purpose: the size of a scan is nearly unique, so that a model could learn it as the key to a single image,
+    and the adapter would be tuned at sizes at which the pipeline does not sample. The null condition is the pipeline's
+    own: zeros with `force_zeros_for_empty_prompt`, else the empty caption.
     """
 
     pipeline_classes = ("StableDiffusionXLPipeline",)

@@ -63,6 +63,10 @@ class RandomWordAddition(Mitigation):
     Each token is put before, between or after the words of the caption. When the caption already fills the text
     encoder, the added tokens push its last words out.
 
+    The variant is the one that the paper's authors use in sampling, with 4 tokens (`rand_word_add` in
+    `sd_mitigation.py` of github.com/somepago/DCR), applied here to every caption that training reads. In training, the
+    authors change only a share of the captions, 10 % by default (`--trainspecial_prob` of their `diff_train.py`).
+
     - Cost: no forward pass of the denoiser, but one of the text encoder at each step.
     - Against: a caption that becomes the key to its image.
     - Not against: repeated images, and attacks that need no caption.

@@ -11,12 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.utils._pytree import tree_map
 
-from ..randomness import seeded_generator
 from ..tuners import MemControlLayer
 from .base import Mitigation
 
@@ -157,9 +157,15 @@ class PrivateGradients:
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.steps):
-            draws = torch.rand(self.rows, generator=seeded_generator(self.key, _ROWS, step), dtype=torch.float64)
-            drawn = (draws < self.sample_rate).nonzero().flatten()
-            yield from (part.tolist() for part in drawn.tensor_split(self.parts))
+            drawn = np.flatnonzero(self._draws(_ROWS, step).random(self.rows) < self.sample_rate)
+            yield from (part.tolist() for part in np.array_split(drawn, self.parts))
+
+    def _draws(self, purpose: int, step: int) -> np.random.Generator:
+        """The generator of the rows or of the noise of a step. It depends on all 128 bits of the key.
+
+        A generator of PyTorch on the CPU is seeded with 32 bits, so that its noise could be found by trying all seeds.
+        """
+        return np.random.Generator(np.random.Philox(key=self.key, counter=[0, 0, step, purpose]))
 
     # ---- the gradients ----
 
@@ -169,15 +175,14 @@ class PrivateGradients:
 
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.before = {name: p.detach().clone() for name, p in self.parameters.items()}
-        # Only the clipping, noise and accounting of Opacus are used: the Trainer's own optimizer makes the step.
+        # Only the clipping and accounting of Opacus are used: its noise has the generators of PyTorch, see `_draws`,
+        # and the Trainer's own optimizer makes the step.
         self.optimizer = DPOptimizer(
             torch.optim.SGD(self.parameters.values(), lr=1.0),
-            noise_multiplier=self.noise_multiplier,
+            noise_multiplier=0.0,
             max_grad_norm=self.max_grad_norm,
             expected_batch_size=self.batch_size,
-            generator=torch.Generator(next(iter(self.parameters.values())).device),
         )
-        self.optimizer.attach_step_hook(self.accountant.get_optimizer_hook_fn(self.sample_rate))
 
     def backward(
         self, model: nn.Module, loss_function: Callable, batch: dict[str, Any], step: int, last: bool
@@ -207,8 +212,12 @@ class PrivateGradients:
         for name, parameter in self.parameters.items():
             parameter.grad_sample = gradients[name]
         self.optimizer.signal_skip_step(not last)
-        self.optimizer.generator.manual_seed(seeded_generator(self.key, _NOISE, step).initial_seed())
-        self.optimizer.pre_step()
+        if self.optimizer.pre_step():  # False while further batches of this step follow
+            draws, deviation = self._draws(_NOISE, step), self.noise_multiplier * self.max_grad_norm / self.batch_size
+            for parameter in self.parameters.values():
+                noise = draws.standard_normal(parameter.shape, dtype=np.float32)
+                parameter.grad += deviation * torch.from_numpy(noise).to(parameter.grad)
+            self.accountant.step(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate)
         for parameter in self.parameters.values():
             parameter.grad_sample = None  # frees memory: one gradient for each row
         return losses.sum() / self.batch_size

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from transformers import TrainerCallback
 
 from ..families import Family, null_like
 from ..metrics import steering_norms
@@ -21,7 +22,8 @@ class Threshold(Mitigation):
 
     A row of a batch is left out when its `||ε(x_t, t, c) − ε(x_t, t, ∅)||₂` is above `value`, or above the quantile
     `q` of the batch. A row that is left out counts as a loss of 0, so the weight of the other rows does not change. A
-    fixed value therefore works the same at every batch size. A quantile depends on the other rows in the batch of the
+    fixed value therefore works the same at every batch size. A step of which every row is left out changes nothing:
+    neither momentum nor weight decay moves the parameters. A quantile depends on the other rows in the batch of the
     same device: it leaves out at least the row with the largest norm (unless there are ties), so one of four rows at
     batch size 4, and none at batch size 1.
 
@@ -67,6 +69,18 @@ class Threshold(Mitigation):
         self.dropped = self.dropped + drop.sum()
         return torch.where(drop, 0.0, losses)
 
+    def callback(self, evaluate):
+        return SkipEmptySteps()
+
     def counts(self) -> dict[str, int | torch.Tensor]:
         dropped, self.dropped = self.dropped, 0
         return {"dropped_samples": dropped}
+
+
+class SkipEmptySteps(TrainerCallback):
+    """Skips the optimizer's step where no row has counted, which would still apply momentum and weight decay."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        unscaled = not args.fp16 or args.max_grad_norm  # a gradient scaler that has seen no gradient refuses the step
+        if unscaled and not any(p.grad.any() for p in model.parameters() if p.grad is not None):
+            optimizer.zero_grad(set_to_none=True)  # an optimizer leaves parameters without a gradient alone

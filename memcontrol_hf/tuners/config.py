@@ -24,7 +24,7 @@ class MemControlConfig(PeftConfig):
     | method | what is trained in each target module | target modules |
     |---|---|---|
     | `svdiff` | a shift of the singular values of the weight ([SV-DIFF](https://huggingface.co/papers/2303.11305)) | `Linear`, `Conv1d`, `Conv2d` |
-    | `difffit` | output scales, biases and norms ([DiffFit](https://huggingface.co/papers/2304.06648)) | `scale_modules`, norms, layers with a bias |
+    | `difffit` | output scales, biases, norms and class embeddings ([DiffFit](https://huggingface.co/papers/2304.06648)) | `scale_modules`, norms, class embeddings, layers with a bias |
     | `weights` | the weight and the bias | `Linear`, `Conv1d`, `Conv2d`, `Embedding`, norms |
     | `norm` | the weight and the bias | `GroupNorm`, `LayerNorm`, RMSNorms |
     | `bias` | the bias | layers with a bias |

@@ -12,9 +12,12 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import METHODS, MemControlConfig
 
+CLASS_EMBEDDINGS = ("class_embedder.embedding_table", "class_embedding")
+"""Ends of the names of the class embeddings in diffusers' denoisers, which DiffFit trains as a whole."""
+
 TUNABLE_TYPES = {
     "svdiff": "Linear, Conv1d and Conv2d",
-    "difffit": "norms, layers with a bias and the Linear modules that scale_modules names",
+    "difffit": "norms, class embeddings, layers with a bias and the Linear modules that scale_modules names",
     "weights": "Linear, Conv1d, Conv2d, Embedding and norms",
     "norm": "GroupNorm, LayerNorm and RMSNorm",
     "bias": "layers with a bias",
@@ -55,7 +58,7 @@ def tuned_tensors(module: nn.Module, method: str, name: str, scale_modules: Sequ
         return own if is_norm else ()
     if method == "bias":
         return biases
-    if is_norm:
+    if is_norm or (isinstance(module, nn.Embedding) and name.endswith(CLASS_EMBEDDINGS)):
         return own
     ends = tuple(f".{end}" for end in scale_modules)
     scaled = isinstance(module, nn.Linear) and is_linear_map and f".{name}".endswith(ends)

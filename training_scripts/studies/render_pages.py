@@ -13,6 +13,7 @@ import audit_controls
 import benchmark_attacks
 import benchmark_workers
 import compare_mitigations
+import copy_detection
 import paper_table.page
 import screened_replay
 import screening_predicts
@@ -29,6 +30,7 @@ PAGES: dict[str, Callable[[dict], str]] = {
     "results/screening_demo": screening_predicts.render,
     "results/screening_elpv": screening_predicts.render,
     "results/screened_replay": screened_replay.render,
+    "results/copy_detection": copy_detection.render,
 }
 
 

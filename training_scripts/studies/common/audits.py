@@ -23,12 +23,20 @@ def audit_trainer(
         ).audit
 
 
+LATER_ATTACKS = {"trajectory_norm_low"}
+"""Attacks of the audit that the committed tables were made without."""
+
+
 def canaries_caught(audit: dict[str, Any]) -> dict[str, int]:
     """The columns `canaries_<attack>`: how many of the repeated training images each attack caught."""
-    return {f"canaries_{name}": counts["caught"] for name, counts in audit["canaries"]["caught"].items()}
+    return {f"canaries_{name}": counts["caught"] for name, counts in _caught(audit).items()}
 
 
 def best_attack(audit: dict[str, Any]) -> float:
     """The percentage of its canaries that the best attack of an audit caught; NaN without canaries."""
-    shares = [100 * counts["caught"] / counts["of"] for counts in audit["canaries"]["caught"].values() if counts["of"]]
+    shares = [100 * counts["caught"] / counts["of"] for counts in _caught(audit).values() if counts["of"]]
     return max(shares, default=float("nan"))
+
+
+def _caught(audit: dict[str, Any]) -> dict[str, dict[str, int]]:
+    return {name: counts for name, counts in audit["canaries"]["caught"].items() if name not in LATER_ATTACKS}
