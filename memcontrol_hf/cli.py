@@ -4,6 +4,7 @@ Each command imports what it needs when it runs, so that a card is rendered with
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +108,15 @@ def _add_audit(commands: argparse._SubParsersAction) -> None:
         "--caption_column",
         default="text",
         help="captions in the folders' metadata.jsonl; '' for images without captions",
+    )
+    images.add_argument(
+        "--fit",
+        choices=("crop", "pad"),
+        default="crop",
+        help="how images become square, as in training: the ends cut away, or between bars",
+    )
+    images.add_argument(
+        "--background", default="white", help="colour of the bars, and under what is transparent: a name or #rrggbb"
     )
     images.add_argument(
         "--near_duplicates",
@@ -291,10 +301,14 @@ def _attack(args: argparse.Namespace) -> "MemorizationReport":
     import torch
 
     from .audit import AuditSettings, audit_memorization
+    from .data import warn_of_crops
     from .families import family_of, load_pipeline
+    from .images import Framing
 
+    framing = Framing(args.fit, args.background)
     captions = (args.caption_column or None) if args.pipeline else None
     train, held_out = (_images(getattr(args, name), name, captions) for name in ("train", "held_out"))
+    warn_of_crops(train, framing, "training")
     generated = None if args.generated is None else _images(args.generated, "generated", None)
     device = torch.device(args.device) if args.device else torch.accelerator.current_accelerator() or "cpu"
     pipeline = args.pipeline and load_pipeline(args.pipeline, args.revision).to(device)
@@ -315,7 +329,8 @@ def _attack(args: argparse.Namespace) -> "MemorizationReport":
         settings=AuditSettings(resolution=resolution, **amounts),
         output_dir=args.output_dir,
     )
-    report.command = " ".join(["memcontrol audit", *(f"--{name} {value}" for name, value in amounts.items())])
+    words = [word for name, value in amounts.items() for word in (f"--{name}", str(value))]
+    report.command = f"memcontrol audit {shlex.join(words)}"
     return report
 
 

@@ -130,6 +130,19 @@ class ScriptArguments:
         study=True,
         publish="placeholder",
     )
+    fit: Literal["crop", "pad"] = _flag(
+        "crop",
+        "How images that are not square become square. crop: the ends of the longer side are cut away. pad: the whole "
+        "image is kept, between bars in the colour of --background, for images whose edges matter, such as scans.",
+        study=True,
+        publish="yes",
+    )
+    background: str = _flag(
+        "white",
+        "Colour of the bars of --fit pad, and under what is transparent: a name or #rrggbb.",
+        study=True,
+        publish="yes",
+    )
     canaries: int = _flag(
         0,
         "Number of training images to repeat, which shows whether the audit's attacks find them.",
@@ -386,6 +399,11 @@ SEEN_LATER = ("images", "world_size")
 """Settings of a study that are not flags, and not known before the images are read."""
 
 
+YOUNGER = {"fit": "crop", "background": "white"}
+"""Flags that are younger than some studies, each with the value that those studies were made with. A study does not
+name this value, so that a study of before can be gone on with."""
+
+
 def settings(args: ScriptArguments) -> dict[str, Any]:
     """The flags that a study depends on: going on with another value is refused."""
 
@@ -394,6 +412,7 @@ def settings(args: ScriptArguments) -> dict[str, Any]:
         return study is True or (isinstance(study, str) and bool(getattr(args, study)))
 
     values = {flag.name: without_place(getattr(args, flag.name)) for flag in fields(args) if counts(flag)}
+    values = {name: value for name, value in values.items() if YOUNGER.get(name, object) != value}
     values["mitigation"] = sorted(args.mitigation)  # they apply in one order, however they are given
     return {name: value for name, value in values.items() if value is not None and value is not False and value != []}
 

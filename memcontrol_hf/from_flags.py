@@ -22,6 +22,7 @@ from .encoders import NEEDS_ENCODER, encoder_name, load_encoder
 from .evaluation import check_objectives
 from .families import DTYPES, QUANTIZATIONS, family_of, load_pipeline
 from .flags import SEEN_LATER, ScriptArguments, on_demo_data, public_datasets, public_flags, settings
+from .images import Framing
 from .mitigations import parse_mitigations
 from .publish.hub import check_login
 from .report import DEFAULT_GATE, load_gate
@@ -176,6 +177,8 @@ def audit_settings(args: ScriptArguments) -> AuditSettings:
     """The settings of the audit."""
     return AuditSettings(
         resolution=args.resolution,
+        fit=args.fit,
+        background=args.background,
         num_prompts=args.audit_num_prompts,
         images_per_prompt=args.audit_images_per_prompt,
         num_quality_images=args.eval_num_images,
@@ -213,7 +216,7 @@ def load(args: ScriptArguments) -> tuple[Any, DatasetDict]:
         )
     counts = ", ".join(f"{len(images)} {name}" for name, images in data.items())
     logger.info(f"{type(pipeline).__name__} {model_name(args)}; images: {counts}")
-    check_near_duplicates(data, args.near_duplicates)
+    check_near_duplicates(data, args.near_duplicates, Framing(args.fit, args.background))
     data["train"] = plant_canaries(data["train"], args.canaries, args.canary_repeats, args.seed)
     return pipeline, data
 
@@ -238,6 +241,8 @@ def training_arguments(args: ScriptArguments) -> MemControlTrainingArguments:
         "output_dir": args.output_dir,
         "run_name": f"{args.study_name}-final",
         "resolution": args.resolution,
+        "fit": args.fit,
+        "background": args.background,
         "per_device_train_batch_size": args.train_batch_size,
         "per_device_eval_batch_size": args.eval_batch_size,
         "max_steps": args.max_train_steps,

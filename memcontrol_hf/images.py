@@ -3,22 +3,62 @@
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image as PILImage
-from PIL import ImageOps
+from PIL import ImageColor, ImageOps
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def thumbnails(images: "Dataset", rows: Sequence[int]) -> torch.Tensor:
+@dataclass(frozen=True)
+class Framing:
+    """How an image becomes a square with three channels.
+
+    Args:
+        fit (`str`):
+            `"crop"`: the shorter side fills the square, and the ends of the longer side are cut away, as the usual
+            base models were trained. `"pad"`: the whole image is kept, between two bars.
+        background (`str`):
+            Colour of the bars, and under what is transparent: a name or `#rrggbb`, as `PIL.ImageColor` reads it.
+
+    Raises:
+        ValueError: for another `fit`, and for a colour that Pillow does not know.
+    """
+
+    fit: str = "crop"
+    background: str = "white"
+
+    def __post_init__(self) -> None:
+        if self.fit not in ("crop", "pad"):
+            raise ValueError(f"fit must be crop or pad, but is {self.fit!r}")
+        try:
+            ImageColor.getrgb(self.background)
+        except (AttributeError, ValueError):
+            raise ValueError(
+                f"background must be a colour such as white, black or #808080, but is {self.background!r}"
+            ) from None
+
+    def square(self, image: PILImage.Image, side: int) -> PILImage.Image:
+        """The image as a square of RGB."""
+        rgb, size = to_rgb(image, self.background), (side, side)
+        if self.fit == "crop":
+            return ImageOps.fit(rgb, size, PILImage.Resampling.LANCZOS)
+        return ImageOps.pad(rgb, size, PILImage.Resampling.LANCZOS, color=ImageColor.getrgb(self.background)[:3])
+
+
+DEFAULT_FRAMING = Framing()
+
+
+def thumbnails(images: "Dataset", rows: Sequence[int], framing: Framing = DEFAULT_FRAMING) -> torch.Tensor:
     """Some rows of the column `image` at 32 x 32 pixels: `[len(rows), 3, 32, 32]` in [0, 1]."""
     parts = [list(rows[i : i + 256]) for i in range(0, len(rows), 256)]
-    return torch.cat([to_pixels(images[part]["image"], 32) for part in parts])
+    return torch.cat([to_pixels(images[part]["image"], 32, framing) for part in parts])
 
 
 DIGEST_VERSION = 2
@@ -33,25 +73,22 @@ def pixel_digest(image: PILImage.Image) -> str:
     return hashlib.blake2b(repr(image.size).encode() + to_rgb(image).tobytes(), digest_size=16).hexdigest()
 
 
-def to_rgb(image: PILImage.Image) -> PILImage.Image:
+def to_rgb(image: PILImage.Image, background: str = "white") -> PILImage.Image:
     """An image with three channels of 8 bits. Of 16 bits the upper 8 are taken, where Pillow would clip.
 
-    What is transparent lies over white, where Pillow would show the colour beneath, which is often black.
+    What is transparent lies over the background, where Pillow would show the colour beneath, which is often black.
     """
     if image.mode.startswith("I;16"):
         image = PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
-        white = PILImage.new("RGBA", image.size, "white")
-        return PILImage.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        beneath = PILImage.new("RGBA", image.size, ImageColor.getrgb(background)[:3])
+        return PILImage.alpha_composite(beneath, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
 
 
-def to_pixels(images: Sequence[PILImage.Image], resolution: int) -> torch.Tensor:
-    """PIL images -> `[N, 3, resolution, resolution]` in [0, 1]: RGB, shorter side resized, centre cropped."""
-    arrays = [
-        np.asarray(ImageOps.fit(to_rgb(image), (resolution, resolution), PILImage.Resampling.LANCZOS))
-        for image in images
-    ]
+def to_pixels(images: Sequence[PILImage.Image], resolution: int, framing: Framing = DEFAULT_FRAMING) -> torch.Tensor:
+    """PIL images -> `[N, 3, resolution, resolution]` in [0, 1]: RGB squares, by default cropped."""
+    arrays = [np.asarray(framing.square(image, resolution)) for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
 
 

@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, BestRun, Predictio
 from .adapter_folder import REPORT
 from .adapters import MaskedAdapters, merged
 from .checkpoints import check_parameters, check_whole, newest_whole
-from .data import EncodedImages, weights_digest
+from .data import EncodedImages, warn_of_crops, weights_digest
 from .demo import DEMO_PIPELINE
 from .encoders import Encoder, load_encoder, named_encoder
 from .evaluation import METRICS, Evaluator, check_objectives
@@ -119,7 +119,12 @@ class MemControlTrainer(Trainer):
             part.requires_grad_(False).to(args.device)
         self._digests = [weights_digest(part) for part in self.family.encoder_modules]
         self._base_null = self.family.null_condition()
-        self._resolution = args.resolution  # `encode` needs it before `self.args` is set
+        self._resolution, self._framing = (
+            args.resolution,
+            args.framing,
+        )  # `encode` needs both before `self.args` is set
+        if isinstance(train_dataset, Dataset):
+            warn_of_crops(train_dataset, self._framing, "training")
         train_dataset = self._full_train_dataset = self.encode(train_dataset)
         super().__init__(
             args=args,
@@ -419,7 +424,8 @@ class MemControlTrainer(Trainer):
         key = images._fingerprint
         if key not in self._encoded:
             with self.adapters.text_encoders_disabled():
-                self._encoded[key] = EncodedImages(images, self._resolution).encoded_by(self.family, self._digests)
+                encoded = EncodedImages(images, self._resolution, framing=self._framing)
+                self._encoded[key] = encoded.encoded_by(self.family, self._digests)
         return self._encoded[key]
 
     def evaluate(

@@ -16,6 +16,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_bitsandbytes_available
 
 from .evaluation import check_objectives
+from .images import Framing
 from .mitigations import parse_mitigations
 
 # The ranges of the arguments that are numbers. transformers takes every value for its own.
@@ -59,6 +60,8 @@ class MemControlTrainingArguments(TrainingArguments):
     Args:
         resolution (`int`):
             Side of the images in pixels.
+        fit (`str`), background (`str`):
+            How an image becomes a square; see [`~memcontrol_hf.images.Framing`].
         snr_gamma (`float`, *optional*):
             Min-SNR weighting of the loss (https://huggingface.co/papers/2303.09556); 5 is usual, none by default.
         caption_dropout (`float`):
@@ -87,6 +90,8 @@ class MemControlTrainingArguments(TrainingArguments):
     """
 
     resolution: int = field(default=512, metadata={"help": "Side of the images in pixels."})
+    fit: str = field(default="crop", metadata={"help": "How an image becomes a square: crop or pad."})
+    background: str = field(default="white", metadata={"help": "Colour of bars, and under what is transparent."})
     snr_gamma: float | None = field(default=None, metadata={"help": "Min-SNR weighting of the loss; 5 is usual."})
     caption_dropout: float = field(default=0.0, metadata={"help": "Share of captions replaced by the empty caption."})
     mitigations: list[str] = field(
@@ -123,12 +128,18 @@ class MemControlTrainingArguments(TrainingArguments):
     def _check(self) -> None:
         """Raise `ValueError` for arguments that are out of range or do not go together."""
         self._check_numbers()
+        _ = self.framing  # a wrong one is an error
         check_objectives(self.objectives)
         if "bnb" in self.optim and not is_bitsandbytes_available():
             raise ValueError(f"the optimizer {self.optim.value} needs bitsandbytes: pip install bitsandbytes")
         mitigations = parse_mitigations(self.mitigations)
         for mitigation in mitigations.values():
             mitigation.check_arguments(self, mitigations)
+
+    @property
+    def framing(self) -> Framing:
+        """How an image becomes a square."""
+        return Framing(self.fit, self.background)
 
     def _check_numbers(self) -> None:
         """Raise `ValueError` for an argument that is no number or out of its range."""

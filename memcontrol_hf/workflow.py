@@ -362,6 +362,8 @@ def _audit_settings(trainer: MemControlTrainer) -> AuditSettings:
     args = trainer.args
     return AuditSettings(
         resolution=args.resolution,
+        fit=args.fit,
+        background=args.background,
         num_quality_images=args.eval_num_images,
         inference_steps=args.eval_inference_steps,
         guidance_scale=args.eval_guidance_scale,

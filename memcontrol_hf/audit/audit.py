@@ -104,17 +104,17 @@ def audit_memorization(
     else:
         _check_columns({"generated": generated}, ["image"])
     if adapter is not None:
-        _check_adapter(pipeline, adapter, EncodedImages(train, settings.resolution))
+        _check_adapter(pipeline, adapter, _framed(train, settings))
     clip = None if clip_model is None or pipeline is None else metrics.load_clip(clip_model)
     private = None if output_dir is None else private_folder(Path(output_dir))
     name = encoder_name(encoder)
     encoder = load_encoder(encoder, "cpu" if pipeline is None else pipeline.device)
-    members, others = (EncodedImages(data, settings.resolution) for data in (train, held_out))
+    members, others = (_framed(data, settings) for data in (train, held_out))
     _check_sets(members, others, settings.near_duplicates, encoder)
 
     results: dict[str, Attacked | None] = {"model": None, "frozen_base": None, "held_out_as_train": None}
     if pipeline is None:
-        images = EncodedImages(generated, settings.resolution)
+        images = _framed(generated, settings)
         results["model"] = attack_images(images, members, others, settings, encoder)
         if control:
             halves = others.halves(settings.seed)
@@ -140,6 +140,10 @@ def audit_memorization(
         content["data_fingerprint"] = fingerprint(members.digests, private / "fingerprint.key")
         write_review(results["model"], members, private / "review.html")
     return MemorizationReport(base_model="" if pipeline is None else type(pipeline).__name__, audit=content)
+
+
+def _framed(images: Dataset, settings: AuditSettings) -> EncodedImages:
+    return EncodedImages(images, settings.resolution, framing=settings.framing)
 
 
 @torch.no_grad()

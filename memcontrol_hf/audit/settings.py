@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from ..images import Framing
+
 CLIQUE = 3
 """Number of images of one prompt that must be alike to count as an extraction."""
 
@@ -43,6 +45,9 @@ class AuditSettings:
             Guidance scale of the sampling.
         num_timesteps (`int`):
             Number of fixed timesteps of the denoising-loss attack.
+        fit (`str`), background (`str`):
+            How an image becomes a square; see [`~memcontrol_hf.images.Framing`]. A model is attacked with images as it
+            was trained on.
         near_duplicates (`float`):
             Threshold of [`~memcontrol_hf.metrics.near_duplicates`]. A held-out image that is nearer to a training
             image is an error; with 0, only equal thumbnails are an error.
@@ -52,7 +57,7 @@ class AuditSettings:
             Random seed of all draws.
 
     Raises:
-        ValueError: for a number that is too small.
+        ValueError: for a number that is too small, and a wrong fit or background.
     """
 
     resolution: int = 512
@@ -62,15 +67,25 @@ class AuditSettings:
     inference_steps: int = 25
     guidance_scale: float = 7.5
     num_timesteps: int = 5
+    fit: str = "crop"
+    background: str = "white"
     near_duplicates: float = 0.05
     batch_size: int = 32
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _ = self.framing  # a wrong one is an error
         for name, value in vars(self).items():
+            if name in ("fit", "background"):
+                continue
             least = {"images_per_prompt": CLIQUE, "guidance_scale": 0, "near_duplicates": 0, "seed": 0}.get(name, 1)
             if not value >= least:
                 raise ValueError(f"{name} must be at least {least}, but is {value}")
+
+    @property
+    def framing(self) -> Framing:
+        """How an image becomes a square."""
+        return Framing(self.fit, self.background)
 
 
 @dataclass(frozen=True)

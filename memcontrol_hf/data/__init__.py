@@ -2,6 +2,7 @@
 
 from .encoded import EncodedImages, encode, first_rows, images_digest, weights_digest
 from .folders import read_folder
+from .shapes import cropped_shares, warn_of_crops
 from .split_names import SPLITS
 from .splits import (
     check_images,
@@ -20,6 +21,7 @@ __all__ = [
     "check_images",
     "check_near_duplicates",
     "check_readable",
+    "cropped_shares",
     "encode",
     "first_rows",
     "images_digest",
@@ -28,6 +30,7 @@ __all__ = [
     "plant_canaries",
     "read_folder",
     "split",
+    "warn_of_crops",
     "weights_digest",
     "without_captions",
 ]

@@ -16,7 +16,7 @@ from datasets.fingerprint import Hasher
 from torch import nn
 
 from ..families import Condition, Family
-from ..images import DIGEST_VERSION, pixel_digest, thumbnails, to_pixels
+from ..images import DEFAULT_FRAMING, DIGEST_VERSION, Framing, pixel_digest, thumbnails, to_pixels
 from ..progress import bar
 from ..randomness import Purpose, seeded_generator
 
@@ -34,22 +34,32 @@ class EncodedImages(torch.utils.data.Dataset):
         images (`Dataset`): columns `image` and, unless only distances between images are measured, `text`.
         resolution (`int`): side in pixels at which images are compared.
         encoded (`Dataset`, *optional*): what [`encode`] returns for the same rows.
+        framing ([`~memcontrol_hf.images.Framing`]): how an image becomes a square.
 
     Attributes:
         numbers (list of `int`): number of each row in the whole data set.
     """
 
-    def __init__(self, images: Dataset, resolution: int, encoded: Dataset | None = None):
+    def __init__(
+        self,
+        images: Dataset,
+        resolution: int,
+        encoded: Dataset | None = None,
+        framing: Framing = DEFAULT_FRAMING,
+    ):
         self.images = images
         self.resolution = resolution
         self.encoded = encoded
+        self.framing = framing
         self.numbers: list[int] = list(range(len(images)))
         self._features: list[tuple[Callable, torch.Tensor]] = []
 
     def encoded_by(self, family: Family, weights_digests: Sequence[str] | None = None) -> "EncodedImages":
         """The same images beside the latents and conditions that a pipeline's encoders give: see [`encode`]."""
         result = copy.copy(self)
-        result.encoded = encode(self.images, family, self.resolution, weights_digests=weights_digests)
+        result.encoded = encode(
+            self.images, family, self.resolution, weights_digests=weights_digests, framing=self.framing
+        )
         return result
 
     def __len__(self) -> int:
@@ -65,7 +75,7 @@ class EncodedImages(torch.utils.data.Dataset):
     def select(self, rows: Sequence[int]) -> "EncodedImages":
         """Some of the rows, each with its number."""
         encoded = None if self.encoded is None else self.encoded.select(rows)
-        result = EncodedImages(self.images.select(rows), self.resolution, encoded)
+        result = EncodedImages(self.images.select(rows), self.resolution, encoded, self.framing)
         result.numbers = [self.numbers[row] for row in rows]
         return result
 
@@ -103,7 +113,7 @@ class EncodedImages(torch.utils.data.Dataset):
 
     def pixels(self, rows: Sequence[int]) -> torch.Tensor:
         """The images of some rows: `[len(rows), 3, resolution, resolution]` in [0, 1]."""
-        return to_pixels(self.images[list(rows)]["image"], self.resolution)
+        return to_pixels(self.images[list(rows)]["image"], self.resolution, self.framing)
 
     def captions(self, rows: Sequence[int]) -> list[str]:
         """The captions of some rows."""
@@ -116,7 +126,7 @@ class EncodedImages(torch.utils.data.Dataset):
     @cached_property
     def thumbnails(self) -> torch.Tensor:
         """The distinct images at 32 x 32 pixels: `[N, 3, 32, 32]` in [0, 1]."""
-        return thumbnails(self.images, self.distinct)
+        return thumbnails(self.images, self.distinct, self.framing)
 
     def features(self, encoder: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Features of the distinct images by an encoder of images in [0, 1], computed once: `[N, D]`."""
@@ -136,11 +146,12 @@ def encode(
     resolution: int,
     batch_size: int = 32,
     weights_digests: Sequence[str] | None = None,
+    framing: Framing = DEFAULT_FRAMING,
 ) -> Dataset:
     """Compute the latents and conditions of a dataset once; `datasets` keeps them on disk.
 
     They are found again under a fingerprint of the rows, the weights of the autoencoder and the text encoders, what
-    else the family says that they depend on, the resolution and the version of this format.
+    else the family says that they depend on, the resolution, the framing and the version of this format.
 
     Args:
         dataset (`Dataset`): columns `image`, `text`.
@@ -148,6 +159,7 @@ def encode(
         resolution (`int`): side of the images in pixels.
         batch_size (`int`): number of images encoded at once; only the speed depends on it.
         weights_digests (list of `str`, *optional*): [`weights_digest`] of each of the family's encoders, if known.
+        framing ([`~memcontrol_hf.images.Framing`]): how an image becomes a square.
 
     Returns:
         `Dataset`: columns `latents` `[C, h, w]`, the family's conditions (`prompt_embeds` `[L, D]`, ...), `digest`
@@ -156,7 +168,9 @@ def encode(
     if weights_digests is None:
         weights_digests = [weights_digest(module) for module in family.encoder_modules]
     key = [dataset._fingerprint, *weights_digests, *family.cache_key(), resolution]
-    fingerprint = Hasher.hash([*key, f"digest {DIGEST_VERSION}", "transparency over white"])
+    how = [f"digest {DIGEST_VERSION}", f"transparency over {framing.background}"]
+    how += [] if framing.fit == "crop" else [framing.fit]
+    fingerprint = Hasher.hash([*key, *how])
     folder = Path(datasets_config.HF_DATASETS_CACHE) / "memcontrol_hf"
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)  # it holds what images and captions say
@@ -174,7 +188,7 @@ def encode(
 
     def encode_batch(batch: dict[str, list]) -> dict[str, np.ndarray | list[str]]:
         return {
-            "latents": family.encode_images(to_pixels(batch["image"], resolution)).cpu().numpy(),
+            "latents": family.encode_images(to_pixels(batch["image"], resolution, framing)).cpu().numpy(),
             **{name: tensor.cpu().numpy() for name, tensor in family.encode_prompts(batch["text"]).items()},
             "digest": [pixel_digest(image) for image in batch["image"]],
         }

@@ -17,7 +17,7 @@ from PIL import Image as PILImage
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from ..images import near_duplicates, pixel_digest, thumbnails
+from ..images import DEFAULT_FRAMING, Framing, near_duplicates, pixel_digest, thumbnails
 from ..randomness import seeded_generator
 from .folders import read_folder, renamed_splits
 from .split_names import SPLITS
@@ -256,14 +256,15 @@ def split(data: DatasetDict, seed: int = 0, fractions: tuple[float, float] = (0.
     return result
 
 
-def check_near_duplicates(data: DatasetDict, threshold: float = 0.05) -> None:
+def check_near_duplicates(data: DatasetDict, threshold: float = 0.05, framing: Framing = DEFAULT_FRAMING) -> None:
     """Raise `ValueError` when two splits hold the same picture, saved twice: compressed, scaled or brightened.
 
     Args:
         data (`DatasetDict`): [`SPLITS`] with the column `image`.
         threshold (`float`): threshold of [`~memcontrol_hf.metrics.near_duplicates`].
+        framing ([`~memcontrol_hf.images.Framing`]): how an image becomes a square.
     """
-    small = {name: thumbnails(images, range(len(images))) for name, images in data.items()}
+    small = {name: thumbnails(images, range(len(images)), framing) for name, images in data.items()}
     for one, other in combinations(data, 2):
         pairs = near_duplicates(small[one], small[other], threshold)
         if pairs:
