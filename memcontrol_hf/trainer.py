@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftType
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState
@@ -36,11 +36,11 @@ from .report.card import write_card
 from .screening import Screening
 from .screening.run import check_screening, run_screening
 from .screening.settings import ScreeningSettings
-from .search import run_search
+from .search import check_options, run_search
 from .search.ray import run_search_on_ray
 from .search_space import SearchSpace
 from .tracking import adjust_trackers
-from .training_arguments import MemControlTrainingArguments, is_place
+from .training_arguments import MemControlTrainingArguments, check_trainer_arguments, is_place
 from .training_loss import TrainingLoss
 from .tuners import MemControlConfig, quantized_type
 
@@ -72,10 +72,13 @@ class MemControlTrainer(Trainer):
             [`~memcontrol_hf.encoders.load_encoder`]. It can be left out for the demo's images, which the demo's
             encoder judges then, and while neither `fid` nor `amd` is measured.
         callbacks (list of `TrainerCallback`, *optional*): callbacks, as in transformers.
+        optimizer_cls_and_kwargs (tuple, *optional*): class of the optimizer and its keyword arguments, as in
+            transformers, but without `lr`: the learning rate is that of `args` or of a trial.
+        **others: not supported; an argument of transformers' Trainer gets an error that names the way instead.
 
     Raises:
         ValueError: before anything is trained, when the resolution, the objectives, the mitigations, the mask or the
-            PEFT method do not fit the model or the images.
+            PEFT method do not fit the model or the images, and for an argument that is not supported.
     """
 
     def __init__(
@@ -89,7 +92,11 @@ class MemControlTrainer(Trainer):
         mask: Mapping[str, bool] | None = None,
         encoder: str | nn.Module | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        **others: Any,
     ):
+        check_trainer_arguments(args, optimizer_cls_and_kwargs, others)
+        _check_one_dataset(train_dataset, eval_dataset)
         self.family = family_of(pipeline)
         _check_fits(self.family, args, peft_config)
         self._mitigations = parse_mitigations(args.mitigations)
@@ -99,7 +106,6 @@ class MemControlTrainer(Trainer):
         self.denoiser.register_to_config(_name_or_path=self.base_model)  # trackers get the denoiser's config
         self.peft_config = peft_config
         self.search_space = search_space or self.family.search_space()
-        _check_one_dataset(train_dataset, eval_dataset)
         for mitigation in self._mitigations.values():
             mitigation.check(
                 self.family, *_images_of(train_dataset), args, tunes_text=bool(self.search_space.text_encoders)
@@ -109,6 +115,7 @@ class MemControlTrainer(Trainer):
         self._encoder: str | nn.Module | Encoder | None = encoder
         if {"fid", "amd"} & {*args.objectives}:
             self._encoder = named_encoder(encoder, *_images_of(train_dataset, eval_dataset))
+        self._given_optimizer = optimizer_cls_and_kwargs
         self._replaced: dict[str, Any] = {}  # values of the arguments before `apply_hyperparameters`
         self._encoded: dict[str, EncodedImages] = {}  # key: fingerprint of the images
         self._trial_rows: dict[tuple[int, float], EncodedImages] = {}  # key: seed and share
@@ -133,6 +140,7 @@ class MemControlTrainer(Trainer):
             eval_dataset=eval_dataset,
             data_collator=partial(_collate, names=("latents", *self.family.conditions, "row")),
             callbacks=callbacks,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
@@ -159,6 +167,13 @@ class MemControlTrainer(Trainer):
     def _init_model(self) -> nn.Module:
         """The model with new adapters for the current mask. With all blocks off, it is the frozen denoiser alone."""
         return self.adapters.put_on(self.mask)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in transformers. A class of the user gets the learning rate of the arguments."""
+        if self._given_optimizer is not None:
+            optimizer, options = self._given_optimizer
+            self.optimizer_cls_and_kwargs = optimizer, {**options, "lr": self.args.learning_rate}
+        return super().create_optimizer(model)
 
     def _null(self) -> Condition | None:
         """The null condition, encoded by the present text encoders."""
@@ -620,6 +635,7 @@ class MemControlTrainer(Trainer):
             runs of the Pareto front. `run_summary` holds the Optuna study. [`apply_hyperparameters`] applies a run.
         """
         check_backend(backend)
+        check_options(kwargs)
         if direction is None:
             direction = [METRICS[name] for name in self.args.objectives]
         search = run_search_on_ray if backend == "ray" else run_search
@@ -642,6 +658,7 @@ class MemControlTrainer(Trainer):
             "search_space": self.search_space,
             "mask": self.mask,
             "encoder": self._encoder,
+            "optimizer_cls_and_kwargs": self._given_optimizer,
             "callbacks": [c for c in self.callback_handler.callbacks if c not in self._own_callbacks],
         }
 
@@ -713,11 +730,20 @@ def _check_fits(family: Family, args: MemControlTrainingArguments, peft_config: 
 def _check_one_dataset(*datasets: Any) -> None:
     """Raise `ValueError` for what is neither a `Dataset` nor left out, such as the dictionaries of transformers."""
     for dataset in datasets:
-        if not isinstance(dataset, (Dataset, EncodedImages, type(None))):
-            raise ValueError(
-                f"training and validation images must each be one Dataset, but got a {type(dataset).__name__}: "
-                "measure further images with evaluate(dataset, metric_key_prefix=...)"
+        if isinstance(dataset, (Dataset, EncodedImages, type(None))):
+            continue
+        if isinstance(dataset, dict):
+            way = (
+                f"give one of {', '.join(map(repr, dataset))}, as in train_dataset=data['train'], and measure further "
             )
+            way += "images with evaluate(dataset, metric_key_prefix=...)"
+        elif isinstance(dataset, (IterableDataset, torch.utils.data.IterableDataset)):
+            way = "images are encoded once and read by their numbers, so load them without streaming=True"
+        else:
+            way = "make one with datasets.Dataset.from_list([{'image': ..., 'text': ...}, ...])"
+        raise ValueError(
+            f"training and validation images must each be one Dataset, but got a {type(dataset).__name__}: {way}"
+        )
 
 
 def _images_of(*datasets: Dataset | EncodedImages | None) -> list[Dataset]:

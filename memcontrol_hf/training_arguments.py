@@ -51,6 +51,48 @@ _REFUSED = {
     "label_smoothing_factor": "the loss of a denoiser has no labels; leave it out",
     "neftune_noise_alpha": "a denoiser has no token embeddings; the mitigation gaussian_noise adds noise to captions'",
 }
+# Arguments of transformers' Trainer that a trainer of denoisers cannot take, and the way instead.
+_REFUSED_BY_TRAINER = {
+    "model": "give pipeline=, whose denoiser is tuned",
+    "model_init": "give pipeline=, whose denoiser gets new adapters for each mask",
+    "data_collator": "leave it out, since the trainer reads latents and conditions that it has encoded",
+    "processing_class": "leave it out, since the pipeline has its own tokenizers",
+    "compute_loss_func": "use snr_gamma or mitigations= of the arguments, or override compute_loss",
+    "compute_metrics": "a denoiser predicts no labels: name metrics in evaluate(metrics=[...]), and give "
+    "hyperparameter_search a compute_objective, which gets their figures",
+    "preprocess_logits_for_metrics": "a denoiser has no logits: name metrics in evaluate(metrics=[...])",
+    "optimizers": "each run trains new parameters: give optimizer_cls_and_kwargs=(AdamW, {...}), or optim= and "
+    "lr_scheduler_type= of the arguments",
+}
+
+
+def check_trainer_arguments(args: Any, optimizer: Any, others: Mapping[str, Any]) -> None:
+    """Check what a trainer is made with beside the pipeline and the images.
+
+    Args:
+        args ([`MemControlTrainingArguments`]): arguments of the training.
+        optimizer (tuple, *optional*): the class of the optimizer, and its keyword arguments.
+        others (`dict`): further keyword arguments.
+
+    Raises:
+        ValueError: for an argument of transformers that the trainer cannot take; the error names the way instead.
+        TypeError: for an argument that transformers does not know.
+    """
+    for name, value in others.items():
+        if name not in _REFUSED_BY_TRAINER:
+            raise TypeError(f"MemControlTrainer got an unexpected keyword argument {name!r}")
+        if value is not None and value != (None, None):
+            raise ValueError(f"{name} is not supported: {_REFUSED_BY_TRAINER[name]}")
+    if not isinstance(args, MemControlTrainingArguments):
+        raise ValueError(
+            f"args is a {type(args).__name__}: give MemControlTrainingArguments(...), which takes every argument of "
+            "TrainingArguments and those of the images"
+        )
+    if optimizer is not None and "lr" in optimizer[1]:
+        raise ValueError(
+            f"optimizer_cls_and_kwargs has lr={optimizer[1]['lr']}, which a search varies: give learning_rate= of the "
+            "arguments"
+        )
 
 
 @dataclass

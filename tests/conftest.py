@@ -124,6 +124,7 @@ def tiny_trainer(
     mask=None,
     space=None,
     encoder=AVERAGES,
+    optimizer_cls_and_kwargs=None,
     **arguments,
 ):
     """A trainer whose steps take milliseconds."""
@@ -151,6 +152,7 @@ def tiny_trainer(
         search_space=space,
         mask=mask,
         encoder=encoder,
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
     )
 
 

@@ -1,12 +1,33 @@
 """The settings of a search, which validate themselves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from optuna.samplers import BaseSampler, CmaEsSampler
 
 from .sampler import check_sampler
+
+_REFUSED = {
+    "callbacks": "give the trainer callbacks=, which are called in each training, or watch the study with "
+    "optuna.load_study in another process",
+    "pruner": "no pruner of Optuna knows several objectives: prune_at=0.25 stops a trial that two others dominate",
+    "timeout": "give n_trials, and trial_timeout= for each trial; a search that was interrupted goes on",
+    "n_jobs": "start the same search in several processes with one storage=, or give backend='ray', num_workers=2",
+    "load_if_exists": "leave it out, since a study that is in the storage is always gone on with",
+    "directions": "give direction=[...]",
+    "gc_after_trial": "leave it out, since each training begins with a collection of garbage",
+    "catch": "leave it out, since a trial that fails is recorded and the search goes on",
+    "show_progress_bar": "leave it out, since a terminal has a bar",
+}
+"""Options of Optuna that a search cannot take, and the way instead."""
+
+
+def check_options(options: Iterable[str]) -> None:
+    """Raise `ValueError` for an option of Optuna that a search cannot take; the error names the way instead."""
+    for name in options:
+        if name in _REFUSED:
+            raise ValueError(f"{name} is not supported in a search: {_REFUSED[name]}")
 
 
 @dataclass
