@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 import audit_controls
+import screening_paired
 import screening_predicts
 import trial_table
 from common.pages import read_results, table
@@ -42,6 +43,14 @@ def test_finished_screenings_are_taken_up_and_judged_alike(tmp_path):
     (tmp_path / "docs" / committed.name).write_bytes(committed.read_bytes())
     screening_predicts.main(["--collect", "--docs_dir", str(tmp_path / "docs"), "--output_dir", str(tmp_path / "out")])
     assert (tmp_path / "docs" / committed.name).read_bytes() == committed.read_bytes()
+
+
+def test_finished_fine_tunes_are_taken_up_and_judged_alike(tmp_path):
+    committed, results = DOCS / "results" / "screening_paired.json", tmp_path / "screening_paired.json"
+    results.write_bytes(committed.read_bytes())
+    screening_paired.main(["--collect", "--docs_dir", str(tmp_path), "--output_dir", str(tmp_path / "out")])
+    assert results.read_bytes() == committed.read_bytes()
+    assert results.with_suffix(".png").stat().st_size > 10_000
 
 
 def test_every_generated_figure_has_a_page():

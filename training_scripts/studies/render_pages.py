@@ -15,6 +15,7 @@ import benchmark_workers
 import compare_mitigations
 import copy_detection
 import paper_table.page
+import screened.paired_page
 import screened_replay
 import screening_predicts
 import trials.page
@@ -31,6 +32,7 @@ PAGES: dict[str, Callable[[dict], str]] = {
     "results/screening_elpv": screening_predicts.render,
     "results/screened_replay": screened_replay.render,
     "results/copy_detection": copy_detection.render,
+    "results/screening_paired": screened.paired_page.render,
 }
 
 

@@ -36,7 +36,7 @@ from memcontrol_hf.screening import Screening
 from screened.choice import Mask, random_masks, suggested_mask
 from screened.fine_tunes import fid, fine_tune, measure
 from screened.paired_page import COMMAND, plot, render
-from screened.verdicts import ALL, BASE, RANDOM, SAME, SUGGESTED, random_names, verdicts
+from screened.verdicts import ALL, BASE, RANDOM, SAME, SEEDS, SUGGESTED, random_names, verdicts
 
 METHOD, RATE, STEPS = "attention", 3e-4, 80  # as in the trial table
 SCREENING_SEED = 1000  # of the first screening: no fine-tune has it
@@ -129,7 +129,7 @@ def collect(pieces: Pieces, file: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing, then judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, nargs="+", default=list(range(10)), help="seeds (default: 0 to 9)")
+    parser.add_argument("--seed", type=int, nargs="+", default=list(range(SEEDS)), help="seeds (default: 0 to 9)")
     parser.add_argument("--same", choices=SAME, nargs="+", default=list(SAME), help="kinds of random masks")
     parser.add_argument("--fid", type=int, metavar="IMAGES", help="measure fid of so many generated images, too")
     parser.add_argument("--collect", action="store_true", help="run nothing: judge what is finished")

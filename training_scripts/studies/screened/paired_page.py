@@ -7,7 +7,7 @@ from common.intervals import t_interval
 from common.pages import table
 from common.plots import plot_panels
 
-from .verdicts import ALL, BASE, FIGURES, RANDOM, SAME, SUGGESTED, Pieces, beaten, by_seed, random_names
+from .verdicts import ALL, BASE, FIGURES, RANDOM, SAME, SEEDS, SUGGESTED, Pieces, beaten, by_seed, random_names
 
 COMMAND = "python training_scripts/studies/screening_paired.py"
 TITLES = {
@@ -37,8 +37,10 @@ def render(content: dict[str, Any]) -> str:
         "each seed, one screening on the validation images suggests a mask: the knee of its front, by the rule with "
         "which a search selects a run. This mask, all blocks and random masks are fine-tuned with the same seed, and "
         "measured on 256 held-out images, which nothing saw. A random mask of as many parameters has those of the "
-        "suggested mask within an eighth, in fewer blocks; a random mask of as many blocks has more parameters. The "
-        "three AUCs are of attacks that tell training images from held-out images; .5 is guessing.",
+        "suggested mask within an eighth, mostly in fewer and larger blocks; a random mask of as many blocks has more "
+        "parameters. The three AUCs are of attacks that tell training images from held-out images; .5 is guessing.",
+        "",
+        f"Finished seeds: {_finished(pieces)}.",
         "",
         "Means over seeds with the half widths of their 95 % t intervals; random masks are averaged within their seed "
         "first. fid is of the images that `--fid` asks for, and of the first random mask of a seed.",
@@ -62,6 +64,12 @@ def render(content: dict[str, Any]) -> str:
             ]
     lines += ["## The masks", "", *table(["seed", "blocks that are on"], _masks(pieces))]
     return "\n".join([*lines, "![Held-out loss and attacks of each fine-tune](screening_paired.png)"]) + "\n"
+
+
+def _finished(pieces: Pieces) -> str:
+    counts = {f"random masks of as many {same}": by_seed(pieces, random_names(same), "loss") for same in SAME}
+    counts["fid"] = by_seed(pieces, [SUGGESTED, ALL], "fid")
+    return ", ".join(f"{len(seeds)} of {SEEDS} for {what}" for what, seeds in counts.items())
 
 
 def _means(pieces: Pieces) -> list[list[str]]:
@@ -103,10 +111,12 @@ def plot(pieces: Pieces, file: Path) -> None:
     figure, panels = plot_panels((9, 4), 2)
     for axes, measure in zip(panels, ("auc_loss", "auc_clid")):
         for title, names in KINDS.values():
+            if not by_seed(pieces, names, "loss"):
+                continue
             points = [(by_seed(pieces, [name], "loss"), by_seed(pieces, [name], measure)) for name in names]
             x, y = ([value for values in side for value in values.values()] for side in zip(*points))
             axes.scatter(x, y, s=12 if len(names) > 1 else 28, alpha=0.7, label=title)
         axes.set_xlabel("held-out loss")
-        axes.set_ylabel(f"{TITLES[measure]}, held-out")
+        axes.set_ylabel(f"AUC of the attack by {'the loss' if measure == 'auc_loss' else TITLES[measure]}")
     panels[0].legend(fontsize=7)
     figure.savefig(file)

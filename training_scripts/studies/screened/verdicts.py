@@ -12,6 +12,8 @@ BASE, ALL, SUGGESTED = "base", "all", "suggested"
 SAME = ("parameters", "blocks")
 RANDOM = 5
 """Number of random masks of each kind and seed."""
+SEEDS = 10
+"""Number of seeds of the whole study."""
 
 FIGURES = ("loss", "auc_loss", "auc_clid", "auc_pia", "fid")
 
