@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,8 +22,45 @@ def _within(part: str, name: str) -> str:
     return f"{part}/{name}".lstrip("/")
 
 
+MODEL_INDEX = "model_index.json"
+"""In the folder of a merged export: the components of a whole pipeline, each in a folder of its name."""
+
+_COMPONENT_FILE = re.compile(
+    r"(config|scheduler_config|preprocessor_config|generation_config|tokenizer|tokenizer_config|special_tokens_map"
+    r"|added_tokens|vocab)\.json|merges\.txt|spiece\.model"
+    r"|(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+)
+"""What a component's folder of a pipeline holds, as diffusers and transformers name it."""
+
 PUBLIC_FILES = (*(_within(part, name) for part in PARTS for name in (ADAPTER, CONFIG)), LORA, REPORT, PLOT, CARD)
-"""What a push uploads, where the folder has it, the card last; nothing else of the folder."""
+"""What a push uploads, where the folder has it, the card last; nothing else of the folder but [`pipeline_files`]."""
+
+
+def pipeline_files(folder: Path) -> tuple[str, ...]:
+    """The files of a whole pipeline in a folder without an adapter, as a merged export is one.
+
+    These are its index, and what the folders of its components are known to hold.
+
+    Raises:
+        ValueError: for an index that is no object of components.
+    """
+    index = folder / MODEL_INDEX
+    if adapter_parts(folder) or not index.is_file():
+        return ()
+    try:
+        components = [name for name in json.loads(index.read_text(encoding="utf-8")) if not name.startswith("_")]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{str(index)!r} is no index of a pipeline: {error}") from None
+    if wrong := [name for name in components if not re.fullmatch(r"\w+", name)]:
+        raise ValueError(f"{str(index)!r} names {wrong[0]!r}, which is no name of a component")
+    found = (place for name in sorted(components) for place in sorted((folder / name).glob("*")))
+    known = (f"{place.parent.name}/{place.name}" for place in found if _COMPONENT_FILE.fullmatch(place.name))
+    return (MODEL_INDEX, *known)
+
+
+def public_files(folder: Path) -> tuple[str, ...]:
+    """What a push of a folder uploads, where the folder has it, the card last."""
+    return (*pipeline_files(folder), *PUBLIC_FILES)
 
 
 def adapter_parts(folder: Path) -> tuple[str, ...]:
@@ -31,14 +69,19 @@ def adapter_parts(folder: Path) -> tuple[str, ...]:
 
 
 def adapter_digests(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file of an adapter in the folder, and of the plot: what a report is bound to."""
+    """The SHA-256 of each file of an adapter or a pipeline, and of the plot: what a report is bound to."""
     names = [_within(part, name) for part in PARTS for name in (ADAPTER, CONFIG)]
-    return {name: file_digest(folder / name) for name in (*names, LORA, PLOT) if (folder / name).is_file()}
+    names += [*pipeline_files(folder), LORA, PLOT]
+    return {name: file_digest(folder / name) for name in names if (folder / name).is_file()}
 
 
 def file_digest(file: Path) -> str:
     """The SHA-256 of a file."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while part := content.read(2**24):  # a pipeline has gigabytes
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def changed_files(folder: Path, digests: Mapping[str, str]) -> list[str]:
@@ -55,7 +98,7 @@ def changed_files(folder: Path, digests: Mapping[str, str]) -> list[str]:
 
 def check_plain_files(folder: Path) -> None:
     """Raise `ValueError` for a public file that is a link, or lies behind one: it may be any file of this machine."""
-    for name in PUBLIC_FILES:
+    for name in public_files(folder):
         place = folder / name
         for inside in {place.parent, place} - {folder}:
             check_no_link(inside)

@@ -733,10 +733,9 @@ def _check_one_dataset(*datasets: Any) -> None:
         if isinstance(dataset, (Dataset, EncodedImages, type(None))):
             continue
         if isinstance(dataset, dict):
-            way = (
-                f"give one of {', '.join(map(repr, dataset))}, as in train_dataset=data['train'], and measure further "
-            )
-            way += "images with evaluate(dataset, metric_key_prefix=...)"
+            names = ", ".join(map(repr, dataset))
+            way = f"give one of {names}, as in train_dataset=data['train'], and measure further images with "
+            way += "evaluate(dataset, metric_key_prefix=...)"
         elif isinstance(dataset, (IterableDataset, torch.utils.data.IterableDataset)):
             way = "images are encoded once and read by their numbers, so load them without streaming=True"
         else:

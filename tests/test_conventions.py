@@ -54,7 +54,7 @@ SEARCH = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), TRAINER, ids=lambda value: next(iter(value), "") if value else "")
+@pytest.mark.parametrize(("arguments", "message"), TRAINER, ids=[next(iter(of)) for of, _ in TRAINER])
 def test_what_a_trainer_cannot_take_is_refused_in_one_line_that_names_the_way(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         made_with(tmp_path, **arguments)
@@ -62,7 +62,7 @@ def test_what_a_trainer_cannot_take_is_refused_in_one_line_that_names_the_way(tm
 
 
 @pytest.mark.parametrize("backend", ["optuna", "ray"])
-@pytest.mark.parametrize(("options", "message"), SEARCH, ids=lambda value: next(iter(value), "") if value else "")
+@pytest.mark.parametrize(("options", "message"), SEARCH, ids=[next(iter(of)) for of, _ in SEARCH])
 def test_what_a_search_cannot_take_is_refused_before_the_first_trial(tmp_path, backend, options, message):
     trainer = tiny_trainer(tmp_path / "out")
     with pytest.raises(ValueError, match=message) as error:

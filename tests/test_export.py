@@ -12,6 +12,7 @@ from peft import LoHaConfig, LoraConfig, PeftConfig, PeftModel
 
 from memcontrol_hf import MemControlConfig, MemorizationReport, cli
 from memcontrol_hf.publish.export import export
+from memcontrol_hf.report.card import render_card
 
 MASK = {"mid_block.attentions.0": True, "up_blocks.1.attentions.0": True}
 LORA = LoraConfig(r=3, lora_alpha=5, rank_pattern={"to_q": 2}, target_modules=["to_q", "to_v"])
@@ -59,6 +60,20 @@ def test_a_merged_pipeline_draws_what_the_adapter_draws(base, tmp_path, config):
     for file in (tmp_path / "out").rglob("*.json"):
         assert str(base.parent) not in file.read_text(), file
     assert 'DiffusionPipeline.from_pretrained("out")' in ModelCard.load(tmp_path / "out" / "README.md").text
+
+
+@pytest.mark.parametrize("config", [LORA, MemControlConfig(method="svdiff")], ids=["lora", "svdiff"])
+def test_what_the_card_says_of_load_lora_weights_is_what_diffusers_says(base, tmp_path, config, caplog):
+    folder = adapter_of(tmp_path, config)
+    pipe = StableDiffusionPipeline.from_pretrained(base)
+    before, said = draw(pipe), re.search(r'does not read this adapter \("(.*?)"', render_card(folder))[1]
+    try:
+        pipe.load_lora_weights(folder)
+    except ValueError as error:
+        assert said in str(error)
+    else:
+        assert said in caplog.text
+    assert torch.equal(draw(pipe), before)
 
 
 def command(folder, output_dir, to) -> list[str]:

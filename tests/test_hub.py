@@ -350,3 +350,30 @@ def test_adapters_of_text_encoders_are_pushed_and_found_in_their_folders(hub, tm
         saved = load_file(tmp_path / "with-text" / part / "adapter_model.safetensors")
         total = sum(tensor.double().sum().item() for tensor in saved.values())
         assert total and float(found) == pytest.approx(total)
+
+
+def test_a_merged_export_is_pushed_whole_and_loads_from_the_hub(hub, tmp_path, capsys):
+    base, merged = tmp_path / "tiny-sd", tmp_path / "merged"
+    tiny_pipeline().save_pretrained(base)
+    source = adapter_folder(tmp_path / "adapter", report=small_report(base_model="tiny-sd", card={}))
+    assert (
+        cli.main(["export", str(source), "--to", "merged", "--pipeline", str(base), "--output_dir", str(merged)]) == 0
+    )
+    made = {str(file.relative_to(merged)) for file in merged.rglob("*") if file.is_file()}
+    report = MemorizationReport.from_json(merged / "memorization_report.json")
+    assert set(report.weights) == made - {"README.md", "memorization_report.json"}
+    (merged / "unet" / "patients.json").write_text("{}")
+    (merged / "private").mkdir()
+    (merged / "private" / "config.json").write_text("{}")
+    assert cli.main(["push", str(merged), "--hub_model_id", "tester/merged"]) == 0, capsys.readouterr().err
+    assert set(hub.repos["tester/merged"].files) - {".gitattributes"} == made
+    reached = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path)}
+    code = "from diffusers import DiffusionPipeline as D; print(type(D.from_pretrained('tester/merged')).__name__)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **reached}, capture_output=True, text=True
+    )
+    assert loaded.stdout.strip() == "StableDiffusionPipeline", loaded.stderr
+
+    (merged / "unet" / "config.json").write_text("{}")
+    assert cli.main(["push", str(merged)]) == 2
+    assert "unet/config.json in" in capsys.readouterr().err

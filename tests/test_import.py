@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,12 @@ def test_peft_knows_the_method_whatever_is_imported_first(tmp_path, imports):
     MemControlConfig(method="norm").save_pretrained(tmp_path)
     result = python(f"{imports}; {KNOWN}", tmp_path)
     assert result.stdout.splitlines()[-1:] == ["MemControlConfig"], result.stderr
+
+
+def test_without_the_import_peft_says_what_the_first_line_of_the_cards_code_says():
+    said = re.search(r"import memcontrol_hf  # .* PEFT says (.*)", (CARD / "README.md").read_text())[1]
+    result = python("from peft import PeftModel; PeftModel.from_pretrained(None, sys.argv[1])", CARD)
+    assert result.stderr.splitlines()[-1] == said
 
 
 def test_peft_knows_the_method_in_a_process_that_only_unpickles_a_config(tmp_path):

@@ -26,12 +26,13 @@ from ..adapter_folder import (
     CONFIG,
     LORA,
     MASK,
-    PUBLIC_FILES,
+    MODEL_INDEX,
     REPORT,
     adapter_parts,
     changed_files,
     check_no_link,
     check_plain_files,
+    public_files,
     read_mask,
 )
 from ..report import MemorizationReport
@@ -63,7 +64,7 @@ def push(
     allow_failed_gate: bool = False,
     commit_message: str = "Upload adapter, memorization report and card",
 ) -> str:
-    """Upload the public files of an adapter's folder in one commit, the card rendered last.
+    """Upload the public files of an adapter's folder, or of an export, in one commit, the card rendered last.
 
     The token is that of `hf auth login`. The folder keeps all of its files whatever happens; its card and its report
     then name the repository. An adapter that was never audited can be pushed; its card says so.
@@ -98,7 +99,7 @@ def push(
         report.to_json(folder / REPORT)
         write_card(folder)
 
-    return _upload(folder, PUBLIC_FILES, repo_id, revision, public, prepare, commit_message, again)
+    return _upload(folder, public_files(folder), repo_id, revision, public, prepare, commit_message, again)
 
 
 def push_mask(folder: str | Path, repo_id: str, *, revision: str | None = None, public: bool = False) -> str:
@@ -200,8 +201,8 @@ def _checked(folder: Path, allow_failed_gate: bool) -> MemorizationReport:
         raise ValueError(f"{str(folder)!r} is no folder")
     if not (folder / REPORT).is_file():
         raise ValueError(f"{str(folder)!r} holds no {REPORT}: give the folder that a fine-tune left")
-    if not adapter_parts(folder) and not (folder / LORA).is_file():
-        raise ValueError(f"{str(folder)!r} holds no adapter: {ADAPTER} with {CONFIG}, or {LORA}")
+    if not adapter_parts(folder) and not any((folder / name).is_file() for name in (LORA, MODEL_INDEX)):
+        raise ValueError(f"{str(folder)!r} holds no adapter: {ADAPTER} with {CONFIG}, {LORA} or {MODEL_INDEX}")
     check_plain_files(folder)
     report = MemorizationReport.from_json(folder / REPORT)
     if (report.audit or report.weights) and (changed := changed_files(folder, report.weights)):

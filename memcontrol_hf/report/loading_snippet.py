@@ -24,7 +24,7 @@ def loading_snippet(report: MemorizationReport, location: str, export_format: st
     registers = report.method in _OUR_METHODS and as_adapter
     lines = []
     if registers:
-        lines.append("import memcontrol_hf  # registers the PEFT method")
+        lines.append("import memcontrol_hf  # registers the PEFT method; without it PEFT says KeyError: 'MEMCONTROL'")
     elif from_demo:
         lines.append("import memcontrol_hf")
     if not from_demo:
