@@ -68,7 +68,7 @@ def values_of(runs: list[Run], method: str, side: str, steps: int, quantity: str
 def render(content: dict[str, Any]) -> str:
     """The page."""
     runs, rows = content["runs"], []
-    loads = sorted(run["load"] for run in runs)
+    loads = sorted(run["load"] for run in runs if "load" in run)
     for method, steps in itertools.product(METHODS, sorted({run["steps"] for run in runs})):
         for quantity, unit in (("seconds", "s"), ("peak_mib", "MiB")):
             values = [values_of(runs, method, side, steps, quantity) for side in SIDES]

@@ -40,7 +40,7 @@ from screened.verdicts import ALL, BASE, RANDOM, SAME, SEEDS, SUGGESTED, random_
 
 METHOD, RATE, STEPS = "attention", 3e-4, 80  # as in the trial table
 SCREENING_SEED = 1000  # of the first screening: no fine-tune has it
-FID = (SUGGESTED, ALL, f"{SAME[0]}1", BASE)
+FID = ((SUGGESTED, ALL, f"{SAME[0]}1"), (BASE,))  # seed by seed, then the base
 
 
 class Study:
@@ -67,7 +67,7 @@ class Study:
                 jobs += [self._job("fine_tunes", name, seed, self.fine_tune) for name in names]
         if images is not None:
             make = partial(self.fid, images)
-            jobs += [self._job("fid", name, seed, make) for seed in seeds for name in FID]
+            jobs += [self._job("fid", name, seed, make) for names in FID for seed in seeds for name in names]
         return list({job.piece: job for job in jobs}.values())
 
     def _job(self, folder: str, name: str, seed: int, make: Callable[[str, int], dict[str, Any]]) -> Job:
