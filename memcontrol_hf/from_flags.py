@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from .audit import LEAST_IMAGES, AuditSettings, cannot_pass, least_images
 from .checkpoints import newest_whole
 from .data import check_near_duplicates, images_digest, load_images, plant_canaries
 from .demo import demo_dataset
-from .dry_run import load_architecture, plan
+from .dry_run import Stage, audit_stage, figures_stage, load_architecture, plan, stages_table
 from .encoders import NEEDS_ENCODER, encoder_name, load_encoder
-from .evaluation import check_objectives
-from .families import DTYPES, QUANTIZATIONS, family_of, load_pipeline
+from .evaluation import METRICS, check_objectives
+from .families import DTYPES, QUANTIZATIONS, Family, family_of, load_pipeline
 from .flags import SEEN_LATER, ScriptArguments, on_demo_data, public_datasets, public_flags, settings
 from .images import Framing
 from .mitigations import parse_mitigations
@@ -275,14 +276,15 @@ def training_arguments(args: ScriptArguments) -> MemControlTrainingArguments:
 
 
 def dry_run(args: ScriptArguments) -> str:
-    """The text that `--dry_run` prints: what the search needs; see [`~memcontrol_hf.dry_run.plan`]."""
+    """The text that `--dry_run` prints: what the run needs, and its stages; see [`~memcontrol_hf.dry_run`]."""
     config, _, _ = check(args)
     optimizer = training_arguments(args).optim
     weight_bytes = DTYPES[args.dtype or "float32"].itemsize
     if args.quantization is not None:
         weight_bytes = QUANTIZATIONS[args.quantization][1]
+    pipeline = load_architecture(args.single_file_config or args.pretrained_model_name_or_path, args.revision)
     planned = plan(
-        load_architecture(args.single_file_config or args.pretrained_model_name_or_path, args.revision),
+        pipeline,
         config,
         granularity_of(args),
         args.text_encoder_blocks,
@@ -292,7 +294,34 @@ def dry_run(args: ScriptArguments) -> str:
         optimizer_bytes=2 if "8bit" in optimizer else 8,
         low_precision=args.mixed_precision != "no" or args.dtype in ("float16", "bfloat16"),
     )
-    return planned.text()
+    stages = stages_table(_stages(args, family_of(pipeline)))
+    return "\n\n".join([planned.text(), stages, _what_becomes_of_images(args)])
+
+
+def _stages(args: ScriptArguments, family: Family) -> list[Stage]:
+    """The stages of the run that the flags describe, in their order."""
+    a_step = args.train_batch_size * args.gradient_accumulation_steps
+    trial_steps = args.search_max_steps or args.max_train_steps
+    sampling = (args.eval_num_images, args.eval_inference_steps, args.eval_guidance_scale)
+    trial = partial(figures_stage, family, metrics=args.objectives, splits=("training", "validation"))
+    trial = partial(trial, sampling=sampling, trained=trial_steps * a_step)
+    final = partial(figures_stage, family, metrics=METRICS, splits=("training", "held-out"), sampling=sampling)
+    stages = []
+    if args.n_trials and args.screen:  # by count of passes, it costs half as much again as its training
+        steps = args.screen_steps or trial_steps
+        stages.append(Stage("screening, if it is made", trained=steps * a_step, passes=steps * a_step // 2))
+    if args.n_trials:
+        stages.append(trial(name="trials", times=args.n_trials))
+    if args.n_trials and args.n_finalists > 1:
+        stages.append(trial(name="repeats of trials", times=args.n_finalists * args.finalist_repeats))
+    stages.append(final(name="frozen base"))
+    stages.append(final(name="fine-tunes: all blocks, and the mask", times=2, trained=args.max_train_steps * a_step))
+    return [*stages, audit_stage(family, audit_settings(args))]
+
+
+def _what_becomes_of_images(args: ScriptArguments) -> str:
+    how = "the middle of what is not square" if args.fit == "crop" else "the whole image, between bars"
+    return f"images: {args.resolution} x {args.resolution} pixels, {how}; {args.background} under what is transparent"
 
 
 def granularity_of(args: ScriptArguments) -> str | list[str]:

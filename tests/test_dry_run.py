@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import peft
@@ -12,9 +13,11 @@ from original_layout import save_original
 from safetensors.torch import load_file
 from tiny_families import PIPELINES, sd3
 
-from memcontrol_hf import MemControlConfig, SearchSpace, demo_pipeline
+from memcontrol_hf import MemControlConfig, SearchSpace, audit_memorization, demo_pipeline
+from memcontrol_hf.audit import AuditSettings
 from memcontrol_hf.demo import DEMO_PIPELINE
-from memcontrol_hf.dry_run import load_architecture, plan
+from memcontrol_hf.dry_run import audit_stage, figures_stage, load_architecture, plan
+from memcontrol_hf.evaluation import METRICS
 from memcontrol_hf.families import family_of, load_pipeline
 from memcontrol_hf.sampling import denoiser_in_place, generate
 
@@ -106,7 +109,43 @@ def test_the_script_plans_from_configs_alone(tmp_path, script, capsys):
     printed = capsys.readouterr().out
     assert "SD3Transformer2DModel" in printed and "transformer_blocks.1" in printed
     assert "memory of a training step, about: " in printed
+    assert re.search(r"^trials +8 +1,000 +256 +12,800 +training 5, validation 5$", printed, re.M)
+    assert re.search(r"^audit +1 +0 +3,512 +", printed, re.M), "3 x 100 x 10 images of prompts, 2 x 256 of quality"
+    assert "images: 16 x 16 pixels, the middle of what is not square; white under" in printed
     assert not (tmp_path / "out").exists(), "nothing is written"
+
+
+def counted_passes(pipeline) -> list[int]:
+    """The images in each forward pass of the denoiser from now on."""
+    counts = []
+    pipeline.unet.register_forward_hook(lambda module, given, output: counts.append(len(output[0])))
+    return counts
+
+
+@pytest.mark.parametrize("guidance", [3.0, 1.0])
+def test_an_audit_has_the_passes_that_are_planned(guidance):
+    pipeline = tiny_pipeline()
+    settings = AuditSettings(
+        resolution=RESOLUTION, num_prompts=4, images_per_prompt=3, num_quality_images=5, inference_steps=2,
+        guidance_scale=guidance, num_timesteps=3, near_duplicates=0, batch_size=7,
+    )  # fmt: skip
+    counts = counted_passes(pipeline)
+    audit_memorization(
+        images_of(9, seed=1), images_of(12, seed=2), pipeline, base_pipeline=pipeline, settings=settings,
+        encoder=torch.nn.Flatten(),
+    )  # fmt: skip
+    stage = audit_stage(family_of(pipeline), settings)
+    assert stage.total(**{"training": 9, "held-out": 12}) == sum(counts)
+    assert stage.generated == 3 * 4 * 3 + 2 * 5
+
+
+@pytest.mark.parametrize("metrics", [["fid", "membership_auc"], ["loss"], list(METRICS)])
+def test_figures_have_the_passes_that_are_planned(tmp_path, metrics):
+    trainer = tiny_trainer(tmp_path, mask={}, eval_num_timesteps=5)
+    counts = counted_passes(trainer.pipeline)
+    trainer.evaluate(metrics=metrics)
+    stage = figures_stage(trainer.family, "base", metrics, ("training", "validation"), (6, 2, 2.0))
+    assert stage.total(training=10, validation=8) == sum(counts)
 
 
 def broken(folder: Path) -> str:

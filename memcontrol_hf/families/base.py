@@ -80,6 +80,7 @@ class Family:
         penultimate (tuple of `str`): names of the text encoders whose last layer the pipeline does not read.
         conditions (tuple of `str`): names of a condition's tensors, in the order in which [`Family.encode`] returns
             them; also the arguments of [`Family.call_denoiser`] and the columns of the cached data.
+        guided_passes (`int`): forward passes of an image in a sampling step with guidance.
         not_applicable (dict of `str`): names of the measures that have no meaning for this family, each with the
             reason.
         noise_class (`type`): class of the noise process.
@@ -96,6 +97,7 @@ class Family:
     optional: ClassVar[tuple[str, ...]] = ()
     penultimate: ClassVar[tuple[str, ...]] = ()
     conditions: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
+    guided_passes: ClassVar[int] = 2
     not_applicable: ClassVar[dict[str, str]] = {}
     noise_class: ClassVar[type[DDPMNoise]] = DDPMNoise
 

@@ -22,6 +22,7 @@ class FluxFamily(Family):
     conditions = ("prompt_embeds", "pooled_prompt_embeds")
     noise_class = FlowMatchingNoise
     guidance = 3.5
+    guided_passes = 1
     patch = 2
 
     @property

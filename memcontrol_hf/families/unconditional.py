@@ -27,6 +27,7 @@ class UnconditionalFamily(Family):
     denoiser_name = "unet"
     encoders = ()
     conditions = ()
+    guided_passes = 1
     not_applicable = dict.fromkeys(("noise_norm", "clid"), "an unconditional model has no condition to leave out")
     noise_class = UnconditionalNoise
     pixels_per_latent = 1

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from .demo import DEMO_PIPELINE
-from .families import Family, family_of
-from .report.escaping import readable_bytes
-from .tuners import MemControlConfig
+from ..demo import DEMO_PIPELINE
+from ..families import Family, family_of
+from ..report.escaping import readable_bytes
+from ..tuners import MemControlConfig
 
 CONFIGS = ("model_index.json", "*/config.json", "*/scheduler_config.json")
 """The files that are read."""
