@@ -3,6 +3,7 @@
 import re
 
 from griffe import Extension, Object
+from mkdocs.structure.pages import Page
 
 _OUTSIDE = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)#]*)(#[^)]*)?\)")
 _REFERENCE = re.compile(r"\[`~?([\w.]+)`\](?!\()")
@@ -12,6 +13,13 @@ _TYPE = re.compile(r"^( +[\w*, ]+) \((.*)\):", re.M)
 def on_page_markdown(markdown: str, **kwargs: object) -> str:
     """A link to a file outside of docs/ becomes the path of the file in the repository."""
     return _OUTSIDE.sub(_named, markdown)
+
+
+def on_page_content(html: str, page: Page, **kwargs: object) -> str:
+    """A link of a notebook to another page leads there; MkDocs does so for pages of Markdown alone."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return html
+    return re.sub(r'href="(\w+)\.md(#[\w-]+)?"', r'href="../\1/\2"', html)
 
 
 def _named(link: re.Match) -> str:

@@ -341,8 +341,8 @@ class ScriptArguments:
     # ---- the run ----
     dry_run: bool = _flag(
         False,
-        "Read nothing but the model's configs; print blocks, trainable parameters, adapter size, memory and the passes "
-        "of each stage, and stop.",
+        "Read nothing but the model's configs; print blocks, trainable parameters, adapter size, memory and the "
+        "passes of each stage, and stop.",
         study=False,
         publish="never",
     )
