@@ -5,6 +5,7 @@ is one file, because the Trainer is extended by overriding its methods in one cl
 """
 
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
@@ -17,7 +18,13 @@ from peft import PeftConfig, PeftType
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, BestRun, PredictionOutput, TrainOutput
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    BestRun,
+    PredictionOutput,
+    TrainOutput,
+    rotate_checkpoints,
+)
 
 from .adapter_folder import REPORT
 from .adapters import MaskedAdapters, merged
@@ -43,6 +50,7 @@ from .tracking import adjust_trackers
 from .training_arguments import MemControlTrainingArguments, check_trainer_arguments, is_place
 from .training_loss import TrainingLoss
 from .tuners import MemControlConfig, quantized_type
+from .whole_files import move_whole
 
 if TYPE_CHECKING:
     import optuna
@@ -116,6 +124,7 @@ class MemControlTrainer(Trainer):
         if {"fid", "amd"} & {*args.objectives}:
             self._encoder = named_encoder(encoder, *_images_of(train_dataset, eval_dataset))
         self._given_optimizer = optimizer_cls_and_kwargs
+        self._aside: Path | None = None  # where a checkpoint is written at this moment
         self._replaced: dict[str, Any] = {}  # values of the arguments before `apply_hyperparameters`
         self._encoded: dict[str, EncodedImages] = {}  # key: fingerprint of the images
         self._trial_rows: dict[tuple[int, float], EncodedImages] = {}  # key: seed and share
@@ -331,12 +340,36 @@ class MemControlTrainer(Trainer):
         """Raise `ValueError` when a trained parameter is not finite: nothing that is saved may hold such a value."""
         check_parameters(self.model, self.state.global_step, self.args.learning_rate)
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._aside or super()._get_output_dir(trial))
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As in transformers, but a checkpoint has its name only when it is whole and on the disk."""
         self._check_finite()
-        super()._save_checkpoint(model, trial)
-        if self._private is not None and self.args.should_save:
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            self._private.save(Path(self._get_output_dir(trial)) / folder)
+        writes, state, folder = self.args.should_save, self.state, Path(self._get_output_dir(trial))
+        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        unfinished = folder / ".unfinished" / checkpoint.name
+        if writes:
+            shutil.rmtree(unfinished.parent, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._aside = unfinished.parent
+        try:
+            super()._save_checkpoint(model, trial)
+            if state.best_model_checkpoint == str(unfinished):
+                state.best_model_checkpoint = str(checkpoint)
+                if writes:
+                    state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
+            if self._private is not None and writes:
+                self._private.save(unfinished)
+            self.accelerator.wait_for_everyone()  # each process saves its own random state
+            if writes:
+                move_whole(unfinished, checkpoint)
+        finally:
+            self._aside = None
+            if writes:
+                shutil.rmtree(unfinished.parent, ignore_errors=True)
+        if writes:
+            rotate_checkpoints(str(folder), self.args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in transformers. Counts of the mitigations since the last log, such as `dropped_samples`, are added."""

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "memcontrol_hf"
 ROOMS = [
     "progress",
+    "whole_files",
     "randomness",
     "images",
     "masks",

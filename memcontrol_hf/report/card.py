@@ -1,9 +1,9 @@
 """The card of a folder, whichever kind of folder it is."""
 
-import os
 from pathlib import Path
 
 from ..adapter_folder import CARD, MASK, REPORT
+from ..whole_files import write_whole
 from .adapter_card import AdapterCard
 from .audit_card import AuditCard
 from .base_card import TRAINING_LOG, render_base_card
@@ -12,7 +12,7 @@ from .report import MemorizationReport
 
 
 def write_card(folder: str | Path) -> Path:
-    """Render the card of a folder, and put the card there in one move.
+    """Render the card of a folder, and put the card there, whole or not at all.
 
     Args:
         folder (`str`): As for [`render_card`].
@@ -25,9 +25,7 @@ def write_card(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     text = render_card(folder)
-    new = folder / f".{CARD}.new"
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, folder / CARD)
+    write_whole(folder / CARD, text)
     return folder / CARD
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..whole_files import write_whole
 from .gate import check_limits
 from .verdict import NOT_APPLICABLE, asked_of, verdict, violation
 
@@ -89,7 +90,7 @@ class MemorizationReport:
             ValueError: When a figure is not finite.
         """
         content = json.dumps(asdict(self), indent=2, allow_nan=False)
-        Path(path).write_text(content + "\n", encoding="utf-8")
+        write_whole(path, content + "\n")
 
     @classmethod
     def from_json(cls, path: str | Path) -> "MemorizationReport":

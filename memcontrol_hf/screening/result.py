@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..whole_files import write_whole
+
 SCREENING_VERSION = 1
 """Version of the file format of a screening."""
 
@@ -145,7 +147,7 @@ class Screening:
         Raises:
             ValueError: when a figure is not finite.
         """
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
 
     @classmethod
     def from_dict(cls, content: Any) -> "Screening":

@@ -8,6 +8,7 @@ from datetime import datetime
 
 import numpy as np
 import optuna
+import psutil
 from accelerate.utils.memory import clear_device_cache
 from optuna.trial import FrozenTrial, TrialState
 from transformers.trainer_utils import BestRun
@@ -153,9 +154,8 @@ def _claim_final_run(study: optuna.Study, timeout: float | None, poll_seconds: f
 
 def _keeps_final_run(claim: FrozenTrial) -> bool:
     """Whether an earlier claim is another process's that is alive, or has finished since this process was started."""
-    worker = this_worker()
-    if claim.user_attrs.get("worker") == worker:
+    if claim.user_attrs.get("worker") == this_worker():
         return False
     if claim.state == TrialState.COMPLETE:
-        return claim.datetime_complete > datetime.fromtimestamp(worker[-1])
+        return claim.datetime_complete > datetime.fromtimestamp(psutil.Process().create_time())
     return claim.state == TrialState.RUNNING and is_alive(claim)

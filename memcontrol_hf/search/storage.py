@@ -9,11 +9,11 @@ from urllib.parse import urlsplit
 
 import optuna
 from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
 from .claims import FINAL, SCREENING
+from .journal import Journal
 
 
 def storage_address(storage: str | None, output_dir: str | Path) -> str:
@@ -33,7 +33,7 @@ def open_storage(storage: str) -> BaseStorage:
     """Open a journal file by its path, a gRPC proxy by `grpc://host:port`, or a database by its address.
 
     Raises:
-        ValueError: when a database cannot be opened.
+        ValueError: when a database cannot be opened, and for a file that is no journal.
     """
     if storage.startswith("grpc://"):
         address = urlsplit(storage)
@@ -42,7 +42,14 @@ def open_storage(storage: str) -> BaseStorage:
             return GrpcStorageProxy(host=address.hostname, port=address.port or 13000)
     if "://" not in storage:
         Path(storage).parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(storage))
+        journal = Journal(storage)
+        try:
+            return JournalStorage(journal)
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the journal {storage} was changed, so that its records do not fit together ({type(error).__name__}: "
+                f"{error}): put a copy of it in its place, or move it away to search anew"
+            ) from None
     for attempt in range(2):
         try:
             return RDBStorage(storage)

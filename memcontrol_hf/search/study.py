@@ -256,13 +256,26 @@ class SharedStudy:
     # ---- recording how trials ended ----
 
     def record(self, outcome: Outcome) -> None:
-        """Record and log how this worker's trial ended. A trial that cannot be recorded has failed."""
+        """Record and log how this worker's trial ended. A trial that cannot be recorded has failed.
+
+        The outcome of a trial that another worker has given up, since it took so long, is not recorded.
+        """
+        number = outcome.trial.number
+        if self._is_finished(number):
+            logger.warning(
+                f"trial {number} took so long that another worker has given it up and runs it again: what it gave "
+                "here is not used. A longer --trial_timeout prevents this"
+            )
+            return
         try:
             self._record(outcome)
         except Exception as error:
             with suppress(Exception):
-                self.fail(outcome.trial.number, f"it could not be recorded: {type(error).__name__}: {error}")
+                self.fail(number, f"it could not be recorded: {type(error).__name__}: {error}")
             raise
+
+    def _is_finished(self, number: int) -> bool:
+        return self._trials()[number].state.is_finished()
 
     def _record(self, outcome: Outcome) -> None:
         number, n_trials = outcome.trial.number, self.settings.n_trials
@@ -322,9 +335,11 @@ class SharedStudy:
         Args:
             dead (list, *optional*): identity of a worker that is known to be dead, as [`this_worker`] gave it there.
         """
+        if (timeout := self.settings.trial_timeout) is not None:  # it counts the training, and not the measuring
+            timeout = max([timeout, *(t.duration.total_seconds() for t in complete_trials(self.study))])
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             ended = bool(dead) and trial.user_attrs.get("worker") == dead
-            if ended or not is_alive(trial, self.settings.trial_timeout):
+            if ended or not is_alive(trial, timeout):
                 self.queue_again(trial.number)
 
     def queue_again(self, number: int, interrupt: BaseException | None = None) -> None:

@@ -1,7 +1,9 @@
 """Which process works on a trial, and whether that process is still alive."""
 
+import os
 import socket
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -11,9 +13,9 @@ _UNNAMED = timedelta(seconds=10)  # how long a trial may run before its process 
 
 
 def this_worker() -> list[Any]:
-    """The identity of this process: the machine's name, the process number, and the time when it was started."""
-    process = psutil.Process()
-    return [socket.gethostname(), process.pid, process.create_time()]
+    """The identity of this process: the machine's name, the process number, and when it was started."""
+    pid = os.getpid()
+    return [socket.gethostname(), pid, _started(pid)]
 
 
 def is_alive(trial: FrozenTrial, timeout: float | None = None) -> bool:
@@ -23,8 +25,8 @@ def is_alive(trial: FrozenTrial, timeout: float | None = None) -> bool:
         trial (`FrozenTrial`):
             A trial that is recorded as running.
         timeout (`float`, *optional*):
-            Seconds that a trial may take. Nothing can be known of a process on another machine, so its trial is given
-            up after twice this time; without a timeout, never.
+            Seconds that a trial may take, with all of its measuring. Nothing can be known of a process on another
+            machine, so its trial is given up after twice this time; without a timeout, never.
     """
     age = datetime.now() - trial.datetime_start
     if "worker" not in trial.user_attrs:  # killed, or about to say who it is
@@ -33,6 +35,15 @@ def is_alive(trial: FrozenTrial, timeout: float | None = None) -> bool:
     if host != socket.gethostname():
         return timeout is None or age < timedelta(seconds=2 * timeout)
     try:
-        return psutil.Process(pid).create_time() == created
+        return _started(pid) == created
     except psutil.NoSuchProcess:
         return False
+
+
+def _started(pid: int) -> str | float:
+    """When a process was started. On Linux in clock ticks since the boot, since the time of day can be set anew."""
+    try:
+        ticks = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+        return f"{ticks} after boot {Path('/proc/sys/kernel/random/boot_id').read_text(encoding='utf-8').strip()}"
+    except OSError:  # another system, or no such process
+        return psutil.Process(pid).create_time()

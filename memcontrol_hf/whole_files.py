@@ -1,0 +1,47 @@
+"""Files and folders that appear whole or not at all, whenever the process or the machine that writes them ends."""
+
+import os
+import shutil
+from pathlib import Path
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a text file aside, in UTF-8, and rename it when it is on the disk.
+
+    Raises:
+        OSError: when it cannot be written; what was there before is left then.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.unfinished")
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def move_whole(source: str | Path, target: str | Path) -> None:
+    """Give a folder its name when its files are on the disk. A folder that has the name already is replaced."""
+    for file in Path(source).rglob("*"):
+        if file.is_file():
+            _sync(file)
+    _sync(Path(source))
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(source, target)
+    _sync(Path(target).parent)
+
+
+def _sync(path: Path) -> None:
+    """Wait until the contents of a file, or the names in a folder, are on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,202 @@
+"""What was broken on purpose heals, or is said in one line, and nothing that was whole is lost."""
+
+import errno
+import os
+import random
+import time
+
+import optuna
+import pytest
+from conftest import tiny_trainer
+from optuna.trial import TrialState
+
+from memcontrol_hf.search import SearchSettings, open_storage
+from memcontrol_hf.search import study as study_module
+from memcontrol_hf.search.study import Outcome, SharedStudy
+from memcontrol_hf.search.worker import is_alive, this_worker
+
+
+def journal_of(folder, trials=3) -> optuna.Study:
+    """A study with finished trials, in a journal file."""
+    study = study_at(folder / "study.journal")
+    for number in range(trials):
+        trial = study.ask()
+        trial.suggest_float("x", 0, 1)
+        study.tell(trial, float(number))
+    return study
+
+
+def study_at(path) -> optuna.Study:
+    return optuna.create_study(study_name="s", storage=open_storage(str(path)), load_if_exists=True)
+
+
+# ---- the journal of a study ----
+
+
+def test_a_journal_that_is_torn_anywhere_goes_on_with_what_is_whole(tmp_path, caplog):
+    journal_of(tmp_path)
+    path = tmp_path / "study.journal"
+    whole = path.read_bytes()
+    ends = [place + 1 for place, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in random.Random(0).sample(range(1, len(whole)), 60):
+        path.write_bytes(whole[:cut])
+        (tmp_path / "study.journal.torn").unlink(missing_ok=True)
+        caplog.clear()
+        study = study_at(path)
+        study.ask()
+        assert len(study_at(path).trials) == len(study.trials)
+        kept = max((end for end in ends if end <= cut), default=0)
+        assert path.read_bytes()[:kept] == whole[:kept]
+        if kept < cut:
+            assert (tmp_path / "study.journal.torn").read_bytes() == whole[kept:cut]
+            assert "were moved to study.journal.torn, and the search goes on with what is whole" in caplog.text
+
+
+def test_a_record_that_is_damaged_in_the_middle_is_set_aside_with_what_counts_on_it(tmp_path, caplog):
+    other = journal_of(tmp_path)
+    path = tmp_path / "study.journal"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:6], b'{"op_code":4,"wor' + lines[6], *lines[7:]]))
+    states = [trial.state for trial in study_at(path).trials]
+    assert states[:1] == [TrialState.COMPLETE] and len(states) < 3
+    assert "damaged after its first 6 records, as a full disk or a power cut leaves it: " in caplog.text
+    with pytest.raises(OSError, match="has become shorter: another process found a damaged record in it"):
+        other.ask()
+
+
+@pytest.mark.parametrize("name", ["study.journal.lock", "study.journal.flock"])
+def test_a_lock_that_a_killed_process_left_is_no_lock(tmp_path, name):
+    journal_of(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    if name.endswith(".flock"):
+        (tmp_path / name).write_bytes(b"")
+    else:  # as Optuna's own lock leaves it
+        (tmp_path / name).symlink_to(tmp_path / "study.journal")
+    started = time.monotonic()
+    study_at(tmp_path / "study.journal").ask()
+    assert time.monotonic() - started < 10
+
+
+def test_a_write_that_the_disk_has_no_room_for_leaves_no_part_of_a_record(tmp_path, monkeypatch):
+    study = journal_of(tmp_path)
+    path = tmp_path / "study.journal"
+    whole, sync = path.read_bytes(), os.fsync
+
+    def full(descriptor):
+        if path.stat().st_size > len(whole):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            study.ask()
+    assert path.read_bytes() == whole
+    study.ask()
+    assert len(study_at(path).trials) == 4
+
+
+def test_a_file_that_is_no_journal_is_left_as_it_is(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("the only copy\n")
+    with pytest.raises(ValueError, match=r"notes\.txt is no journal of Optuna's: give another path"):
+        open_storage(str(path))
+    assert path.read_text() == "the only copy\n" and not (tmp_path / "notes.txt.torn").exists()
+
+
+def test_a_journal_whose_records_do_not_fit_together_is_named(tmp_path):
+    journal_of(tmp_path)
+    path = tmp_path / "study.journal"
+    path.write_bytes(path.read_bytes().replace(b'"study_name"', b'"study_nome"', 1))
+    with pytest.raises(ValueError, match=r"study\.journal was changed, so that its records do not fit together"):
+        open_storage(str(path))
+
+
+# ---- workers ----
+
+
+@pytest.mark.parametrize("state", [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL])
+def test_the_result_of_a_worker_that_was_given_up_is_set_aside_and_it_goes_on(tmp_path, caplog, state):
+    settings = SearchSettings(5, "minimize", study_name="s", storage=str(tmp_path / "study.journal"), sampler="random")
+    late, other = (SharedStudy.open(settings, settings.storage) for _ in range(2))
+    for shared in (late, other):
+        shared.try_first([], seed=0)
+    planned = late.next(lambda trial: {"x": trial.suggest_float("x", 0, 1)})
+    other.queue_again_what_died(dead=this_worker())
+    late.record(Outcome(planned, state, "slow", values=[1.0]))
+    assert "trial 0 took so long that another worker has given it up" in caplog.text
+    again = late.next(lambda trial: {"x": trial.suggest_float("x", 0, 1)})
+    assert again.number == 1 and again.hyperparameters == planned.hyperparameters
+    late.record(Outcome(again, TrialState.COMPLETE, values=[1.0]))
+    assert [trial.state for trial in other.study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
+
+
+def test_a_worker_elsewhere_has_the_time_that_whole_trials_took_before(tmp_path, monkeypatch):
+    settings = SearchSettings(5, "minimize", study_name="s", storage=str(tmp_path / "study.journal"), trial_timeout=1)
+    shared, asked = SharedStudy.open(settings, settings.storage), []
+    shared.try_first([], seed=0)
+    planned = shared.next(lambda trial: {"x": trial.suggest_float("x", 0, 1)})
+    time.sleep(1.5)  # its training was shorter, its measuring was not
+    shared.record(Outcome(planned, TrialState.COMPLETE, values=[1.0]))
+    shared.next(lambda trial: {"x": trial.suggest_float("x", 0, 1)})
+    monkeypatch.setattr(study_module, "is_alive", lambda trial, timeout: asked.append(timeout) or True)
+    shared.queue_again_what_died()
+    assert asked and 1.5 < asked[0] < 30
+
+
+def test_a_clock_that_is_set_anew_kills_no_worker(tmp_path, monkeypatch):
+    import psutil
+
+    study = study_at(tmp_path / "study.journal")
+    trial = study.ask()
+    trial.set_user_attr("worker", this_worker())
+    created = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: created(self) + 2)  # as Linux shows it then
+    assert is_alive(study.trials[0])
+    assert not is_alive(_with_worker(study, ["start", "of another process"]))
+
+
+def _with_worker(study, start):
+    host, pid, _ = this_worker()
+    trial = study.ask()
+    trial.set_user_attr("worker", [host, pid, start])
+    return study.trials[-1]
+
+
+# ---- checkpoints ----
+
+
+def test_a_checkpoint_has_its_name_when_it_is_whole(tmp_path, monkeypatch):
+    trainer = tiny_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=4)
+    seen = []
+
+    def ends(*_):
+        seen.append(sorted(path.name for path in tmp_path.glob("checkpoint-*")))
+        if len(seen) == 2:
+            raise KeyboardInterrupt  # as the second checkpoint is being written
+
+    write = trainer._save_rng_state
+    monkeypatch.setattr(trainer, "_save_rng_state", lambda folder: ends() or write(folder))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert seen == [[], ["checkpoint-2"]]
+    assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == ["checkpoint-2"]
+
+
+def test_the_best_and_the_newest_checkpoints_are_kept_where_they_can_be_found(tmp_path):
+    trainer = tiny_trainer(
+        tmp_path,
+        max_steps=6,
+        save_steps=2,
+        eval_steps=2,
+        save_strategy="steps",
+        eval_strategy="steps",
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+    )
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best == str(tmp_path / f"checkpoint-{trainer.state.best_global_step}") and os.path.isdir(best)
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 2 and not (tmp_path / ".unfinished").exists()
+    assert f'"best_model_checkpoint": "{best}"' in (tmp_path / "checkpoint-6" / "trainer_state.json").read_text()
