@@ -7,7 +7,8 @@ import time
 
 import optuna
 import pytest
-from conftest import tiny_trainer
+import torch
+from conftest import adapter_of, tiny_trainer
 from optuna.trial import TrialState
 
 from memcontrol_hf.search import SearchSettings, open_storage
@@ -200,3 +201,36 @@ def test_the_best_and_the_newest_checkpoints_are_kept_where_they_can_be_found(tm
     assert best == str(tmp_path / f"checkpoint-{trainer.state.best_global_step}") and os.path.isdir(best)
     assert len(list(tmp_path.glob("checkpoint-*"))) == 2 and not (tmp_path / ".unfinished").exists()
     assert f'"best_model_checkpoint": "{best}"' in (tmp_path / "checkpoint-6" / "trainer_state.json").read_text()
+
+
+# ---- trackers ----
+
+
+def test_without_a_key_the_runs_are_kept_offline_and_no_trial_fails(tmp_path, monkeypatch, caplog):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_API_KEY", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.stdin", open(os.devnull))
+    trainer = tiny_trainer(tmp_path / "out", report_to=["wandb"], max_steps=1)
+    trainer.hyperparameter_search(n_trials=2, screen=False, learning_rate_range=(1e-3, 1e-2))
+    wandb.teardown()  # it reads the variables again in the next test
+    study = optuna.load_study(study_name="memcontrol", storage=open_storage(str(tmp_path / "out" / "study.journal")))
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 2
+    assert caplog.text.count("Weights & Biases: No API key configured") == 1
+    assert f"`wandb sync {tmp_path / 'out'}/wandb/offline-run-*` uploads them" in caplog.text
+    assert len(list((tmp_path / "out" / "wandb").glob("offline-run-*"))) == 2
+
+
+def test_a_tracker_that_fails_in_the_middle_is_named_once_and_the_training_is_the_same(tmp_path, monkeypatch, caplog):
+    from torch.utils.tensorboard import SummaryWriter
+
+    plain = tiny_trainer(tmp_path / "plain", max_steps=3, logging_steps=1)
+    plain.train()
+    monkeypatch.setattr(SummaryWriter, "add_scalar", lambda *_, **__: os.stat("/no/such/disk"))
+    trainer = tiny_trainer(tmp_path / "tracked", max_steps=3, logging_steps=1, report_to=["tensorboard"])
+    trainer.train()
+    assert caplog.text.count("TensorBoardCallback fails (FileNotFoundError: ") == 1
+    expected, got = adapter_of(plain.model), adapter_of(trainer.model)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)

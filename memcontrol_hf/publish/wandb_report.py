@@ -10,9 +10,10 @@ from ..adapter_folder import PLOT, PUBLIC_FILES, REPORT
 from ..masks import block_map
 from ..metrics import nearest_distances
 from ..report import MemorizationReport
-from ..tracking import current_run
+from ..tracking import current_run, tolerated
 
 
+@tolerated("the report cannot be put into the tracker's run")
 def log_report(report: MemorizationReport, folder: str | Path) -> None:
     """Put a report into the current run, if there is one.
 
@@ -64,6 +65,7 @@ def log_report(report: MemorizationReport, folder: str | Path) -> None:
         run.log_artifact(artifact)
 
 
+@tolerated("images cannot be put into the tracker's run")
 def log_images(
     images: torch.Tensor,
     prompt: str,
