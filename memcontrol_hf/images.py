@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,8 +57,7 @@ DEFAULT_FRAMING = Framing()
 
 def thumbnails(images: "Dataset", rows: Sequence[int], framing: Framing = DEFAULT_FRAMING) -> torch.Tensor:
     """Some rows of the column `image` at 32 x 32 pixels: `[len(rows), 3, 32, 32]` in [0, 1]."""
-    parts = [list(rows[i : i + 256]) for i in range(0, len(rows), 256)]
-    return torch.cat([to_pixels(images[part]["image"], 32, framing) for part in parts])
+    return to_pixels((images[row]["image"] for row in rows), 32, framing)
 
 
 DIGEST_VERSION = 2
@@ -86,7 +85,7 @@ def to_rgb(image: PILImage.Image, background: str = "white") -> PILImage.Image:
     return image.convert("RGB")
 
 
-def to_pixels(images: Sequence[PILImage.Image], resolution: int, framing: Framing = DEFAULT_FRAMING) -> torch.Tensor:
+def to_pixels(images: Iterable[PILImage.Image], resolution: int, framing: Framing = DEFAULT_FRAMING) -> torch.Tensor:
     """PIL images -> `[N, 3, resolution, resolution]` in [0, 1]: RGB squares, by default cropped."""
     arrays = [np.asarray(framing.square(image, resolution)) for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255

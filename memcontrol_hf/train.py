@@ -86,7 +86,7 @@ def run(args: ScriptArguments) -> None:
 
     if args.n_trials:
         kept = public_address(args.storage) if args.storage else args.output_dir
-        with exit_code(ERROR, (ValueError, RuntimeError), f". The trials are kept in {kept}"):
+        with exit_code(ERROR, FAILURES, f". The trials are kept in {kept}"):
             choice = workflow.search(trainer, **search_options(args, trainer, rates, mask))
     else:
         choice = workflow.Choice({"mask": trainer.mask, "learning_rate": fixed_rate(args, rates)})
@@ -97,7 +97,7 @@ def run(args: ScriptArguments) -> None:
     if checkpoint:
         with exit_code(WRONG_USE, ValueError):
             workflow.check_resumes(trainer, choice, checkpoint)
-    with exit_code(ERROR, (ValueError, RuntimeError), f". What was finished is kept in {args.output_dir}"):
+    with exit_code(ERROR, FAILURES, f". What was finished is kept in {args.output_dir}"):
         tuned = workflow.fine_tune(trainer, choice, data["held_out"], checkpoint, args.study_name)
     if not trainer.is_world_process_zero():
         return

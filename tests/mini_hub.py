@@ -57,6 +57,7 @@ class MiniHub:
             routes=[
                 Route("/api/whoami-v2", self.whoami),
                 Route("/api/repos/create", self.create, methods=["POST"]),
+                Route("/api/repos/delete", self.delete, methods=["DELETE"]),
                 Route("/api/validate-yaml", self.validate, methods=["POST"]),
                 Route(model, self.info),
                 Route(model + "/branch/{revision}", self.create_branch, methods=["POST"]),
@@ -114,6 +115,11 @@ class MiniHub:
         created = name not in self.repos
         self.repos.setdefault(name, Repo(bool(private)))
         return JSONResponse({"url": f"{request.base_url}{name}", "name": name}, 200 if created else 409)
+
+    async def delete(self, request: Request) -> Response:
+        body = json.loads(await self.body(request))
+        self.repos.pop(f"{body.get('organization') or 'tester'}/{body['name']}")
+        return JSONResponse({})
 
     def repo(self, request: Request) -> Repo | None:
         repo = self.repos.get(f"{request.path_params['owner']}/{request.path_params['name']}")

@@ -9,7 +9,7 @@ import time
 
 import pytest
 from conftest import adapter_folder, small_report, tiny_pipeline, tiny_trainer
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants
 from mini_hub import TOKEN, Repo, serve
 from safetensors.torch import load_file
 
@@ -125,12 +125,35 @@ def test_after_a_failure_all_is_there_and_the_printed_command_pushes(hub, folder
     assert after.keys() == before.keys()
     assert {n for n in after if after[n] != before[n]} == {"README.md", "memorization_report.json"}, "the location"
     assert [w for w in waits if w in WAITS] != []
-    assert "README.md" not in hub.repos["owner/adapter"].files
+    assert "owner/adapter" not in hub.repos, "it would be empty"
     hub.faults.clear()
     command = error.splitlines()[-1].split()
     assert command[:2] == ["memcontrol", "push"] and command[3:] == arguments
     assert cli.main(command[1:]) == 0
     assert sorted(hub.repos["owner/adapter"].branches["v1"]) == PUSHED
+
+
+def test_a_repository_that_was_there_before_is_not_deleted(hub, folder, waits):
+    HfApi().create_repo("owner/adapter", private=True)
+    hub.faults["/commit/"] = [500] * 100
+    with pytest.raises(PushError):
+        push(folder, "owner/adapter")
+    assert "owner/adapter" in hub.repos
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Data processing error: MaxRetry"), ConnectionError("reset by peer")])
+def test_uploads_that_end_in_errors_of_their_own_are_tried_again(hub, folder, waits, monkeypatch, error):
+    commit_once, calls = HfApi.create_commit, []
+
+    def failing(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) < 3:
+            raise error  # as hf_xet does
+        return commit_once(self, *args, **kwargs)
+
+    monkeypatch.setattr(HfApi, "create_commit", failing)
+    push(folder)
+    assert len(hub.repos["tester/my-adapter"].commits) == 1 and len(waits) == 2
 
 
 @pytest.mark.parametrize(

@@ -45,30 +45,35 @@ def check_room(folder: str | Path, needed: int, what: str) -> None:
         )
 
 
-def drop_damaged(file: Path) -> None:
-    """Delete a cached file that is not what was written, so that it is computed anew; once for each file and process.
+def is_whole(file: Path) -> bool:
+    """Whether a cached file is there and is what was written; it is read once in each process.
 
-    A file without a checksum, as earlier versions left it, is taken as it is.
+    Of a file without a checksum, as earlier versions left it, nothing can be told.
     """
-    if file in _verified or not file.exists():
-        return
-    checksum = _checksum_file(file)
-    if checksum.exists() and checksum.read_text(encoding="utf-8") != _digest(file):
+    if not file.exists():
+        _verified.discard(file)
+        return False
+    if file in _verified or not (checksum := _checksum_file(file)).exists():
+        return True
+    if checksum.read_text(encoding="utf-8") != _digest(file):
+        return False
+    _verified.add(file)
+    return True
+
+
+def delete_damaged(file: Path) -> None:
+    """Delete a cached file, if it is there, with its checksum, and say so."""
+    if file.exists():
         logger.warning(f"{file} is damaged: it is deleted, and what it held is computed again")
         file.unlink()
-        checksum.unlink()
-        return
-    seal(file)
+    _checksum_file(file).unlink(missing_ok=True)
 
 
 def seal(file: Path) -> None:
     """Write the checksum of a file that is whole."""
-    if file in _verified:
-        return
-    checksum = _checksum_file(file)
-    if not checksum.exists():
-        write_whole(checksum, _digest(file))
-    _verified.add(file)
+    if file not in _verified:
+        write_whole(_checksum_file(file), _digest(file))
+        _verified.add(file)
 
 
 def _checksum_file(file: Path) -> Path:

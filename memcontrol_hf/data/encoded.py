@@ -6,12 +6,11 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Array2D, Array3D, Dataset, Features, List, Value, concatenate_datasets
-from datasets import config as datasets_config
 from datasets.fingerprint import Hasher
 from torch import nn
 
@@ -19,6 +18,7 @@ from ..families import Condition, Family
 from ..images import DEFAULT_FRAMING, DIGEST_VERSION, Framing, pixel_digest, thumbnails, to_pixels
 from ..progress import bar
 from ..randomness import Purpose, seeded_generator
+from .cache import cache_folder, check_room, delete_damaged, is_whole, seal
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class EncodedImages(torch.utils.data.Dataset):
 
     def pixels(self, rows: Sequence[int]) -> torch.Tensor:
         """The images of some rows: `[len(rows), 3, resolution, resolution]` in [0, 1]."""
-        return to_pixels(self.images[list(rows)]["image"], self.resolution, self.framing)
+        return to_pixels((self.images[row]["image"] for row in rows), self.resolution, self.framing)
 
     def captions(self, rows: Sequence[int]) -> list[str]:
         """The captions of some rows."""
@@ -171,9 +171,7 @@ def encode(
     how = [f"digest {DIGEST_VERSION}", f"transparency over {framing.background}"]
     how += [] if framing.fit == "crop" else [framing.fit]
     fingerprint = Hasher.hash([*key, *how])
-    folder = Path(datasets_config.HF_DATASETS_CACHE) / "memcontrol_hf"
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)  # it holds what images and captions say
+    folder = cache_folder()
     if (earlier := folder / f"{Hasher.hash(key)}.arrow").exists():
         logger.warning(f"{earlier} was cached by an earlier version: it is not read, and can be deleted")
     probe = family.encode_images(torch.zeros(1, 3, resolution, resolution))
@@ -186,6 +184,12 @@ def encode(
         }
     )
 
+    file = folder / f"{fingerprint}.arrow"
+    if not is_whole(file):
+        delete_damaged(file)
+        floats = [probe[0].numel(), *(tensor[0].numel() for tensor in condition.values())]
+        check_room(folder, 4 * sum(floats) * len(dataset), "what is computed once of the images")
+
     def encode_batch(batch: dict[str, list]) -> dict[str, np.ndarray | list[str]]:
         return {
             "latents": family.encode_images(to_pixels(batch["image"], resolution, framing)).cpu().numpy(),
@@ -193,17 +197,25 @@ def encode(
             "digest": [pixel_digest(image) for image in batch["image"]],
         }
 
-    encoded = dataset.map(
-        encode_batch,
-        batched=True,
-        batch_size=batch_size,
-        remove_columns=dataset.column_names,
-        features=features,
-        new_fingerprint=fingerprint,
-        cache_file_name=str(folder / f"{fingerprint}.arrow"),
-        load_from_cache_file=True,
-        desc="Encoding images and captions",
-    )
+    def encoded_on_disk() -> Dataset:
+        return dataset.map(
+            encode_batch,
+            batched=True,
+            batch_size=batch_size,
+            remove_columns=dataset.column_names,
+            features=features,
+            new_fingerprint=fingerprint,
+            cache_file_name=str(file),
+            load_from_cache_file=True,
+            desc="Encoding images and captions",
+        )
+
+    try:
+        encoded = encoded_on_disk()
+    except pa.ArrowInvalid:  # left without a checksum by an earlier version
+        delete_damaged(file)
+        encoded = encoded_on_disk()
+    seal(file)
     rows = Dataset.from_dict({"row": list(range(len(encoded)))})
     return concatenate_datasets([encoded.with_format(None), rows], axis=1).with_format("torch")
 

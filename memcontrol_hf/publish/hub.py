@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,9 @@ CARD_BY_HAND = "README.by_hand.md"
 
 WAITS = (1.0, 2.0, 4.0, 8.0)
 """Seconds before each further try, when the Hub is busy, fails or closes the connection."""
+
+# Uploads of large files end in an OSError or a RuntimeError of their own, from hf_xet and huggingface_hub.
+_UPLOAD_ERRORS = (httpx2.HTTPError, json.JSONDecodeError, OSError, RuntimeError)
 
 logger = logging.getLogger(__name__)
 
@@ -242,14 +246,18 @@ def _upload(
 ) -> str:
     """Commit the files, and try again after each of `WAITS` while the Hub is busy, fails or closes the connection.
 
+    A repository that was made for this push is deleted when the push fails and nothing is in it.
+
     Args:
         prepare (`Callable`): Called with the full name of the repository before the files are read.
         again (`str`): Command that tries again, for the error message.
     """
-    api = HfApi()
+    api, made_here = HfApi(), None
     for wait in (*WAITS, None):
         try:
-            full_id = _private_or_allowed(api, repo_id, public)
+            full_id, exists = _private_or_allowed(api, repo_id, public)
+            if not exists:
+                made_here = full_id
             api.create_repo(full_id, private=not public, exist_ok=True)
             if revision:
                 api.create_branch(full_id, branch=revision, exist_ok=True)
@@ -261,8 +269,10 @@ def _upload(
                 commit_message=message,
                 revision=revision,
             ).commit_url
-        except (httpx2.HTTPError, json.JSONDecodeError, LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
+        except _UPLOAD_ERRORS as error:
             if wait is None or not _transient(error):
+                if made_here:
+                    _delete_if_empty(api, made_here)
                 raise PushError(
                     f"the push failed: {_reason(error)} Nothing is lost: try again with\n    {again}"
                 ) from error
@@ -272,8 +282,15 @@ def _upload(
             raise ValueError(f"{repo_id!r} is no name of a repository: {_reason(error)}") from None
 
 
-def _private_or_allowed(api: HfApi, repo_id: str, public: bool) -> str:
-    """The full name of a repository that does not exist yet, is private, or may be public.
+def _delete_if_empty(api: HfApi, repo_id: str) -> None:
+    """Delete a repository that holds nothing, if the Hub answers."""
+    with suppress(*_UPLOAD_ERRORS):
+        if not set(api.list_repo_files(repo_id)) - {".gitattributes"}:
+            api.delete_repo(repo_id, missing_ok=True)
+
+
+def _private_or_allowed(api: HfApi, repo_id: str, public: bool) -> tuple[str, bool]:
+    """The full name of a repository that does not exist yet, is private, or may be public; and whether it exists.
 
     Raises:
         ValueError: When the repository is public and may not be.
@@ -287,15 +304,17 @@ def _private_or_allowed(api: HfApi, repo_id: str, public: bool) -> str:
                 "may have the adapter"
             )
     except RepositoryNotFoundError:
-        pass
-    return full_id
+        return full_id, False
+    return full_id, True
 
 
 def _transient(error: Exception) -> bool:
     """Whether another try can succeed."""
+    if isinstance(error, (LocalTokenNotFoundError, OfflineModeIsEnabled, FileNotFoundError, PermissionError)):
+        return False
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in (408, 429) or error.response.status_code >= 500
-    return isinstance(error, (httpx2.TransportError, json.JSONDecodeError))
+    return isinstance(error, (httpx2.TransportError, json.JSONDecodeError, OSError, RuntimeError))
 
 
 def _reason(error: Exception) -> str:
@@ -311,6 +330,6 @@ def _reason(error: Exception) -> str:
         return f"the Hub has an error of its own ({status})."
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set."
-    if isinstance(error, (httpx2.TransportError, json.JSONDecodeError)):
+    if isinstance(error, (httpx2.TransportError, json.JSONDecodeError, ConnectionError, TimeoutError)):
         return f"the Hub hung up or cannot be reached ({type(error).__name__})."
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

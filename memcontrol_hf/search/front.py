@@ -109,9 +109,7 @@ def rank_runs(runs: BestRun | Sequence[BestRun], memorization_budget: float | No
     runs = [runs] if isinstance(runs, BestRun) else list(runs)
     trained = [run for run in runs if not is_frozen_base(run)]
     if not trained:
-        raise ValueError(
-            "the frozen base alone is on the Pareto front: no trial that trained anything was better in any objective"
-        )
+        raise ValueError(f"the frozen base alone is on the Pareto front: {_why_nothing_else(runs[0].run_summary)}")
     if isinstance(trained[0].objective, float):
         return trained
     study = trained[0].run_summary
@@ -124,6 +122,20 @@ def rank_runs(runs: BestRun | Sequence[BestRun], memorization_budget: float | No
     # The ends of the front lie on the plane of equal sums; the knee is deepest below it.
     depth = {id(run): total for run, total in zip(runs, scaled.sum(1))}
     return sorted(trained, key=lambda run: depth[id(run)])
+
+
+def _why_nothing_else(study: optuna.Study | None) -> str:
+    """Why no trial that trained anything is on the front."""
+    trials = study.get_trials(deepcopy=False) if study else []
+    failed = [trial for trial in trials if trial.state == TrialState.FAIL and "failure" in trial.user_attrs]
+    if not failed or any(trial.state == TrialState.COMPLETE and not is_frozen_base(trial) for trial in trials):
+        return "no trial that trained anything was better in any objective"
+    rates = [trial.params["learning_rate"] for trial in failed if "learning_rate" in trial.params]
+    between = f", with learning rates from {min(rates):.2g} to {max(rates):.2g}" if rates else ""
+    return (
+        f"all {len(failed)} trials that trained anything failed{between}. The first: "
+        f"{failed[0].user_attrs['failure']}"
+    )
 
 
 def _within_budget(runs: Sequence[BestRun], signs: Sequence[int], budget: float) -> list[BestRun]:

@@ -114,7 +114,11 @@ def run_trial(
     settings: SearchSettings,
     compute_objective: ComputeObjective | None = None,
 ) -> Outcome:
-    """Train and measure one trial; an error of the trial is its outcome, and is not raised."""
+    """Train and measure one trial; an error of the trial is its outcome, and is not raised.
+
+    Raises:
+        OSError: when a file cannot be read or written.
+    """
     started, limit = time.perf_counter(), settings.max_trainable_percent
     config = {**trial.hyperparameters, "objectives": list(trainer.args.objectives)}
     try:
@@ -128,6 +132,8 @@ def run_trial(
     except Dominated as stop:
         return Outcome(trial, TrialState.PRUNED, str(stop), in_all_processes=True)
     except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+            raise  # a full disk or an image that is gone is no fault of these hyperparameters
         clear_device_cache(garbage_collection=True)
         return Outcome(trial, TrialState.FAIL, f"{type(error).__name__}: {error}")
     if len(values) != len(settings.directions):
