@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import logging
+import math
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -41,6 +42,7 @@ from .tracking import run_url
 from .trainer import MemControlTrainer
 from .training_arguments import MemControlTrainingArguments
 from .tuners import MemControlConfig
+from .whole_files import check_room, check_writable
 
 logger = logging.getLogger(__name__)
 
@@ -329,6 +331,15 @@ def granularity_of(args: ScriptArguments) -> str | list[str]:
     return args.granularity[0] if args.granularity in (["block"], ["site"], ["module"]) else args.granularity
 
 
+def _bytes_of_checkpoints(trainer: MemControlTrainer) -> int:
+    """Bytes that the adapter of all blocks and its checkpoints take at most, with two moments of Adam in each."""
+    args, count = trainer.args, 0
+    if args.save_strategy == "steps":
+        steps = args.save_steps if args.save_steps >= 1 else args.save_steps * args.max_steps
+        count = min(math.ceil(args.max_steps / steps), args.save_total_limit or args.max_steps)
+    return 4 * trainer.trainable_parameters * (1 + 3 * count)
+
+
 def make_trainer(args: ScriptArguments) -> tuple[MemControlTrainer, DatasetDict, tuple[float, float], dict | None]:
     """The trainer, the images, the range of learning rates to search, and the mask of `--mask_from`, all checked.
 
@@ -338,6 +349,7 @@ def make_trainer(args: ScriptArguments) -> tuple[MemControlTrainer, DatasetDict,
     """
     config, rates, mask = check(args)
     trainer_args = training_arguments(args)
+    check_writable(args.output_dir)
     pipeline, data = load(args)
     on_hub = args.pretrained_model_name_or_path != "demo" and not Path(args.pretrained_model_name_or_path).exists()
     config.base_model_name_or_path = args.pretrained_model_name_or_path if on_hub else None
@@ -351,6 +363,7 @@ def make_trainer(args: ScriptArguments) -> tuple[MemControlTrainer, DatasetDict,
         mask=mask,
         encoder=load_encoder(args.encoder, trainer_args.device),
     )
+    check_room(args.output_dir, _bytes_of_checkpoints(trainer), "the adapter with its checkpoints")
     if args.n_trials:
         check_own_study(args, settings_with_images(args, trainer))
     example_inputs(args, trainer)  # a prompt that the pipeline cannot take is found before the search

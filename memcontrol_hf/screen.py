@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .command_line import ERROR, WRONG_USE
 from .flags import ScriptArguments
-from .train import exit_code, start
+from .train import FAILURES, OF_THE_MACHINE, exit_code, start
 
 FILE, PLOT = "screening.json", "screening.png"
 """What the command writes into the output folder."""
@@ -31,13 +31,12 @@ def run(args: ScriptArguments) -> None:
     from .report.plots import plot_screening
     from .report.report import aligned
 
-    with exit_code(WRONG_USE, ValueError):
+    with exit_code(WRONG_USE, ValueError), exit_code(ERROR, OF_THE_MACHINE):
         trainer, _, rates, _ = make_trainer(args)
         if obstacle := trainer.obstacle_to_screening(args.screen_steps):
             raise ValueError(obstacle)
-        folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-    with exit_code(ERROR, (ValueError, RuntimeError)):
+    folder = Path(args.output_dir)
+    with exit_code(ERROR, FAILURES):
         screening = trainer.screen(args.screen_steps, learning_rate=fixed_rate(args, rates))
     if not trainer.is_world_process_zero():
         return

@@ -23,11 +23,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
+
 from .adapter_folder import ADAPTER, CARD, PLOT, REPORT
 from .command_line import ERROR, GATE_FAILED, WRONG_USE
 from .flag_parser import FlagParser
 from .flags import ScriptArguments, on_demo_data
 from .progress import quiet_log
+
+OF_THE_MACHINE = (OSError, MemoryError, SafetensorError)
+"""Errors that are no fault of the flags: a disk that is full or gone, an image that was deleted, too little memory."""
+
+FAILURES = (ValueError, RuntimeError, *OF_THE_MACHINE)
+"""Errors of the long work that are said in one line."""
 
 if TYPE_CHECKING:
     from .report import MemorizationReport
@@ -76,7 +84,7 @@ def run(args: ScriptArguments) -> None:
     from .report import DEFAULT_GATE
     from .search import public_address
 
-    with exit_code(WRONG_USE, ValueError):
+    with exit_code(WRONG_USE, ValueError), exit_code(ERROR, OF_THE_MACHINE):
         if args.dry_run:
             print(dry_run(args))
             return
@@ -102,11 +110,12 @@ def run(args: ScriptArguments) -> None:
     if not trainer.is_world_process_zero():
         return
 
-    if args.log_images:
-        workflow.show_images(trainer, data["held_out"], args.validation_prompt, args.log_images)
-    report = workflow.save(trainer, choice, tuned, data, **report_facts(args, trainer))
-    workflow.audit(trainer, report, data, audit_settings(args), args.gate or DEFAULT_GATE)
-    workflow.write_card(trainer, report, choice)
+    with exit_code(ERROR, OF_THE_MACHINE, f". What was finished is kept in {args.output_dir}"):
+        if args.log_images:
+            workflow.show_images(trainer, data["held_out"], args.validation_prompt, args.log_images)
+        report = workflow.save(trainer, choice, tuned, data, **report_facts(args, trainer))
+        workflow.audit(trainer, report, data, audit_settings(args), args.gate or DEFAULT_GATE)
+        workflow.write_card(trainer, report, choice)
     print(f"\n{report.summary()}\n\n{last_words(report, Path(args.output_dir))}")
     if args.push_to_hub:
         push_folder(args)
@@ -156,8 +165,21 @@ def exit_code(code: int, errors: type | tuple[type, ...], note: str = "", but_no
     except errors as error:
         if isinstance(error, but_not):
             raise
-        print(f"error: {error}{note}", file=sys.stderr)
+        print(f"error: {_in_words(error)}{note}", file=sys.stderr)
         raise SystemExit(code) from None
+
+
+def _in_words(error: BaseException) -> str:
+    """An error in a sentence that says what to do."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's is a RuntimeError
+        return (
+            f"{(str(error).splitlines() or ['no memory left'])[0].rstrip('.')}. Lower --train_batch_size (and raise "
+            "--gradient_accumulation_steps) or --eval_batch_size, or give --gradient_checkpointing, --mixed_precision "
+            "bf16 or --quantization"
+        )
+    if isinstance(error, OF_THE_MACHINE):
+        return f"{error}. When that is mended, the same command goes on"
+    return str(error)
 
 
 if __name__ == "__main__":

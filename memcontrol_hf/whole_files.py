@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 
@@ -34,6 +35,36 @@ def move_whole(source: str | Path, target: str | Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     os.rename(source, target)
     _sync(Path(target).parent)
+
+
+def check_writable(folder: str | Path) -> None:
+    """Make a folder, if it is not there, and write a file in it that is gone again.
+
+    Raises:
+        ValueError: when that is not possible.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise ValueError(f"the folder {folder} cannot be written ({error.strerror}): choose another") from None
+
+
+def check_room(folder: str | Path, needed: int, what: str) -> None:
+    """Raise `ValueError` when the disk of a folder has less room than what is to be written there.
+
+    Args:
+        folder (`str`): an existing folder.
+        needed (`int`): bytes.
+        what (`str`): what needs them, for the message.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"{what} needs {needed / 1e6:.0f} MB in {folder}, but the disk has {free / 1e6:.0f} MB: make room, or "
+            "choose another folder"
+        )
 
 
 def _sync(path: Path) -> None:

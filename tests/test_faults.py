@@ -1,20 +1,32 @@
 """What was broken on purpose heals, or is said in one line, and nothing that was whole is lost."""
 
 import errno
+import io
 import os
 import random
+import re
+import shutil
 import time
 
 import optuna
+import PIL.Image
+import psutil
 import pytest
 import torch
-from conftest import adapter_of, tiny_trainer
+from conftest import RESOLUTION, adapter_of, images_of, tiny_pipeline, tiny_trainer
+from datasets import Dataset, Features, Image
 from optuna.trial import TrialState
+from safetensors import SafetensorError
 
-from memcontrol_hf.search import SearchSettings, open_storage
+from memcontrol_hf import screen, train
+from memcontrol_hf.data import EncodedImages, encode
+from memcontrol_hf.families import family_of
+from memcontrol_hf.images import thumbnails
+from memcontrol_hf.search import SearchSettings, open_storage, select_run
 from memcontrol_hf.search import study as study_module
 from memcontrol_hf.search.study import Outcome, SharedStudy
 from memcontrol_hf.search.worker import is_alive, this_worker
+from memcontrol_hf.train import FAILURES, exit_code
 
 
 def journal_of(folder, trials=3) -> optuna.Study:
@@ -146,8 +158,6 @@ def test_a_worker_elsewhere_has_the_time_that_whole_trials_took_before(tmp_path,
 
 
 def test_a_clock_that_is_set_anew_kills_no_worker(tmp_path, monkeypatch):
-    import psutil
-
     study = study_at(tmp_path / "study.journal")
     trial = study.ask()
     trial.set_user_attr("worker", this_worker())
@@ -212,7 +222,7 @@ def test_without_a_key_the_runs_are_kept_offline_and_no_trial_fails(tmp_path, mo
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("WANDB_API_KEY", "NETRC"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("sys.stdin", open(os.devnull))
+    monkeypatch.setattr("sys.stdin", io.StringIO())
     trainer = tiny_trainer(tmp_path / "out", report_to=["wandb"], max_steps=1)
     trainer.hyperparameter_search(n_trials=2, screen=False, learning_rate_range=(1e-3, 1e-2))
     wandb.teardown()  # it reads the variables again in the next test
@@ -234,3 +244,142 @@ def test_a_tracker_that_fails_in_the_middle_is_named_once_and_the_training_is_th
     assert caplog.text.count("TensorBoardCallback fails (FileNotFoundError: ") == 1
     expected, got = adapter_of(plain.model), adapter_of(trainer.model)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+# ---- the cache of latents ----
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def cut_and_unsealed(file):
+    cut(file)
+    file.with_name(f"{file.name}.sha256").unlink()
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut, cut_and_unsealed])
+def test_a_damaged_cache_is_named_and_computed_again(tmp_path, monkeypatch, caplog, damage):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    family, images = family_of(tiny_pipeline()), images_of(12)
+    expected = encode(images, family, RESOLUTION)[:]
+    (file,) = (tmp_path / "memcontrol_hf").glob("*.arrow")
+    damage(file)
+    monkeypatch.setattr("memcontrol_hf.data.cache._verified", set())  # as in the next process
+    again = encode(images, family, RESOLUTION)[:]
+    assert f"{file} is damaged: it is deleted, and what it held is computed again" in caplog.text
+    assert torch.equal(again["latents"], expected["latents"])
+    assert again["digest"] == expected["digest"]
+    caplog.clear()
+    monkeypatch.setattr("memcontrol_hf.data.cache._verified", set())
+    encode(images, family, RESOLUTION)
+    assert caplog.text == ""
+
+
+def test_captions_and_latents_are_cached_for_the_owner_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    encode(images_of(4), family_of(tiny_pipeline()), RESOLUTION)
+    assert (tmp_path / "memcontrol_hf").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_cache_that_cannot_be_written_is_said_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "file")
+    with pytest.raises(ValueError, match=r"the cache .*memcontrol_hf cannot be written \(Not a directory\): set HF_D"):
+        encode(images_of(4), family_of(tiny_pipeline()), RESOLUTION)
+
+
+def test_a_disk_without_room_is_said_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6, 100))
+    with pytest.raises(
+        ValueError, match=r"what is computed once of the images needs 0 MB in .*, but the disk has 0 MB"
+    ):
+        encode(images_of(4), family_of(tiny_pipeline()), RESOLUTION)
+
+
+def test_large_images_are_read_one_by_one(monkeypatch):
+    """All 16 images of 6 megapixels at once would take 290 MB."""
+    image = PIL.Image.new("RGB", (3000, 2000), "red")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    rows = [{"bytes": buffer.getvalue(), "path": None}] * 16
+    images = Dataset.from_dict({"image": rows}, Features({"image": Image()}))
+    before = psutil.Process().memory_info().rss
+    peak = [before]
+    decode = Image.decode_example
+
+    def watched(self, *args, **kwargs):
+        peak[0] = max(peak[0], psutil.Process().memory_info().rss)
+        return decode(self, *args, **kwargs)
+
+    monkeypatch.setattr(Image, "decode_example", watched)
+    assert thumbnails(images, range(16)).shape == (16, 3, 32, 32)
+    assert EncodedImages(images, RESOLUTION).pixels(range(16)).shape == (16, 3, RESOLUTION, RESOLUTION)
+    assert peak[0] - before < 150e6
+
+
+# ---- the machine ----
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/x"), "No space left on device: '/x'. When that is mended"),
+        (MemoryError(), "no memory left. Lower --train_batch_size"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "CUDA out of memory. Tried. Lower --train_batch"),
+        (SafetensorError("I/O error: No space left on device"), "When that is mended, the same command goes on"),
+    ],
+)
+def test_what_the_machine_lacks_is_said_in_one_line(capsys, error, said):
+    with pytest.raises(SystemExit) as stopped, exit_code(1, FAILURES, ". What was finished is kept in out"):
+        raise error
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 1 and said in printed and printed.count("\n") == 1
+    assert printed.endswith(". What was finished is kept in out\n")
+
+
+def test_a_full_disk_fails_no_trial_and_the_search_goes_on(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=1)
+    measure, calls = trainer.train_and_evaluate, []
+
+    def full():
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return measure()
+
+    trainer.train_and_evaluate = full
+    options = {"n_trials": 3, "screen": False, "sampler": "random"}
+    with pytest.raises(OSError, match="No space left"):
+        trainer.hyperparameter_search(**options)
+    runs = trainer.hyperparameter_search(**options)
+    trials = runs[0].run_summary.trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert trials[1].params == trials[2].params, "the trial of the full disk is run again, and does not count"
+
+
+def test_when_all_trials_diverge_their_learning_rates_are_said(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=3)
+    with pytest.raises(
+        ValueError, match=r"the frozen base alone is on the Pareto front: all \d trials that trained any"
+    ) as said:
+        runs = trainer.hyperparameter_search(n_trials=3, screen=False, learning_rate_range=(1e30, 1e38))
+        select_run(runs)
+    assert re.search(r"failed, with learning rates from \S+e\+3\d to \S+e\+3\d\. The first: \w+", str(said.value))
+
+
+@pytest.mark.parametrize("command", [train, screen])
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_loaded(tmp_path, capsys, monkeypatch, command):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("memcontrol_hf.from_flags.load", lambda args: pytest.fail("images were loaded"))
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--output_dir", str(tmp_path / "file" / "out")])
+    assert stopped.value.code == 2
+    assert "out cannot be written (Not a directory): choose another" in capsys.readouterr().err

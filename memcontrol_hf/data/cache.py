@@ -2,10 +2,11 @@
 
 import hashlib
 import logging
-import shutil
 from pathlib import Path
 
+from datasets import Dataset
 from datasets import config as datasets_config
+from pyarrow import ArrowInvalid
 
 from ..whole_files import write_whole
 
@@ -29,36 +30,23 @@ def cache_folder() -> Path:
     return folder
 
 
-def check_room(folder: str | Path, needed: int, what: str) -> None:
-    """Raise `ValueError` when the disk of a folder has less room than what is to be written there.
-
-    Args:
-        folder (`str`): an existing folder.
-        needed (`int`): bytes.
-        what (`str`): what needs them, for the message.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ValueError(
-            f"{what} needs {needed / 1e6:.0f} MB in {folder}, but the disk has {free / 1e6:.0f} MB: make room, or "
-            "choose another folder"
-        )
-
-
 def is_whole(file: Path) -> bool:
     """Whether a cached file is there and is what was written; it is read once in each process.
 
-    Of a file without a checksum, as earlier versions left it, nothing can be told.
+    Of a file without a checksum, as earlier versions left it, only this can be told: whether Arrow reads it.
     """
     if not file.exists():
         _verified.discard(file)
         return False
-    if file in _verified or not (checksum := _checksum_file(file)).exists():
+    if file in _verified:
         return True
-    if checksum.read_text(encoding="utf-8") != _digest(file):
-        return False
-    _verified.add(file)
-    return True
+    if (checksum := _checksum_file(file)).exists():
+        whole = checksum.read_text(encoding="utf-8") == _digest(file)
+    else:
+        whole = _can_be_read(file)
+    if whole:
+        _verified.add(file)
+    return whole
 
 
 def delete_damaged(file: Path) -> None:
@@ -70,14 +58,22 @@ def delete_damaged(file: Path) -> None:
 
 
 def seal(file: Path) -> None:
-    """Write the checksum of a file that is whole."""
-    if file not in _verified:
+    """Write the checksum of a file that is whole, unless it has one."""
+    if not _checksum_file(file).exists():
         write_whole(_checksum_file(file), _digest(file))
-        _verified.add(file)
+    _verified.add(file)
 
 
 def _checksum_file(file: Path) -> Path:
     return file.with_name(f"{file.name}.sha256")
+
+
+def _can_be_read(file: Path) -> bool:
+    try:
+        Dataset.from_file(str(file))
+    except (OSError, ArrowInvalid):
+        return False
+    return True
 
 
 def _digest(file: Path) -> str:

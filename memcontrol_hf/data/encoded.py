@@ -8,7 +8,6 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cached_property
 
 import numpy as np
-import pyarrow as pa
 import torch
 from datasets import Array2D, Array3D, Dataset, Features, List, Value, concatenate_datasets
 from datasets.fingerprint import Hasher
@@ -18,7 +17,8 @@ from ..families import Condition, Family
 from ..images import DEFAULT_FRAMING, DIGEST_VERSION, Framing, pixel_digest, thumbnails, to_pixels
 from ..progress import bar
 from ..randomness import Purpose, seeded_generator
-from .cache import cache_folder, check_room, delete_damaged, is_whole, seal
+from ..whole_files import check_room
+from .cache import cache_folder, delete_damaged, is_whole, seal
 
 logger = logging.getLogger(__name__)
 
@@ -197,24 +197,17 @@ def encode(
             "digest": [pixel_digest(image) for image in batch["image"]],
         }
 
-    def encoded_on_disk() -> Dataset:
-        return dataset.map(
-            encode_batch,
-            batched=True,
-            batch_size=batch_size,
-            remove_columns=dataset.column_names,
-            features=features,
-            new_fingerprint=fingerprint,
-            cache_file_name=str(file),
-            load_from_cache_file=True,
-            desc="Encoding images and captions",
-        )
-
-    try:
-        encoded = encoded_on_disk()
-    except pa.ArrowInvalid:  # left without a checksum by an earlier version
-        delete_damaged(file)
-        encoded = encoded_on_disk()
+    encoded = dataset.map(
+        encode_batch,
+        batched=True,
+        batch_size=batch_size,
+        remove_columns=dataset.column_names,
+        features=features,
+        new_fingerprint=fingerprint,
+        cache_file_name=str(file),
+        load_from_cache_file=True,
+        desc="Encoding images and captions",
+    )
     seal(file)
     rows = Dataset.from_dict({"row": list(range(len(encoded)))})
     return concatenate_datasets([encoded.with_format(None), rows], axis=1).with_format("torch")

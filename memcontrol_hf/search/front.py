@@ -133,8 +133,7 @@ def _why_nothing_else(study: optuna.Study | None) -> str:
     rates = [trial.params["learning_rate"] for trial in failed if "learning_rate" in trial.params]
     between = f", with learning rates from {min(rates):.2g} to {max(rates):.2g}" if rates else ""
     return (
-        f"all {len(failed)} trials that trained anything failed{between}. The first: "
-        f"{failed[0].user_attrs['failure']}"
+        f"all {len(failed)} trials that trained anything failed{between}. The first: {failed[0].user_attrs['failure']}"
     )
 
 
