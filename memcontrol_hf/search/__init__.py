@@ -22,6 +22,8 @@ from .loop import run_search
 from .sampler import SAMPLERS, SeededSampler, check_sampler, known_masks, middle_rate
 from .screened import kept_screening
 from .settings import SearchSettings, check_budget, check_n_trials, check_options, check_prune_at
+from .servers import said_in_one_line
+from .settings import SearchSettings, check_budget, check_n_trials, check_prune_at
 from .storage import check_study, open_storage, public_address, storage_address
 from .study import SharedStudy
 from .summary import block_effects, public_study_name, search_summary
@@ -54,6 +56,7 @@ __all__ = [
     "rank_runs",
     "repeat_runs",
     "run_search",
+    "said_in_one_line",
     "search_summary",
     "select_run",
     "storage_address",

@@ -1,19 +1,18 @@
 """Where studies are kept: in a journal file, in a database, or behind a gRPC proxy."""
 
-import time
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import optuna
-from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
+from optuna.storages import BaseStorage, JournalStorage
 from sqlalchemy import make_url
-from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from .claims import FINAL, SCREENING
 from .journal import Journal
+from .servers import open_database, open_proxy
 
 
 def storage_address(storage: str | None, output_dir: str | Path) -> str:
@@ -33,13 +32,14 @@ def open_storage(storage: str) -> BaseStorage:
     """Open a journal file by its path, a gRPC proxy by `grpc://host:port`, or a database by its address.
 
     Raises:
-        ValueError: when a database cannot be opened, and for a file that is no journal.
+        ValueError: when a server does not answer, and for a file that is no journal.
     """
     if storage.startswith("grpc://"):
         address = urlsplit(storage)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return GrpcStorageProxy(host=address.hostname, port=address.port or 13000)
+        try:
+            return open_proxy(address.hostname, address.port or 13000)
+        except ConnectionError as error:
+            raise ValueError(f"cannot open the storage {storage}: no proxy answers there ({error})") from None
     if "://" not in storage:
         Path(storage).parent.mkdir(parents=True, exist_ok=True)
         journal = Journal(storage)
@@ -50,14 +50,11 @@ def open_storage(storage: str) -> BaseStorage:
                 f"the journal {storage} was changed, so that its records do not fit together ({type(error).__name__}: "
                 f"{error}): put a copy of it in its place, or move it away to search anew"
             ) from None
-    for attempt in range(2):
-        try:
-            return RDBStorage(storage)
-        except (SQLAlchemyError, ImportError) as error:
-            if attempt or not isinstance(error, (IntegrityError, ProgrammingError, OperationalError)):
-                reason = str(error).splitlines()[0]
-                raise ValueError(f"cannot open the storage {public_address(storage)}: {reason}") from None
-            time.sleep(2)  # another process may be making the tables at this moment
+    try:
+        return open_database(storage)
+    except (SQLAlchemyError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"cannot open the storage {public_address(storage)}: {reason}") from None
 
 
 def check_study(
