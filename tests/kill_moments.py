@@ -1,0 +1,270 @@
+"""Kill the whole of `memcontrol train` at moments of its life, and see what the same command makes of what is left.
+
+    python tests/kill_moments.py --moments 80 --output docs/results/kill_moments.json
+
+A moment is a file that is opened to be written, synced, renamed or deleted, a folder that is made, or a training step,
+in the output folder or the cache; they are counted by Python's audit hooks. The process gets SIGKILL there. In every
+second moment what it was writing last is torn first: half of a file that was not synced, or half of a record of the
+journal. Then the same command runs to its end, and the adapter, the report and the card have to be those of a run that
+nobody killed, byte for byte. It resumes: moments that the output file holds already are not repeated.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ENDS = ("adapter_model.safetensors", "adapter_config.json", "memorization_report.json", "README.md")
+"""What has to be the same in the end."""
+
+_WRITES = os.O_WRONLY | os.O_RDWR
+
+
+@dataclass
+class Moment:
+    """One kill, and what came of it.
+
+    Args:
+        number (`int`): number of the event, from 1.
+        event (`str`): its kind.
+        file (`str`): name of the file within the output folder or the cache, or the number of the step.
+        torn (`bool`): whether what was written last was torn.
+        outcome (`str`): `"same"`, or what was wrong.
+        attempts (`int`): how often the command was started after the kill.
+    """
+
+    number: int
+    event: str
+    file: str
+    torn: bool
+    outcome: str = ""
+    attempts: int = 1
+
+
+class Killer:
+    """Counts the events of this process under some folders, and kills it at one of them.
+
+    Args:
+        folders (list of `Path`): folders that are watched.
+        number (`int`): the event to be killed at; 0 for none.
+        torn (`bool`): whether to tear first what was opened last to be written.
+    """
+
+    def __init__(self, folders: list[Path], number: int, torn: bool) -> None:
+        self.folders, self.number, self.torn = [str(folder) for folder in folders], number, torn
+        self.events: list[tuple[str, str]] = []
+        self.written: str | None = None
+
+    def watch(self) -> None:
+        """Begin to count."""
+        from memcontrol_hf import MemControlTrainer
+
+        sys.addaudithook(self._heed)
+        sync, step = os.fsync, MemControlTrainer.training_step
+
+        def fsync(descriptor: int) -> None:
+            path = os.readlink(f"/proc/self/fd/{descriptor}")
+            self._count("sync", path)
+            sync(descriptor)
+            if path == self.written:
+                self.written = None  # what is on the disk is not torn any more
+
+        def training_step(trainer, *args, **kwargs):
+            self._count("step", "", str(trainer.state.global_step))
+            return step(trainer, *args, **kwargs)
+
+        os.fsync, MemControlTrainer.training_step = fsync, training_step
+
+    def _heed(self, event: str, args: tuple) -> None:
+        if event == "open" and isinstance(args[0], (str, os.PathLike)) and args[2] & _WRITES:
+            path = os.path.abspath(args[0])
+            if self._count("open", path):
+                self.written = path
+        elif event in ("os.rename", "os.remove", "os.mkdir", "os.truncate", "shutil.rmtree"):
+            path = os.path.abspath(os.fsdecode(args[0])) if not isinstance(args[0], int) else ""
+            if os.path.exists(path) != (event == "os.mkdir"):  # what changes nothing is no moment
+                self._count(event.rpartition(".")[2], path)
+
+    def _count(self, kind: str, path: str, name: str | None = None) -> bool:
+        """Count an event, if it is under the folders; kill the process when it is the one."""
+        root = next((folder for folder in self.folders if path.startswith(folder)), None)
+        if root is None and name is None:
+            return False
+        self.events.append((kind, name or os.path.relpath(path, root)))
+        if len(self.events) == self.number:
+            if self.torn:
+                self._tear(path)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return True
+
+    def _tear(self, path: str) -> None:
+        if path.endswith(".journal"):
+            with open(path, "ab", buffering=0) as journal:
+                os.write(journal.fileno(), b'{"op_code":8,"worker_id":"3f')
+        elif self.written and os.path.isfile(self.written) and not self.written.endswith((".journal", "flock")):
+            os.truncate(self.written, os.path.getsize(self.written) // 2)
+
+
+def run_watched(command: list[str], folders: list[Path], number: int, torn: bool, events: Path | None) -> None:
+    """Run the command in this process, and write what was counted."""
+    import datasets.config
+    import torch
+
+    from memcontrol_hf import train
+
+    torch.set_num_threads(1)
+    datasets.config.HF_DATASETS_CACHE = folders[1]
+    with open(folders[0].parent / "log.txt", "a", encoding="utf-8") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    killer = Killer(folders, number, torn)
+    killer.watch()
+    train.main(command)
+    if events is not None:
+        events.write_text(json.dumps(killer.events), encoding="utf-8")
+
+
+def make_assets(folder: Path) -> list[str]:
+    """A tiny pipeline, a tiny encoder and forty images; the flags of a run on them."""
+    from conftest import RESOLUTION, images_of, tiny_pipeline
+    from transformers import ResNetConfig, ResNetModel, ViTImageProcessorPil
+
+    tiny_pipeline().save_pretrained(folder / "tiny-sd")
+    ResNetModel(
+        ResNetConfig(embedding_size=2, hidden_sizes=[2, 3], depths=[1, 1], layer_type="basic")
+    ).save_pretrained(folder / "encoder")
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder / "encoder")
+    (folder / "images").mkdir()
+    lines = []
+    for i, row in enumerate(images_of(40, seed=3)):
+        row["image"].save(folder / "images" / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": row["text"]}))
+    (folder / "images" / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return [
+        *("--pretrained_model_name_or_path", str(folder / "tiny-sd"), "--train_data_dir", str(folder / "images")),
+        *("--encoder", str(folder / "encoder"), "--resolution", str(RESOLUTION), "--train_batch_size", "4"),
+        *("--max_train_steps", "6", "--checkpointing_steps", "2", "--resume_from_checkpoint", "latest"),
+        *("--search_max_steps", "3", "--n_trials", "4", "--screen_steps", "8", "--seed", "3", "--objectives", "loss"),
+        *("--eval_num_images", "4", "--eval_inference_steps", "2", "--audit_num_prompts", "4"),
+        *("--audit_images_per_prompt", "3"),
+    ]
+
+
+class Matrix:
+    """Runs that are killed, and compared with one that is not.
+
+    Args:
+        folder (`Path`): folder for the runs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.flags = make_assets(folder)
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(
+            ["memcontrol_hf.train", "memcontrol_hf.workflow", "memcontrol_hf.from_flags"]
+        )
+        events = folder / "events.json"
+        if self._run("whole", 0, False, events) != 0:
+            raise RuntimeError("the command fails, even where nobody kills it")
+        self.events: list[tuple[str, str]] = [tuple(event) for event in json.loads(events.read_text("utf-8"))]
+        self._expected = self._ends("whole")
+
+    def moment(self, number: int, torn: bool, attempts: int = 2) -> Moment:
+        """Kill a run at an event, start the same command again, and compare what it leaves."""
+        kind, file = self.events[number - 1]
+        moment, name = Moment(number, kind, file, torn), f"{number}-{torn}"
+        killed = self._run(name, number, torn)
+        if killed != -signal.SIGKILL:
+            moment.outcome = f"was not killed: exit code {killed}"
+            return moment
+        while (code := self._run(name, 0, False)) != 0 and moment.attempts < attempts:
+            moment.attempts += 1
+        differing = [file for file, content in self._ends(name).items() if content != self._expected[file]]
+        moment.outcome = f"exit code {code}" if code else f"differs: {', '.join(differing)}" if differing else "same"
+        if moment.outcome == "same":
+            shutil.rmtree(self.folder / name)
+        return moment
+
+    def _run(self, name: str, number: int, torn: bool, events: Path | None = None) -> int:
+        folders = [self.folder / name / "out", self.folder / name / "cache"]
+        folders[1].mkdir(parents=True, exist_ok=True)
+        command = [*self.flags, "--output_dir", str(folders[0])]
+        process = self._context.Process(target=run_watched, args=(command, folders, number, torn, events))
+        process.start()
+        process.join()
+        return process.exitcode
+
+    def _ends(self, name: str) -> dict[str, bytes]:
+        """The files of [`ENDS`]. Trials are numbered as if none had been lost: a lost one keeps its number."""
+        folder = self.folder / name / "out"
+        ends = {file: (folder / file).read_bytes() if (folder / file).exists() else b"" for file in ENDS}
+        if not all(ends.values()):
+            return ends
+        config, report = (json.loads(ends[file]) for file in ENDS[1:3])
+        numbers = sorted(trial["number"] for trial in report["search"]["trials"])
+        for trial in report["search"]["trials"]:
+            trial["number"] = numbers.index(trial["number"])
+        config["search"]["trial"] = numbers.index(config["search"]["trial"])
+        report["search"]["failed_trials"] = 0
+        report["audit"]["data_fingerprint"] = ""  # it has a random key in each folder
+        for file in (ENDS[1], "pareto_front.png"):  # digests of files that name the trial by its number
+            report["weights"][file] = ""
+        return ends | {ENDS[1]: json.dumps(config).encode(), ENDS[2]: json.dumps(report).encode()}
+
+
+def spread(events: list[tuple[str, str]], count: int) -> list[int]:
+    """Numbers of at least `count` events: of each kind and each place, as equally many as there are of them."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for number, (kind, file) in enumerate(events, 1):
+        groups.setdefault((kind, file.partition("/")[0] if kind != "step" else ""), []).append(number)
+    chosen, share = set(), 0
+    while len(chosen) < min(count, len(events)):
+        share += 1
+        for numbers in groups.values():
+            chosen |= {numbers[round(i * (len(numbers) - 1) / max(1, share - 1))] for i in range(share)}
+    return sorted(chosen)
+
+
+def main() -> None:
+    """Run the matrix and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--moments", type=int, default=80, help="at least so many kills")
+    parser.add_argument("--output", type=Path, default=Path("docs/results/kill_moments.json"))
+    args = parser.parse_args()
+    done = json.loads(args.output.read_text("utf-8"))["moments"] if args.output.exists() else []
+    with tempfile.TemporaryDirectory() as temporary:
+        matrix = Matrix(Path(temporary))
+        known = {(moment["number"], moment["torn"]): moment for moment in done}
+        print(f"{len(matrix.events)} events: {dict(Counter(kind for kind, _ in matrix.events))}", flush=True)
+        for turn, number in enumerate(spread(matrix.events, args.moments)):
+            if (number, torn := turn % 2 == 1) in known:
+                continue
+            started = time.monotonic()
+            moment = matrix.moment(number, torn)
+            known[number, torn] = asdict(moment)
+            print(f"{moment} ({time.monotonic() - started:.0f} s)", flush=True)
+            moments = [known[key] for key in sorted(known)]
+            result = {
+                "events": dict(Counter(kind for kind, _ in matrix.events)),
+                "killed": len(moments),
+                "same": sum(m["outcome"] == "same" for m in moments),
+                "moments": moments,
+            }
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    failed = [moment for moment in known.values() if moment["outcome"] != "same"]
+    print(f"{len(known)} kills, {len(failed)} that did not end as if nobody had killed")
+    raise SystemExit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
