@@ -114,7 +114,9 @@ def tile_distances(a: torch.Tensor, b: torch.Tensor, exact: bool = False) -> tor
     return torch.cdist(cut_into_tiles(a), cut_into_tiles(b), compute_mode=mode).amax(0)
 
 
-def near_duplicates(a: torch.Tensor, b: torch.Tensor | None = None, threshold: float = 0.05) -> list[tuple[int, int]]:
+def near_duplicates(
+    a: torch.Tensor, b: torch.Tensor | None = None, threshold: float = 0.05, altered: bool = False
+) -> list[tuple[int, int]]:
     """Pairs of images that are the same picture saved twice: compressed, scaled or slightly brightened.
 
     Two thumbnails of 32 x 32 pixels are near-duplicates when the root mean square difference of their most different
@@ -124,19 +126,38 @@ def near_duplicates(a: torch.Tensor, b: torch.Tensor | None = None, threshold: f
         a (`torch.Tensor`): images in [0, 1], `[M, C, H, W]`.
         b (`torch.Tensor`, *optional*): `[N, C, H, W]`; without it the images of `a` are compared with each other.
         threshold (`float`): largest difference, in [0, 1] of the brightness; 0 finds equal thumbnails only.
+        altered (`bool`): whether to find copies that are mirrored, darker or of another contrast, too: once all
+            thumbnails have the same mean and contrast, a difference of .6 of the threshold is allowed, as they are or
+            with one of them mirrored.
 
     Returns:
         list of `tuple[int, int]`: rows of `a` and `b`; without `b`, each pair once.
     """
     thumbnails = [F.interpolate(x.float(), (32, 32), mode="area") for x in (a, a if b is None else b)]
     limit = threshold * math.sqrt(thumbnails[0][0].numel() / TILES**2)
+    views = [(*thumbnails, limit)]
+    if altered and threshold > 0:
+        one, other = (_same_contrast(x) for x in thumbnails)
+        views += [(one, mirrored, _ALTERED * limit) for mirrored in (other, other.flip(3), other.flip(2))]
     pairs = []
     for start in range(0, len(a), 512):
-        near = tile_distances(thumbnails[0][start : start + 512], thumbnails[1], exact=threshold < 0.01) <= limit
+        near = torch.zeros(len(thumbnails[0][start : start + 512]), len(thumbnails[1]), dtype=torch.bool)
+        for one, other, limit in views:
+            near |= (tile_distances(one[start : start + 512], other, exact=threshold < 0.01) <= limit).cpu()
         if b is None:
             near = near.triu(start + 1)
         pairs += [(row + start, other) for row, other in near.nonzero().tolist()]
     return pairs
+
+
+_ALTERED = 0.6  # of the threshold: docs/results/duplicate_scan.md has what it finds, and its false alarms
+_CONTRAST, _LEAST_CONTRAST = 0.2, 0.05  # of a usual picture; noise in a flat one is not to look like a picture
+
+
+def _same_contrast(images: torch.Tensor) -> torch.Tensor:
+    """Images of the same mean and standard deviation."""
+    deviation, mean = torch.std_mean(images, (1, 2, 3), keepdim=True)
+    return (images - mean) / deviation.clamp(min=_LEAST_CONTRAST) * _CONTRAST
 
 
 def cut_into_tiles(images: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ nobody killed, byte for byte. It resumes: moments that the output file holds alr
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -121,6 +122,7 @@ def run_watched(command: list[str], folders: list[Path], number: int, torn: bool
     from memcontrol_hf import train
 
     torch.set_num_threads(1)
+    gc.freeze()  # what was loaded before is not gone through again
     datasets.config.HF_DATASETS_CACHE = folders[1]
     with open(folders[0].parent / "log.txt", "a", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)

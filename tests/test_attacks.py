@@ -353,6 +353,19 @@ def test_near_duplicates_are_the_same_picture_and_no_other():
     assert len(metrics.near_duplicates(many)) == 40 * (15 * 14 // 2)
 
 
+def test_altered_near_duplicates_are_mirrored_darker_or_of_another_contrast():
+    images, others = (F.interpolate(pictures(n, seed=n), (64, 64), mode="bilinear") for n in (40, 30))
+    altered = torch.cat(
+        [images[:4].flip(3), images[4:8].flip(2), 0.7 * images[8:12], 0.5 + 0.6 * (images[12:16] - 0.5)]
+    )
+    assert metrics.near_duplicates(images, torch.cat([others, altered])) == []
+    found = metrics.near_duplicates(images, torch.cat([others, altered]), altered=True)
+    assert found == [(i, 30 + i) for i in range(16)]
+    assert metrics.near_duplicates(images, torch.cat([others, altered]), threshold=0, altered=True) == []
+    flat = 0.5 + 0.01 * (torch.rand(20, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 0.5)
+    assert metrics.near_duplicates(flat[:10] - 0.2, flat[10:] + 0.2) == [], "nothing but noise, of other brightness"
+
+
 def test_the_threshold_0_finds_equal_images_alone_however_many_they_are():
     images = pictures(2, seed=1)[[0] * 30 + [1] * 10]
     images[20:30, 0, 0, 0] += 0.01

@@ -89,6 +89,10 @@ def test_the_same_picture_saved_once_more_in_another_split_is_refused():
     with pytest.raises(ValueError, match="1 images of held_out are near-duplicates of images of train: rows 4 and 6"):
         check_near_duplicates(bad)
     check_near_duplicates(bad, threshold=0)
+    mirrored = train[4]["image"].transpose(Image.Transpose.FLIP_LEFT_RIGHT).point(lambda value: value // 2)
+    bad = DatasetDict(train=train, held_out=Dataset.from_list([*held_out, {"image": mirrored, "text": "a"}]))
+    with pytest.raises(ValueError, match="1 images of held_out are near-duplicates of images of train: rows 4 and 6"):
+        check_near_duplicates(bad)
 
 
 def test_canaries_are_repeated_and_nothing_else_changes():

@@ -229,7 +229,7 @@ def _check_sets(members: EncodedImages, others: EncodedImages, threshold: float,
     shared = len(set(members.digests) & set(others.digests))
     if shared:
         raise ValueError(f"{shared} images are in train and in held_out too: they must be disjoint")
-    near = near_duplicates(members.thumbnails, others.thumbnails, threshold)
+    near = near_duplicates(members.thumbnails, others.thumbnails, threshold, altered=True)
     if near:
         rows = ", ".join(f"{members.distinct[i]} and {others.distinct[j]}" for i, j in near[:5])
         raise ValueError(

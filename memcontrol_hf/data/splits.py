@@ -257,7 +257,7 @@ def split(data: DatasetDict, seed: int = 0, fractions: tuple[float, float] = (0.
 
 
 def check_near_duplicates(data: DatasetDict, threshold: float = 0.05, framing: Framing = DEFAULT_FRAMING) -> None:
-    """Raise `ValueError` when two splits hold the same picture, saved twice: compressed, scaled or brightened.
+    """Raise `ValueError` when two splits hold the same picture, compressed, scaled, mirrored or brightened.
 
     Args:
         data (`DatasetDict`): [`SPLITS`] with the column `image`.
@@ -266,7 +266,7 @@ def check_near_duplicates(data: DatasetDict, threshold: float = 0.05, framing: F
     """
     small = {name: thumbnails(images, range(len(images)), framing) for name, images in data.items()}
     for one, other in combinations(data, 2):
-        pairs = near_duplicates(small[one], small[other], threshold)
+        pairs = near_duplicates(small[one], small[other], threshold, altered=True)
         if pairs:
             rows = ", ".join(f"{i} and {j}" for i, j in pairs[:5]) + (" ..." if len(pairs) > 5 else "")
             raise ValueError(

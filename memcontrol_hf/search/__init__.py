@@ -21,9 +21,8 @@ from .front import (
 from .loop import run_search
 from .sampler import SAMPLERS, SeededSampler, check_sampler, known_masks, middle_rate
 from .screened import kept_screening
-from .settings import SearchSettings, check_budget, check_n_trials, check_options, check_prune_at
 from .servers import said_in_one_line
-from .settings import SearchSettings, check_budget, check_n_trials, check_prune_at
+from .settings import SearchSettings, check_budget, check_n_trials, check_options, check_prune_at
 from .storage import check_study, open_storage, public_address, storage_address
 from .study import SharedStudy
 from .summary import block_effects, public_study_name, search_summary
