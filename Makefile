@@ -1,5 +1,5 @@
 # Each target works alone on a fresh clone: it makes .venv and installs what it needs.
-.PHONY: quickstart test quality style docs clean
+.PHONY: quickstart test faults quality style docs clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -26,6 +26,9 @@ quickstart: .venv/core  ## search, fine-tune, measure and save an adapter, on th
 
 test: .venv/dev  ## the tests, on CPU and without the network
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -n auto --dist loadfile
+
+faults: .venv/dev  ## kill the whole command at many moments of its life; half an hour, resumable
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/kill_moments.py
 
 quality: .venv/dev  ## what CI checks of the style
 	$(BIN)/ruff check .

@@ -236,6 +236,23 @@ def spread(events: list[tuple[str, str]], count: int) -> list[int]:
     return sorted(chosen)
 
 
+def render(result: dict) -> str:
+    """The page."""
+    lines = [
+        "# Killed at many moments",
+        "",
+        f"`make faults`: {result['killed']} kills among the {sum(result['events'].values())} moments of the command; "
+        f"{result['same']} ended as if nobody had killed, {result['killed'] - result['same']} did not.",
+        "",
+        "| moment | event | file, or number of the step | torn | outcome |",
+        "|---:|---|---|---|---|",
+    ]
+    for moment in result["moments"]:
+        torn = "yes" if moment["torn"] else ""
+        lines.append(f"| {moment['number']} | {moment['event']} | `{moment['file']}` | {torn} | {moment['outcome']} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Run the matrix and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -263,6 +280,7 @@ def main() -> None:
             }
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            args.output.with_suffix(".md").write_text(render(result), encoding="utf-8")
     failed = [moment for moment in known.values() if moment["outcome"] != "same"]
     print(f"{len(known)} kills, {len(failed)} that did not end as if nobody had killed")
     raise SystemExit(bool(failed))

@@ -1,0 +1,38 @@
+"""The whole command, killed at a dozen moments of its life, ends as if nobody had killed it; `make faults` has more."""
+
+import re
+import sys
+
+import pytest
+from kill_moments import Matrix
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the moments are counted by what Linux shows in /proc")
+
+MOMENTS = [
+    ("open", r"memcontrol_hf/tmp", 1, True),
+    ("rename", r"memcontrol_hf/tmp", 0, False),
+    ("open", r"private/split/train/state\.json", 0, True),
+    ("open", r"study\.journal", 20, True),
+    ("sync", r"study\.journal", 12, False),
+    ("step", r"1", 1, False),
+    ("step", r"5", -1, False),
+    ("open", r"\.unfinished/checkpoint-4/trainer_state\.json", 0, True),
+    ("rename", r"\.unfinished/checkpoint-6", 0, False),
+    ("open", r"adapter_config\.json", 0, True),
+    ("rename", r"\.memorization_report\.json", 1, False),
+    ("sync", r"\.README\.md", 0, True),
+]
+"""Moments: the kind of the event, the beginning of the file's name, which of these events, and whether it is torn."""
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory):
+    return Matrix(tmp_path_factory.mktemp("kills"))
+
+
+@pytest.mark.parametrize(("kind", "file", "which", "torn"), MOMENTS)
+def test_a_killed_command_ends_as_if_nobody_had_killed_it(matrix, kind, file, which, torn):
+    numbers = [n for n, event in enumerate(matrix.events, 1) if event[0] == kind and re.match(file, event[1])]
+    moment = matrix.moment(numbers[which], torn)
+    assert moment.outcome == "same", moment
+    assert moment.attempts == 1
