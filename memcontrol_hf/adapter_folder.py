@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from .whole_files import read_json
+
 REPORT, CARD, PLOT, MASK = "memorization_report.json", "README.md", "pareto_front.png", "mask.json"
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -128,7 +130,7 @@ def read_mask(source: str | Path) -> dict[str, bool]:
         ValueError: When the source cannot be read, holds no mask, or holds a mask that selects no block.
     """
     try:
-        content = json.loads(_mask_file(str(source)).read_text(encoding="utf-8"))
+        content = read_json(_mask_file(str(source)))
     except (OSError, ValueError) as error:  # no such file, no JSON, or no name of a repository
         raise ValueError(f"{str(source)!r} cannot be read: {str(error).splitlines()[0]}") from None
     mask = content.get("mask", content) if isinstance(content, dict) else content

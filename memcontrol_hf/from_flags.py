@@ -42,7 +42,7 @@ from .tracking import run_url
 from .trainer import MemControlTrainer
 from .training_arguments import MemControlTrainingArguments
 from .tuners import MemControlConfig
-from .whole_files import check_room, check_writable
+from .whole_files import check_room, check_writable, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def peft_config_from(path: str) -> PeftConfig:
     """A PEFT config from a JSON file or an adapter folder."""
     file = Path(path) / CONFIG if Path(path).is_dir() else Path(path)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         return PeftConfig.from_peft_type(**content)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"--peft_config {path!r} is no PEFT config: {type(error).__name__}: {error}") from None

@@ -20,9 +20,11 @@ from datasets import Dataset, Features, Image
 from optuna.trial import TrialState
 from safetensors import SafetensorError
 
-from memcontrol_hf import screen, train
-from memcontrol_hf.data import EncodedImages, encode
+from memcontrol_hf import MemorizationReport, Screening, screen, train
+from memcontrol_hf.adapter_folder import read_mask
+from memcontrol_hf.data import EncodedImages, encode, load_images
 from memcontrol_hf.families import family_of
+from memcontrol_hf.from_flags import peft_config_from
 from memcontrol_hf.images import thumbnails
 from memcontrol_hf.search import SearchSettings, open_storage, said_in_one_line, select_run
 from memcontrol_hf.search import study as study_module
@@ -459,3 +461,30 @@ def test_a_server_that_stays_away_is_said_in_one_line(tmp_path, monkeypatch):
     said = rf"the storage {address} does not answer \(.*\): when it does, the same command goes on"
     with pytest.raises(RuntimeError, match=said), said_in_one_line(address):
         study.ask()
+
+
+# ---- files of strangers ----
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a": ' * 100_000])
+@pytest.mark.parametrize("reads", [read_mask, MemorizationReport.from_json, Screening.from_json, peft_config_from])
+def test_json_that_is_nested_deeply_is_refused_in_one_line(tmp_path, content, reads):
+    (tmp_path / "file.json").write_text(content)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        reads(str(tmp_path / "file.json"))
+
+
+@pytest.mark.parametrize("reads", [read_mask, MemorizationReport.from_json, Screening.from_json, peft_config_from])
+def test_json_that_is_large_is_not_read(tmp_path, reads):
+    with open(tmp_path / "file.json", "wb") as file:
+        file.truncate(10**11)  # it takes no room on the disk
+    with pytest.raises(ValueError, match="it has 100000000000 bytes, more than 50000000"):
+        reads(str(tmp_path / "file.json"))
+
+
+def test_an_image_that_unpacks_to_400_megapixels_is_named(tmp_path):
+    images_of(6)[0]["image"].save(tmp_path / "0.png")
+    PIL.Image.new("1", (20_000, 20_000)).save(tmp_path / "1.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,a\n1.png,a\n")
+    with pytest.raises(ValueError, match=r"cannot read the image 1\.png .*exceeds limit of 178956970 pixels"):
+        load_images(train_data_dir=str(tmp_path))

@@ -1,4 +1,4 @@
-"""The whole command, killed at a dozen moments of its life, ends as if nobody had killed it; `make faults` has more."""
+"""The whole command, killed at a dozen moments, ends as if nobody had killed it; `make faults` has more of them."""
 
 import re
 import sys

@@ -1,6 +1,5 @@
 """What was computed of images is kept on disk beside a checksum, and computed anew when it does not fit."""
 
-import hashlib
 import logging
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from datasets import Dataset
 from datasets import config as datasets_config
 from pyarrow import ArrowInvalid
 
+from ..adapter_folder import file_digest
 from ..whole_files import write_whole
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def is_whole(file: Path) -> bool:
     if file in _verified:
         return True
     if (checksum := _checksum_file(file)).exists():
-        whole = checksum.read_text(encoding="utf-8") == _digest(file)
+        whole = checksum.read_text(encoding="utf-8") == file_digest(file)
     else:
         whole = _can_be_read(file)
     if whole:
@@ -60,7 +60,7 @@ def delete_damaged(file: Path) -> None:
 def seal(file: Path) -> None:
     """Write the checksum of a file that is whole, unless it has one."""
     if not _checksum_file(file).exists():
-        write_whole(_checksum_file(file), _digest(file))
+        write_whole(_checksum_file(file), file_digest(file))
     _verified.add(file)
 
 
@@ -74,11 +74,3 @@ def _can_be_read(file: Path) -> bool:
     except (OSError, ArrowInvalid):
         return False
     return True
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as content:
-        while part := content.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()

@@ -38,6 +38,7 @@ from ..adapter_folder import (
 )
 from ..report import MemorizationReport
 from ..report.card import render_card, write_card
+from ..whole_files import read_json
 
 CARD_BY_HAND = "README.by_hand.md"
 """Where a push keeps a card that somebody has written."""
@@ -145,7 +146,7 @@ def mask_content(folder: str | Path) -> dict[str, Any]:
     for name in (MASK, REPORT):
         check_no_link(folder / name)
     if (folder / MASK).is_file():
-        content = json.loads((folder / MASK).read_text(encoding="utf-8"))
+        content = read_json(folder / MASK)
         read_mask(folder)
         known = ("mask", "base_model", "method", "search", "figures", "license")
         return {name: content[name] for name in known if name in content}

@@ -1,6 +1,5 @@
 """The card of a mask that is shared without its adapter."""
 
-import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from huggingface_hub import ModelCardData
 
 from ..adapter_folder import MASK
 from ..masks import block_map, selected_blocks
+from ..whole_files import read_json
 from .card_metadata import as_yaml, base_metadata, last_part, readable_base
 from .escaping import render_template
 from .report import MemorizationReport
@@ -31,7 +31,7 @@ class MaskCard:
     @classmethod
     def from_folder(cls, folder: Path) -> "MaskCard":
         """Read the folder of a mask."""
-        content = json.loads((folder / MASK).read_text(encoding="utf-8"))
+        content = read_json(folder / MASK)
         return cls(content, content.get("hub_model_id") or folder.resolve().name)
 
     def render(self) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..whole_files import write_whole
+from ..whole_files import read_json, write_whole
 from .gate import check_limits
 from .verdict import NOT_APPLICABLE, asked_of, verdict, violation
 
@@ -20,7 +20,6 @@ REPORT_SCHEMA = Path(__file__).with_name("report_schema.json")
 """The JSON Schema of a report."""
 
 FROZEN_BASE, ALL_ON, SELECTED = "frozen base", "all blocks", "selected mask"
-_LARGEST_REPORT = 50_000_000  # bytes; a search of a thousand trials takes less than one million
 _CONTROLS = ("frozen_base", "held_out_as_train")
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "optuna")
 
@@ -100,10 +99,8 @@ class MemorizationReport:
             ValueError: When the file holds no report, or a report of another version.
         """
         try:
-            if (size := Path(path).stat().st_size) > _LARGEST_REPORT:
-                raise ValueError(f"it has {size} bytes, more than {_LARGEST_REPORT}")
-            content = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_number)
-        except (ValueError, RecursionError) as error:
+            content = read_json(path, parse_constant=_no_number)
+        except ValueError as error:
             raise ValueError(f"{path} is no memorization report: {error}") from None
         found = content.get("schema_version") if isinstance(content, dict) else None
         if found == 2:

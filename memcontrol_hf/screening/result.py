@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..whole_files import write_whole
+from ..whole_files import read_json, write_whole
 
 SCREENING_VERSION = 1
 """Version of the file format of a screening."""
@@ -170,7 +170,7 @@ class Screening:
             ValueError: when the file holds no screening, or a screening of another version; says what is wrong.
         """
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls.from_dict(read_json(path))
         except ValueError as error:
             raise ValueError(f"{path} is no screening: {error}") from None
 
