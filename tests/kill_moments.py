@@ -16,15 +16,20 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 ENDS = ("adapter_model.safetensors", "adapter_config.json", "memorization_report.json", "README.md")
 """What has to be the same in the end."""
+
+DISKS = (8, 40, 80, 100, 120, 140, 160, 200, 240, 280, 320, 360, 400, 440, 480, 520, 560, 600)
+"""Sizes of disks, in kB, that are too small for a run."""
 
 _WRITES = os.O_WRONLY | os.O_RDWR
 
@@ -124,7 +129,7 @@ def run_watched(command: list[str], folders: list[Path], number: int, torn: bool
     torch.set_num_threads(1)
     gc.freeze()  # what was loaded before is not gone through again
     datasets.config.HF_DATASETS_CACHE = folders[1]
-    with open(folders[0].parent / "log.txt", "a", encoding="utf-8") as log:
+    with open(folders[0].parent.with_suffix(".log"), "a", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     killer = Killer(folders, number, torn)
@@ -196,6 +201,28 @@ class Matrix:
             shutil.rmtree(self.folder / name)
         return moment
 
+    def full_disk(self, kilobytes: int) -> Moment:
+        """Run the command on a disk of some size, which has to end in one line; then make room and run it again."""
+        name = f"disk-{kilobytes}"
+        moment, folder = Moment(0, "full disk", f"{kilobytes} kB", False), self.folder / name
+        folder.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)], check=True)
+        try:
+            if (code := self._run(name, 0, False)) not in (1, 2):
+                moment.outcome = f"was not full: exit code {code}"
+                return moment
+            log = folder.with_suffix(".log").read_text(encoding="utf-8")
+            subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
+            code = self._run(name, 0, False)
+            differing = [file for file, content in self._ends(name).items() if content != self._expected[file]]
+            if "Traceback" in log or "\nerror: " not in log:
+                moment.outcome = "not said in one line"
+            else:
+                moment.outcome = f"exit code {code}" if code else f"differs: {differing}" if differing else "same"
+            return moment
+        finally:
+            subprocess.run(["umount", str(folder)], check=True)
+
     def _run(self, name: str, number: int, torn: bool, events: Path | None = None) -> int:
         folders = [self.folder / name / "out", self.folder / name / "cache"]
         folders[1].mkdir(parents=True, exist_ok=True)
@@ -236,13 +263,33 @@ def spread(events: list[tuple[str, str]], count: int) -> list[int]:
     return sorted(chosen)
 
 
+def _key(moment: dict) -> tuple[int, bool]:
+    """The number of a moment, or minus the size of a disk; and whether something was torn."""
+    return moment["number"] or -int(moment["file"].split()[0]), moment["torn"]
+
+
+def write(file: Path, events: list[tuple[str, str]], moments: list[dict]) -> None:
+    """Write the result, and its page beside it."""
+    result = {
+        "events": dict(Counter(kind for kind, _ in events)),
+        "killed": sum(moment["number"] > 0 for moment in moments),
+        "full_disks": sum(moment["number"] == 0 for moment in moments),
+        "same": sum(moment["outcome"] == "same" for moment in moments),
+        "moments": moments,
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    file.with_suffix(".md").write_text(render(result), encoding="utf-8")
+
+
 def render(result: dict) -> str:
     """The page."""
     lines = [
         "# Killed at many moments",
         "",
-        f"`make faults`: {result['killed']} kills among the {sum(result['events'].values())} moments of the command; "
-        f"{result['same']} ended as if nobody had killed, {result['killed'] - result['same']} did not.",
+        f"`make faults`: {result['killed']} kills among the {sum(result['events'].values())} moments of the command, "
+        f"and {result['full_disks']} disks that were too small. {result['same']} of "
+        f"{result['killed'] + result['full_disks']} ended as if nothing had happened.",
         "",
         "| moment | event | file, or number of the step | torn | outcome |",
         "|---:|---|---|---|---|",
@@ -258,31 +305,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--moments", type=int, default=80, help="at least so many kills")
     parser.add_argument("--output", type=Path, default=Path("docs/results/kill_moments.json"))
+    parser.add_argument("--disks", type=int, nargs="*", default=DISKS, help="sizes of full disks, kB; as root only")
     args = parser.parse_args()
     done = json.loads(args.output.read_text("utf-8"))["moments"] if args.output.exists() else []
     with tempfile.TemporaryDirectory() as temporary:
         matrix = Matrix(Path(temporary))
-        known = {(moment["number"], moment["torn"]): moment for moment in done}
+        known = {_key(moment): moment for moment in done}
         print(f"{len(matrix.events)} events: {dict(Counter(kind for kind, _ in matrix.events))}", flush=True)
-        for turn, number in enumerate(spread(matrix.events, args.moments)):
-            if (number, torn := turn % 2 == 1) in known:
+        turns = [(number, turn % 2 == 1) for turn, number in enumerate(spread(matrix.events, args.moments))]
+        tries = {key: partial(matrix.moment, *key) for key in turns}
+        if os.geteuid() == 0:
+            tries |= {(-size, False): partial(matrix.full_disk, size) for size in args.disks}
+        for key, attempt in tries.items():
+            if key in known:
                 continue
             started = time.monotonic()
-            moment = matrix.moment(number, torn)
-            known[number, torn] = asdict(moment)
+            moment = attempt()
+            known[key] = asdict(moment)
             print(f"{moment} ({time.monotonic() - started:.0f} s)", flush=True)
-            moments = [known[key] for key in sorted(known)]
-            result = {
-                "events": dict(Counter(kind for kind, _ in matrix.events)),
-                "killed": len(moments),
-                "same": sum(m["outcome"] == "same" for m in moments),
-                "moments": moments,
-            }
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-            args.output.with_suffix(".md").write_text(render(result), encoding="utf-8")
+            write(args.output, matrix.events, [known[key] for key in sorted(known)])
     failed = [moment for moment in known.values() if moment["outcome"] != "same"]
-    print(f"{len(known)} kills, {len(failed)} that did not end as if nobody had killed")
+    print(f"{len(known)} faults, {len(failed)} that did not end as if nothing had happened")
     raise SystemExit(bool(failed))
 
 
