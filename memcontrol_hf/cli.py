@@ -16,6 +16,7 @@ from .command_line import ERROR, GATE_FAILED, PASSED, WRONG_USE, HelpFormatter
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from .images import Framing
     from .report import MemorizationReport
 
 _WITH_FLAGS_OF_TRAIN = {
@@ -306,6 +307,7 @@ def _attack(args: argparse.Namespace) -> "MemorizationReport":
     from .images import Framing
 
     framing = Framing(args.fit, args.background)
+    _check_framing(args.adapter, framing)
     captions = (args.caption_column or None) if args.pipeline else None
     train, held_out = (_images(getattr(args, name), name, captions) for name in ("train", "held_out"))
     warn_of_crops(train, framing, "training")
@@ -332,6 +334,22 @@ def _attack(args: argparse.Namespace) -> "MemorizationReport":
     words = [word for name, value in amounts.items() for word in (f"--{name}", str(value))]
     report.command = f"memcontrol audit {shlex.join(words)}"
     return report
+
+
+def _check_framing(adapter: str | None, framing: "Framing") -> None:
+    """Raise `ValueError` when the report beside an adapter says that it was trained with images in another framing."""
+    from .images import Framing
+    from .report import MemorizationReport
+
+    if adapter is None or not (file := Path(adapter) / REPORT).is_file():
+        return
+    training = MemorizationReport.from_json(file).training
+    trained = Framing(training.get("fit", "crop"), training.get("background", "white"))
+    if trained != framing:
+        raise ValueError(
+            f"the adapter was trained with images of --fit {trained.fit} --background {trained.background}: attack it "
+            "with the same, or its figures look safer than they are"
+        )
 
 
 def _images(source: str, flag: str, caption_column: str | None) -> "Dataset":

@@ -43,6 +43,7 @@ def run(args: ScriptArguments) -> None:
     screening.to_json(folder / FILE)
     plot_screening(screening.to_dict(), folder / PLOT)
     print(aligned(screening.table()))
+    print("\nfall of the loss that is owed to each block, ± one standard error over the probes")
     print(f"\nmasks along the trade-off, by memcontrol_hf.Screening.from_json({str(folder / FILE)!r}).masks(4):")
     for mask in screening.masks(4):
         print("  " + ", ".join(name for name, on in mask.items() if on))

@@ -11,7 +11,7 @@ workflow.write_card(trainer, report, choice)  # plot and card
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from .adapter_folder import LORA, PLOT, REPORT, adapter_digests, file_digest
 from .audit import AuditSettings, audit_memorization
 from .encoders import encoder_name
 from .evaluation import METRICS
+from .images import DEFAULT_FRAMING
 from .mitigations import MITIGATIONS
 from .publish.wandb_report import log_images, log_report
 from .randomness import Purpose, row_keys
@@ -296,6 +297,7 @@ def save(
             "batch_size": trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps,
             "world_size": trainer.args.world_size,
             "resolution": trainer.args.resolution,
+            **({} if trainer.args.framing == DEFAULT_FRAMING else asdict(trainer.args.framing)),
             "seed": trainer.args.seed,
             "mixed_precision": trainer.accelerator.mixed_precision,
             "mitigations": [text for text in given if text not in sampling],

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from conftest import RESOLUTION, images_of, tiny_trainer
+from conftest import RESOLUTION, adapter_folder, images_of, small_report, tiny_trainer
 from datasets import Dataset
 from PIL import Image
 
@@ -130,3 +130,15 @@ def test_the_audits_command_takes_them_and_refuses_a_wrong_colour_first(tmp_path
     sets = ["--pipeline", "nowhere", "--train", "nowhere", "--held_out", "nowhere", "--encoder", "demo"]
     assert main(["audit", *sets, "--background", "whitish", "--output_dir", str(tmp_path)]) == 2
     assert "background must be a colour" in capsys.readouterr().err
+
+
+def test_an_adapter_is_attacked_with_images_as_it_was_trained_on(tmp_path, capsys):
+    report = small_report()
+    report.training |= {"fit": "pad", "background": "black"}
+    folder = adapter_folder(tmp_path / "adapter", report=report)
+    command = ["audit", "--adapter", str(folder), *("--pipeline", "x", "--train", "x", "--held_out", "x")]
+    command += ["--encoder", "demo", "--output_dir", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "trained with images of --fit pad --background black" in capsys.readouterr().err
+    assert main([*command, "--fit", "pad", "--background", "black"]) == 2
+    assert "trained with" not in capsys.readouterr().err

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..audit import AuditSettings
 from ..families import Family
+from ..report.report import aligned
 
 SECMI_PASSES, PIA_PASSES = 12, 2
 """Forward passes of an image: 10 steps of SecMI, one on and one back; two noise predictions of PIA."""
@@ -95,28 +96,17 @@ def _of_a_step(family: Family, guidance_scale: float) -> int:
 
 def stages_table(stages: Sequence[Stage]) -> str:
     """The stages to print."""
-    head = ("stage", "times", "trained", "generated", "passes", "and for each image of a split")
+    head = ["stage", "times", "trained", "generated", "passes", "and for each image of a split"]
     rows = [
-        (
+        [
             stage.name,
-            f"{stage.times:,}",
-            f"{stage.trained:,}",
-            f"{stage.generated:,}",
-            f"{stage.passes:,}",
+            *(f"{count:,}" for count in (stage.times, stage.trained, stage.generated, stage.passes)),
             ", ".join(f"{split} {count}" for split, count in stage.for_each),
-        )
+        ]
         for stage in stages
-    ]
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column in (0, 5) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in (head, *rows)
     ]
     text = (
         "images of each stage, one time: trained (forward and backward), generated, and forward passes of an image\n"
         "through the denoiser, which take as many times the seconds of one pass on your machine"
     )
-    return "\n".join([text, "", *lines])
+    return f"{text}\n\n{aligned([head, *rows])}"
