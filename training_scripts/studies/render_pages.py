@@ -18,6 +18,7 @@ import paper_table.page
 import screened.paired_page
 import screened_replay
 import screening_predicts
+import screening_smallest
 import trials.page
 from common.pages import read_results, write_results
 
@@ -33,6 +34,7 @@ PAGES: dict[str, Callable[[dict], str]] = {
     "results/screened_replay": screened_replay.render,
     "results/copy_detection": copy_detection.render,
     "results/screening_paired": screened.paired_page.render,
+    "results/screening_smallest": screening_smallest.render,
 }
 
 
