@@ -14,11 +14,13 @@ import benchmark_attacks
 import benchmark_workers
 import compare_mitigations
 import copy_detection
+import duplicate_scan
 import paper_table.page
 import screened.paired_page
 import screened_replay
 import screening_predicts
 import screening_smallest
+import search_memory
 import trials.page
 from common.pages import read_results, write_results
 
@@ -33,6 +35,8 @@ PAGES: dict[str, Callable[[dict], str]] = {
     "results/screening_elpv": screening_predicts.render,
     "results/screened_replay": screened_replay.render,
     "results/copy_detection": copy_detection.render,
+    "results/duplicate_scan": duplicate_scan.render,
+    "results/search_memory": search_memory.render,
     "results/screening_paired": screened.paired_page.render,
     "results/screening_smallest": screening_smallest.render,
 }
