@@ -120,8 +120,8 @@ def render(content: dict[str, Any]) -> str:
         head = ["means over", "mask", "modules", "parameters, %", "held-out loss, %", "membership AUC", "CLiD", "PIA"]
         lines += table(head, rows, numbers=True)
         lines += [
-            f"The smallest mask within {100 * TOLERANCE:g} % of the held-out loss of all modules, seed by seed, and the one "
-            "that the loss on validation images would have chosen by the same rule:",
+            f"The smallest mask within {100 * TOLERANCE:g} % of the held-out loss of all modules, seed by seed, and "
+            "the one that the loss on validation images would have chosen by the same rule:",
             "",
         ]
         rows = []
