@@ -115,7 +115,7 @@ class Killer:
         if path.endswith(".journal"):
             with open(path, "ab", buffering=0) as journal:
                 os.write(journal.fileno(), b'{"op_code":8,"worker_id":"3f')
-        elif self.written and os.path.isfile(self.written) and not self.written.endswith((".journal", "flock")):
+        elif self.written and os.path.isfile(self.written) and not self.written.endswith(".journal"):
             os.truncate(self.written, os.path.getsize(self.written) // 2)
 
 

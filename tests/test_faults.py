@@ -81,17 +81,32 @@ def test_a_record_that_is_damaged_in_the_middle_is_set_aside_with_what_counts_on
         other.ask()
 
 
-@pytest.mark.parametrize("name", ["study.journal.lock", "study.journal.flock"])
-def test_a_lock_that_a_killed_process_left_is_no_lock(tmp_path, name):
+def test_a_lock_that_a_killed_process_left_is_no_lock(tmp_path):
     journal_of(tmp_path)
-    (tmp_path / name).unlink(missing_ok=True)
-    if name.endswith(".flock"):
-        (tmp_path / name).write_bytes(b"")
-    else:  # as Optuna's own lock leaves it
-        (tmp_path / name).symlink_to(tmp_path / "study.journal")
+    assert [path.name for path in tmp_path.iterdir()] == ["study.journal"]
+    (tmp_path / "study.journal.lock").symlink_to(tmp_path / "study.journal")  # as Optuna's own lock leaves it
     started = time.monotonic()
     study_at(tmp_path / "study.journal").ask()
     assert time.monotonic() - started < 10
+
+
+def test_where_files_cannot_be_locked_the_link_of_optuna_is_the_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr("memcontrol_hf.search.journal.fcntl", None)
+    study, link, seen, sync = journal_of(tmp_path), tmp_path / "study.journal.lock", [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: seen.append(link.is_symlink()) or sync(file))
+    study.ask()
+    assert seen and all(seen) and not link.exists()
+
+
+def test_workers_wait_for_each_others_records(tmp_path):
+    journal_of(tmp_path, trials=0)
+    studies = [study_at(tmp_path / "study.journal") for _ in range(4)]  # each with a file of its own
+    work = [threading.Thread(target=lambda s=study: [s.ask() for _ in range(25)]) for study in studies]
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join()
+    assert [trial.number for trial in study_at(tmp_path / "study.journal").trials] == list(range(100))
 
 
 def test_a_write_that_the_disk_has_no_room_for_leaves_no_part_of_a_record(tmp_path, monkeypatch):

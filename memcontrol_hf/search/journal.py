@@ -4,11 +4,16 @@ import json
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import filelock
 from optuna.storages.journal import JournalFileBackend
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +37,9 @@ class Journal(JournalFileBackend):
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self._lock = filelock.FileLock(f"{path}.flock")  # ends with its process, unlike the link that Optuna makes
         self._path = Path(path)
         if self._damage() is not None:
-            with self._lock:  # what another process is writing at this moment looks torn, too
+            with self._locked():  # what another process is writing at this moment looks torn, too
                 self._set_damage_aside()
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
@@ -58,19 +62,36 @@ class Journal(JournalFileBackend):
             OSError: when they cannot be written; none of them is in the file then.
         """
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
-        with self._lock, open(self._path, "rb+", buffering=0) as file:
+        with self._locked() as file:
             end = file.seek(0, os.SEEK_END)
             if end and not _ends_a_line(file):
                 self._set_damage_aside()
                 end = file.seek(0, os.SEEK_END)
             try:
-                with open(self._path, "ab") as appended:
-                    appended.write(lines.encode())
-                    appended.flush()
-                    os.fsync(appended.fileno())
+                file.write(lines.encode())
+                file.flush()
+                os.fsync(file.fileno())
             except BaseException:
-                file.truncate(end)
+                os.ftruncate(file.fileno(), end)
                 raise
+
+    @contextmanager
+    def _locked(self) -> Iterator[IO[bytes]]:
+        """The file, locked by the operating system, so that the lock ends with its process.
+
+        Where there is no such lock, the link that Optuna makes beside the file is the lock.
+        """
+        with open(self._path, "rb+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except (AttributeError, OSError):  # Windows, or a file system without locks
+                self._lock.acquire()
+                try:
+                    yield file
+                finally:
+                    self._lock.release()
+            else:
+                yield file
 
     @property
     def _torn(self) -> Path:
