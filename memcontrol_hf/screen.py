@@ -40,6 +40,7 @@ def run(args: ScriptArguments) -> None:
         screening = trainer.screen(args.screen_steps, learning_rate=fixed_rate(args, rates))
     if not trainer.is_world_process_zero():
         return
+    folder.mkdir(parents=True, exist_ok=True)
     screening.to_json(folder / FILE)
     plot_screening(screening.to_dict(), folder / PLOT)
     print(aligned(screening.table()))

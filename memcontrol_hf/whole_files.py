@@ -62,28 +62,35 @@ def move_whole(source: str | Path, target: str | Path) -> None:
 
 
 def check_writable(folder: str | Path) -> None:
-    """Make a folder, if it is not there, and write a file in it that is gone again.
+    """Raise `ValueError` when a folder cannot be written, or made. Nothing is left there.
 
-    Raises:
-        ValueError: when that is not possible.
+    Args:
+        folder (`str`): path of the folder, which need not exist.
     """
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with tempfile.TemporaryFile(dir=_existing(folder)) as file:
             file.write(b"0")
     except OSError as error:
         raise ValueError(f"the folder {folder} cannot be written ({error.strerror}): choose another") from None
+
+
+def _existing(folder: str | Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    return place
 
 
 def check_room(folder: str | Path, needed: int, what: str) -> None:
     """Raise `ValueError` when the disk of a folder has less room than what is to be written there.
 
     Args:
-        folder (`str`): an existing folder.
+        folder (`str`): path of the folder, which need not exist.
         needed (`int`): bytes.
         what (`str`): what needs them, for the message.
     """
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(_existing(folder)).free
     if free < needed:
         raise ValueError(
             f"{what} needs {needed / 1e6:.0f} MB in {folder}, but the disk has {free / 1e6:.0f} MB: make room, or "
