@@ -9,6 +9,7 @@ import shutil
 import socket
 import threading
 import time
+from datetime import timedelta
 
 import optuna
 import PIL.Image
@@ -28,6 +29,7 @@ from memcontrol_hf.from_flags import peft_config_from
 from memcontrol_hf.images import thumbnails
 from memcontrol_hf.search import SearchSettings, open_storage, said_in_one_line, select_run
 from memcontrol_hf.search import study as study_module
+from memcontrol_hf.search.claims import FINAL, Claim
 from memcontrol_hf.search.study import Outcome, SharedStudy
 from memcontrol_hf.search.worker import is_alive, this_worker
 from memcontrol_hf.train import FAILURES, exit_code
@@ -503,3 +505,20 @@ def test_an_image_that_unpacks_to_400_megapixels_is_named(tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,a\n1.png,a\n")
     with pytest.raises(ValueError, match=r"cannot read the image 1\.png .*exceeds limit of 178956970 pixels"):
         load_images(train_data_dir=str(tmp_path))
+
+
+# ---- killed before it could say who it is ----
+
+
+def test_a_process_that_was_killed_before_it_had_a_name_loses_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("memcontrol_hf.search.worker._UNNAMED", timedelta(seconds=2))
+    settings = SearchSettings(3, "minimize", study_name="s", storage=str(tmp_path / "study.journal"), sampler="random")
+    killed = SharedStudy.open(settings, settings.storage)
+    killed.study.ask()  # and no name
+    claims = optuna.create_study(study_name=f"s{FINAL}", storage=killed.study._storage)
+    claims.ask()
+    shared = SharedStudy.open(settings, settings.storage)
+    assert [trial.state for trial in shared.study.trials] == [TrialState.FAIL, TrialState.WAITING]
+    held = []
+    assert Claim.make(shared.study, FINAL, lambda claim: held.append(is_alive(claim)) or is_alive(claim)) is not None
+    assert held == [False]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import optuna
 from optuna.trial import FrozenTrial
 
-from .worker import this_worker
+from .worker import this_worker, wait_for_names
 
 FINAL, SCREENING = "-final", "-screening"
 """What the name of the study has at its end by which one worker takes the final fine-tune, or makes the screening."""
@@ -37,6 +37,7 @@ class Claim:
         claims = optuna.create_study(storage=study._storage, study_name=study.study_name + work, load_if_exists=True)
         claim = claims.ask()
         claim.set_user_attr("worker", this_worker())
+        wait_for_names(claims)
         earlier = [trial for trial in claims.get_trials(deepcopy=False) if trial.number < claim.number]
         if any(map(holds, earlier)):
             claims.tell(claim, state=optuna.trial.TrialState.FAIL)

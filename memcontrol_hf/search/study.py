@@ -19,7 +19,7 @@ from .sampler import REPEATS, SAMPLERS, SeededSampler
 from .settings import SearchSettings, named_values
 from .storage import check_study, open_storage
 from .suggestions import all_suggested, plain
-from .worker import is_alive, this_worker
+from .worker import is_alive, this_worker, wait_for_names
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +132,7 @@ class SharedStudy:
                 if settings.objectives is not None:
                     study.set_metric_names(list(settings.objectives))
             study.set_user_attr("memorization_budget", settings.memorization_budget)
+        wait_for_names(study)  # one that is killed before that is given up after some seconds
         shared = cls(study, settings)
         shared.queue_again_what_died()
         return shared
@@ -169,6 +170,7 @@ class SharedStudy:
             if (planned := self._plan(trial, hp_space, hp_name)) is None:
                 continue
             hyperparameters = planned.hyperparameters
+            trial.set_user_attr("hyperparameters", dict(hyperparameters))
             earlier = self.earlier_same_trial(hyperparameters)
             if earlier is None:
                 self._trial = trial
@@ -178,7 +180,7 @@ class SharedStudy:
             trial.set_user_attr("same_as", earlier.number)
             for constraint, value in earlier.constraints.items():
                 trial.set_constraint(constraint, value)
-            self._finish(trial, earlier.values, hyperparameters, earlier.user_attrs["figures"])
+            self._finish(trial, earlier.values, earlier.user_attrs["figures"])
         return None
 
     def _ask(self) -> optuna.Trial | None:
@@ -302,17 +304,15 @@ class SharedStudy:
         trial.set_user_attr("trainable_percent", outcome.trainable_percent)
         if budget is not None:
             trial.set_constraint("memorization_budget", signs_of(self.study)[1] * (outcome.values[1] - budget))
-        self._finish(trial, outcome.values, outcome.trial.hyperparameters, outcome.figures)
+        self._finish(trial, outcome.values, outcome.figures)
 
     def _finish(
         self,
         trial: optuna.Trial,
         values: Sequence[float],
-        hyperparameters: Mapping[str, Any],
         figures: Mapping[str, float],
     ) -> None:
         """Record a trial as complete; figures that are not finite are left out, since JSON has none."""
-        trial.set_user_attr("hyperparameters", dict(hyperparameters))
         trial.set_user_attr("figures", {name: value for name, value in figures.items() if math.isfinite(value)})
         with self._heeding_the_sampler():
             self.study.tell(trial, values)
@@ -351,7 +351,9 @@ class SharedStudy:
         """
         trial = self._trials()[number]
         if self.fail(number, f"{_KILLED}: {type(interrupt).__name__}" if interrupt else _KILLED):
-            params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+            # What was drawn is kept, unless it was killed in the middle: the sampler draws all of them again then.
+            drawn = trial.params if "hyperparameters" in trial.user_attrs else {}
+            params = {**trial.system_attrs.get("fixed_params", {}), **drawn}
             self.study.enqueue_trial(params, user_attrs={REPEATS: number})
 
     # ---- the study as a whole ----

@@ -2,12 +2,14 @@
 
 import os
 import socket
+import time
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import optuna
 import psutil
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 _UNNAMED = timedelta(seconds=10)  # how long a trial may run before its process has written down who it is
 
@@ -38,6 +40,13 @@ def is_alive(trial: FrozenTrial, timeout: float | None = None) -> bool:
         return _started(pid) == created
     except psutil.NoSuchProcess:
         return False
+
+
+def wait_for_names(study: optuna.Study, poll_seconds: float = 0.2) -> None:
+    """Wait until the process of each running trial has written down who it is, or was killed before it could."""
+    states = (TrialState.RUNNING,)
+    while any("worker" not in t.user_attrs and is_alive(t) for t in study.get_trials(deepcopy=False, states=states)):
+        time.sleep(poll_seconds)
 
 
 def _started(pid: int) -> str | float:
