@@ -11,6 +11,7 @@ from pathlib import Path
 
 import audit_controls
 import benchmark_attacks
+import benchmark_screening
 import benchmark_workers
 import compare_mitigations
 import copy_detection
@@ -33,6 +34,7 @@ PAGES: dict[str, Callable[[dict], str]] = {
     "workers": benchmark_workers.render,
     "results/screening_demo": screening_predicts.render,
     "results/screening_elpv": screening_predicts.render,
+    "results/benchmark_screening": benchmark_screening.render,
     "results/screened_replay": screened_replay.render,
     "results/copy_detection": copy_detection.render,
     "results/duplicate_scan": duplicate_scan.render,
