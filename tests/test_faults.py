@@ -437,13 +437,14 @@ def test_a_grpc_proxy_that_is_gone_for_a_while_is_waited_for(tmp_path):
     pytest.importorskip("grpc")
     from optuna.storages._grpc.server import make_server
 
-    journal_of(tmp_path, trials=1)
+    database = f"sqlite:///{tmp_path / 'study.db'}"
+    optuna.create_study(study_name="s", storage=open_storage(database)).ask()
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
 
     def serve():
-        servers.append(make_server(open_storage(str(tmp_path / "study.journal")), "localhost", port))
+        servers.append(make_server(open_storage(database), "localhost", port))
         servers[-1].start()
 
     servers = []
@@ -469,7 +470,7 @@ def test_a_server_that_stays_away_is_said_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("memcontrol_hf.search.servers._FIRST_ANSWER", 0.5)
     with pytest.raises(ValueError, match=f"cannot open the storage {address}: no proxy answers there"):
         open_storage(address)
-    server = make_server(open_storage(str(tmp_path / "study.journal")), "localhost", port)
+    server = make_server(open_storage(f"sqlite:///{tmp_path / 'study.db'}"), "localhost", port)
     server.start()
     monkeypatch.setattr("memcontrol_hf.search.servers._FIRST_ANSWER", 20)
     monkeypatch.setattr("memcontrol_hf.search.servers.PATIENCE", 1)

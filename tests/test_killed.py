@@ -1,10 +1,12 @@
 """The whole command, killed at a dozen moments, ends as if nobody had killed it; `make faults` has more of them."""
 
+import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
-from kill_moments import Matrix
+from kill_moments import Matrix, render
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the moments are counted by what Linux shows in /proc")
 
@@ -25,6 +27,9 @@ MOMENTS = [
 """Moments: the kind of the event, the beginning of the file's name, which of these events, and whether it is torn."""
 
 
+RESULT = Path(__file__).parents[1] / "docs" / "results" / "kill_moments.json"
+
+
 @pytest.fixture(scope="module")
 def matrix(tmp_path_factory):
     return Matrix(tmp_path_factory.mktemp("kills"))
@@ -36,3 +41,7 @@ def test_a_killed_command_ends_as_if_nobody_had_killed_it(matrix, kind, file, wh
     moment = matrix.moment(numbers[which], torn)
     assert moment.outcome == "same", moment
     assert moment.attempts == 1
+
+
+def test_the_committed_page_is_rendered_from_the_committed_figures():
+    assert RESULT.with_suffix(".md").read_text("utf-8") == render(json.loads(RESULT.read_text("utf-8")))

@@ -146,6 +146,7 @@ def test_a_trial_of_another_machine_is_repeated_when_its_worker_is_known_to_be_d
     shared = SharedStudy(study, SearchSettings(1, "minimize"))
     trial = study.ask({"x": optuna.distributions.FloatDistribution(0, 1)})
     trial.set_user_attr("worker", worker)
+    trial.set_user_attr("hyperparameters", trial.params)
     shared.queue_again_what_died()
     shared.queue_again_what_died(["elsewhere", 2, 1.5])
     assert [t.state for t in study.trials] == [TrialState.RUNNING]
