@@ -111,6 +111,10 @@ def _add_audit(commands: argparse._SubParsersAction) -> None:
         help="captions in the folders' metadata.jsonl; '' for images without captions",
     )
     images.add_argument(
+        "--group_column",
+        help="column with the person of each image, such as a patient's id: rates and intervals are of persons then",
+    )
+    images.add_argument(
         "--fit",
         choices=("crop", "pad"),
         default="crop",
@@ -139,6 +143,10 @@ def _add_audit_amounts(amounts: argparse._ArgumentGroup) -> None:
         "--encoder",
         help="image encoder of distances, copies and quality, needed for other images than the demo's: a Hub id or "
         "folder of a vision model (facebook/dinov2-small, microsoft/rad-dino, ...), xrv:..., or demo",
+    )
+    amounts.add_argument(
+        "--verifier",
+        help="encoder that tells whether two images show the same person, with --group_column; --encoder by default",
     )
     amounts.add_argument("--clip_model", help="CLIP model for the CLIP score: a Hub id or a folder")
     amounts.add_argument(
@@ -276,6 +284,8 @@ def _audit(args: argparse.Namespace) -> int:
         raise ValueError("--adapter needs the --pipeline that it belongs to")
     if args.generated == "demo":
         raise ValueError("--generated takes a folder of images that a model generated: the demo has no such folder")
+    if args.verifier and not args.group_column:
+        raise ValueError(f"--verifier {args.verifier!r} tells persons apart: give their column with --group_column")
     if args.base_pipeline and (args.adapter or not args.pipeline):
         raise ValueError("--base_pipeline is for a whole fine-tuned --pipeline: an adapter's base is the pipeline")
 
@@ -309,7 +319,9 @@ def _attack(args: argparse.Namespace) -> "MemorizationReport":
     framing = Framing(args.fit, args.background)
     _check_framing(args.adapter, framing)
     captions = (args.caption_column or None) if args.pipeline else None
-    train, held_out = (_images(getattr(args, name), name, captions) for name in ("train", "held_out"))
+    train, held_out = (
+        _images(getattr(args, name), name, captions, args.group_column) for name in ("train", "held_out")
+    )
     warn_of_crops(train, framing, "training")
     generated = None if args.generated is None else _images(args.generated, "generated", None)
     device = torch.device(args.device) if args.device else torch.accelerator.current_accelerator() or "cpu"
@@ -328,10 +340,12 @@ def _attack(args: argparse.Namespace) -> "MemorizationReport":
         generated=generated,
         encoder=args.encoder,
         clip_model=args.clip_model,
+        verifier=args.verifier,
         settings=AuditSettings(resolution=resolution, **amounts),
         output_dir=args.output_dir,
     )
     words = [word for name, value in amounts.items() for word in (f"--{name}", str(value))]
+    words += ["--group_column", "YOUR_GROUP_COLUMN"] if args.group_column else []
     report.command = f"memcontrol audit {shlex.join(words)}"
     return report
 
@@ -352,15 +366,17 @@ def _check_framing(adapter: str | None, framing: "Framing") -> None:
         )
 
 
-def _images(source: str, flag: str, caption_column: str | None) -> "Dataset":
+def _images(source: str, flag: str, caption_column: str | None, group_column: str | None = None) -> "Dataset":
     """The images that a flag names: a folder, or `demo` for the demo's split of the flag's name."""
     from .data import load_image_folder
     from .demo import demo_dataset
 
     if source == "demo":
+        if group_column:
+            raise ValueError(f"--group_column {group_column!r}: the demo's images show no persons, so leave it out")
         return demo_dataset()[flag]
     try:
-        return load_image_folder(source, flag, caption_column)
+        return load_image_folder(source, flag, caption_column, group_column)
     except ValueError as error:
         raise ValueError(f"--{flag}: {error}") from None
 

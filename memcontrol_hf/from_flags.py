@@ -367,7 +367,7 @@ def make_trainer(args: ScriptArguments) -> tuple[MemControlTrainer, DatasetDict,
     if args.n_trials:
         check_own_study(args, settings_with_images(args, trainer))
     example_inputs(args, trainer)  # a prompt that the pipeline cannot take is found before the search
-    _warn_of_few_images(args, {name: len(trainer.encode(data[name]).distinct) for name in LEAST_IMAGES})
+    _warn_of_few_images(args, {name: len(set(trainer.encode(data[name]).units.values())) for name in LEAST_IMAGES})
     for name, least in LEAST_IMAGES.items():
         if (count := len(trainer.encode(data[name]).distinct)) < least:
             logger.warning(
@@ -382,12 +382,13 @@ def _warn_of_few_images(args: ScriptArguments, counts: dict[str, int]) -> None:
     limits = load_gate(args.gate or DEFAULT_GATE)
     if names := cannot_pass(limits, counts["train"], counts["held_out"], args.audit_num_prompts):
         least = least_images(limits, counts["held_out"] / counts["train"])
-        needed = f"about {least[0]} training and {least[1]} held-out images" if least else "another gate"
+        unit = "persons" if args.group_column else "images"
+        needed = f"about {least[0]} training and {least[1]} held-out {unit}" if least else "another gate"
         logger.warning(
-            f"TOO FEW IMAGES TO PASS: with {counts['train']} training and {counts['held_out']} held-out images and "
-            f"{args.audit_num_prompts} captions, the gate fails whatever is trained, since the intervals of "
-            f"{', '.join(names)} are too wide. It needs {needed}, and as many --audit_num_prompts. The run goes on, "
-            "and its verdict will be that the model could not be measured"
+            f"TOO FEW {unit.upper()} TO PASS: with {counts['train']} training and {counts['held_out']} held-out "
+            f"{unit} and {args.audit_num_prompts} captions, the gate fails whatever is trained, since the intervals "
+            f"of {', '.join(names)} are too wide. It needs {needed}, and as many --audit_num_prompts. The run goes "
+            "on, and its verdict will be that the model could not be measured"
         )
 
 

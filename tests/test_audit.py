@@ -124,7 +124,7 @@ def test_a_memorizing_fine_tune_is_caught_and_its_base_is_not(tmp_path):
 
 def test_captions_that_steer_less_than_others_are_caught_as_well_as_those_that_steer_harder():
     result, others = Attacked({}, {}, [], {}), torch.linspace(1, 2, 100)
-    _compare_trajectories(result, torch.tensor([0.5, 1.5, 2.5]), others, rows=[4, 7, 9], repeated={4})
+    _compare_trajectories(result, torch.tensor([0.5, 1.5, 2.5]), others, rows=[4, 7, 9], repeated={4}, units=[0, 1, 2])
     assert result.caught == {
         "trajectory_norm": ({9}, {4, 7, 9}),
         "trajectory_norm_low": ({4}, {4, 7, 9}),

@@ -626,7 +626,7 @@ def test_the_final_run_holds_the_front_the_block_map_the_report_and_the_adapter(
     assert effects == report.search["block_effects"] and effects
     assert any(where.endswith(".png") and "front_plot" in where for where in published.sent)
     staged = [data for where, data in published.sent.items() if "/artifacts/staging/" in where]
-    assert any(b'"schema_version": 3' in data for data in staged), "the report"
+    assert any(b'"schema_version": 4' in data for data in staged), "the report"
     assert (published.folder / "adapter_model.safetensors").read_bytes() in staged
 
 

@@ -1,7 +1,7 @@
 """The attacks of one audit. An attack compares a set that may be memorized with a set that cannot be memorized."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +15,7 @@ from ..families import Family, family_of
 from ..images import tile_distances
 from ..randomness import Purpose
 from ..report import NOT_APPLICABLE
+from .persons import Exposure, Verifier, exposure_by_membership, exposure_by_similarity, reidentified
 from .settings import BINS, CLIQUE, FALSE_ALARMS, PAPER_THRESHOLD, REFERENCES, REVIEWED, AuditSettings, Figure
 
 if TYPE_CHECKING:
@@ -31,12 +32,15 @@ class Attacked:
         caught (dict): rows that an attack takes for memorized and all rows that it attacked, by the attack's name.
         pairs (list): most similar pairs: similarity, row of the training image, generated image `[3, H, W]`.
         distances (dict): histograms of the distances from generated images to the nearest image of each set.
+        exposure (dict of [`Exposure`]): for the persons who fare worst, by the name of what exposes them; empty where
+            persons are not known.
     """
 
     figures: dict[str, Figure]
     caught: dict[str, tuple[set[int], set[int]]]
     pairs: list[tuple[float, int, torch.Tensor]]
     distances: dict[str, list[float]]
+    exposure: dict[str, Exposure] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -48,6 +52,7 @@ def attack_pipeline(
     encoder: Encoder,
     clip: "tuple[CLIPModel, CLIPProcessor] | None" = None,
     quality: bool = True,
+    verifier: Verifier | None = None,
 ) -> Attacked:
     """Run all attacks on a model.
 
@@ -59,6 +64,7 @@ def attack_pipeline(
         encoder ([`~memcontrol_hf.encoders.Encoder`]): image encoder of distances, copies and quality.
         clip (tuple, *optional*): CLIP model and processor of the CLIP score.
         quality (`bool`): whether to measure the quality of images generated from captions of `others`.
+        verifier ([`~memcontrol_hf.audit.persons.Verifier`], *optional*): tells persons apart, where persons are known.
     """
     family = family_of(pipeline)
     evaluator = Evaluator(
@@ -72,7 +78,7 @@ def attack_pipeline(
         guidance_scale=settings.guidance_scale,
         null=family.null_condition(),
     )
-    figures, caught = _membership(evaluator, members, others)
+    figures, caught, exposure = _membership(evaluator, members, others)
     rows, per_prompt = _prompt_rows(members, settings), settings.images_per_prompt
     images = evaluator.images(members, rows, Purpose.AUDIT_SAMPLES, per_prompt)
     extracted, found = _extraction(images, rows, members, others, settings)
@@ -83,6 +89,9 @@ def attack_pipeline(
     result = compare_with_training_images(images, features, per_prompt, members, others, settings, encoder, own)
     result.figures = figures | extracted | result.figures
     result.caught = caught | found
+    result.exposure = exposure | result.exposure
+    if verifier is not None and members.by_person:
+        result.figures |= reidentified(images, rows, per_prompt, members, others, verifier)
     limit = result.figures["copy_threshold"].value
     if limit is not None:
         own_features = F.normalize(members.features(encoder)[own], dim=1)[:, None]
@@ -94,7 +103,10 @@ def attack_pipeline(
     else:
         other_rows = others.shuffled(settings.seed, Purpose.AUDIT_PROMPTS)[: settings.num_prompts]
         norms = evaluator.trajectory_norms(members, rows)
-        _compare_trajectories(result, norms, evaluator.trajectory_norms(others, other_rows), rows, members.repeated)
+        other_norms = metrics.mean_of_persons(
+            evaluator.trajectory_norms(others, other_rows), others.units_of(other_rows)
+        )
+        _compare_trajectories(result, norms, other_norms, rows, members.repeated, members.units_of(rows))
 
     if quality:
         fresh_rows = others.shuffled(settings.seed, Purpose.AUDIT_QUALITY)[: settings.num_quality_images]
@@ -134,8 +146,9 @@ def compare_with_training_images(
         own (list of `int`): positions of the captions' own images among the distinct images of `members`.
     """
     member_features, other_features = members.features(encoder), others.features(encoder)
+    persons = members.units_of([members.distinct[place] for place in own]) if members.by_person else ()
     nearest = metrics.nearest_share(
-        features, member_features, other_features, settings.seed, per_prompt=per_prompt, own=own
+        features, member_features, other_features, settings.seed, per_prompt=per_prompt, own=own, persons=persons
     )
     figures = {
         "nearest_share": Figure(nearest.share, *nearest.interval),
@@ -145,7 +158,7 @@ def compare_with_training_images(
         "auth_pct": Figure(metrics.auth_pct(features, member_features)),
     }
     try:
-        copies = metrics.copy_similarity(features, member_features, other_features, FALSE_ALARMS, per_prompt)
+        copies = metrics.copy_similarity(features, member_features, other_features, FALSE_ALARMS, per_prompt, persons)
         figures["copy_share"] = Figure(copies.share, *copies.interval)
         figures["copy_similarity"] = Figure(copies.percentile_95)
         figures["copy_threshold"] = Figure(copies.threshold)
@@ -159,7 +172,8 @@ def compare_with_training_images(
         "train": torch.histogram(nearest.to_train, edges).hist.tolist(),
         "held_out": torch.histogram(nearest.to_held_out, edges).hist.tolist(),
     }
-    return Attacked(figures, {}, _most_similar_pairs(images, features, members, member_features), distances)
+    exposure = exposure_by_similarity(features, members, others, encoder)
+    return Attacked(figures, {}, _most_similar_pairs(images, features, members, member_features), distances, exposure)
 
 
 # ---- single attacks ----
@@ -167,23 +181,33 @@ def compare_with_training_images(
 
 def _membership(
     evaluator: Evaluator, members: EncodedImages, others: EncodedImages
-) -> tuple[dict[str, Figure], dict[str, tuple[set[int], set[int]]]]:
-    """The membership attacks: their figures, and the rows that each catches at the false-alarm rate `FALSE_ALARMS`."""
-    figures, caught = {}, {}
+) -> tuple[dict[str, Figure], dict[str, tuple[set[int], set[int]]], dict[str, Exposure]]:
+    """The membership attacks: their figures, the rows that each catches at `FALSE_ALARMS`, and the persons' exposure.
+
+    The score of a person is the mean score of the person's images. Rows are caught one by one.
+    """
+    figures, caught, exposure = {}, {}, {}
     member_scores = evaluator.membership_scores(members, Purpose.AUDIT_MEMBERS)
     other_scores = evaluator.membership_scores(others, Purpose.AUDIT_NONMEMBERS)
     for attack, scores in member_scores.items():
-        outcome = metrics.membership(scores, other_scores[attack])
+        of_members, of_others = (
+            metrics.mean_of_persons(of_images, images.units_of(images.distinct))
+            for of_images, images in ((scores, members), (other_scores[attack], others))
+        )
+        outcome = metrics.membership(of_members, of_others)
         figures[f"membership_auc_{attack}"] = Figure(outcome.auc, *outcome.interval)
-        figures[f"membership_tpr_{attack}"] = _tpr(outcome, FALSE_ALARMS)
-        figures[f"membership_tpr_strict_{attack}"] = _tpr(outcome, FALSE_ALARMS / 10)
+        unit = "persons" if members.by_person else "images"
+        figures[f"membership_tpr_{attack}"] = _tpr(outcome, FALSE_ALARMS, unit)
+        figures[f"membership_tpr_strict_{attack}"] = _tpr(outcome, FALSE_ALARMS / 10, unit)
+        if members.by_person:
+            exposure[f"membership_{attack}"] = exposure_by_membership(of_members, of_others)
         limit = torch.quantile(other_scores[attack], 1 - FALSE_ALARMS)
         found = {row for row, score in zip(members.distinct, scores) if score > limit}
         caught[f"membership_{attack}"] = (found, set(members.distinct))
     if "clid" in evaluator.family.not_applicable:
         for measure in ("membership_auc_clid", "membership_tpr_clid", "membership_tpr_strict_clid"):
             figures[measure] = _not_applicable(evaluator.family, "clid")
-    return figures, caught
+    return figures, caught, exposure
 
 
 def _extraction(
@@ -199,9 +223,10 @@ def _extraction(
         CLIQUE,
         held_out=references,
     )
+    persons = members.units_of(rows)
     figures = {
-        "extraction_rate": Figure(result.rate, *result.interval),
-        "extraction_rate_calibrated": Figure(result.calibrated_rate, *result.calibrated_interval),
+        "extraction_rate": _share_of_units(result.extracted, persons),
+        "extraction_rate_calibrated": _share_of_units(result.calibrated, persons),
         # pairs of real images that the absolute threshold takes for the same picture
         "extraction_false_alarms": Figure((tile_distances(originals, references) <= threshold).double().mean().item()),
     }
@@ -209,8 +234,20 @@ def _extraction(
     return figures, {name: ({row for row, hit in zip(rows, found) if hit}, set(rows)) for name, found in hits.items()}
 
 
+def _share_of_units(hits: torch.Tensor, units: list[int]) -> Figure:
+    """The share of the units (persons or images) of which one prompt or more is a hit, bool `[P]`."""
+    hit = {unit for unit, found in zip(units, hits.tolist()) if found}
+    count = len(set(units))
+    return Figure(len(hit) / count, *metrics.clopper_pearson(len(hit), count))
+
+
 def _compare_trajectories(
-    result: Attacked, norms: torch.Tensor, other_norms: torch.Tensor, rows: list[int], repeated: set[int]
+    result: Attacked,
+    norms: torch.Tensor,
+    other_norms: torch.Tensor,
+    rows: list[int],
+    repeated: set[int],
+    units: Sequence[int],
 ) -> None:
     """Add to `result` whether training captions, and canaries' captions, steer harder or less than held-out captions.
 
@@ -220,18 +257,20 @@ def _compare_trajectories(
     Args:
         result ([`Attacked`]): results so far, which are changed.
         norms (`torch.Tensor`): noise norms `[len(rows)]` along the trajectories of training captions.
-        other_norms (`torch.Tensor`): noise norms along the trajectories of held-out captions.
+        other_norms (`torch.Tensor`): noise norms along the trajectories of held-out captions, one for each unit.
         rows (list of `int`): rows of the training captions.
         repeated (set of `int`): rows of the canaries.
+        units (list of `int`): the unit (person or image) of each training caption.
     """
-    outcome = metrics.membership(norms, other_norms)
+    outcome = metrics.membership(metrics.mean_of_persons(norms, units), other_norms)
     result.figures["trajectory_norm_auc"] = Figure(outcome.auc, *outcome.interval)
     low, high = torch.quantile(other_norms, torch.tensor([FALSE_ALARMS, 1 - FALSE_ALARMS]).to(other_norms))
     result.caught["trajectory_norm"] = ({row for row, norm in zip(rows, norms) if norm > high}, set(rows))
     result.caught["trajectory_norm_low"] = ({row for row, norm in zip(rows, norms) if norm < low}, set(rows))
-    canary_norms = [norm for row, norm in zip(rows, norms.tolist()) if row in repeated]
-    if canary_norms:
-        outcome = metrics.membership(torch.tensor(canary_norms), other_norms)
+    canaries = [(norm, unit) for row, norm, unit in zip(rows, norms.tolist(), units) if row in repeated]
+    if canaries:
+        canary_norms = metrics.mean_of_persons(*map(list, zip(*canaries)))
+        outcome = metrics.membership(canary_norms, other_norms)
         result.figures["trajectory_norm_auc_canaries"] = Figure(outcome.auc, *outcome.interval)
 
 
@@ -267,12 +306,12 @@ def _most_similar_pairs(
     return [(similarities[i].item(), members.distinct[int(places[i])], images[i].clone()) for i in most_similar]
 
 
-def _tpr(outcome: metrics.MembershipResult, false_alarms: float) -> Figure:
-    """The true-positive rate at a rate of false alarms, or a note that there are too few held-out images for it."""
+def _tpr(outcome: metrics.MembershipResult, false_alarms: float, unit: str) -> Figure:
+    """The true-positive rate at a rate of false alarms, or a note that there are too few held-out units for it."""
     rate = outcome.tpr_at_fpr(false_alarms)
     if rate != rate:
         needed = f"it needs {1 / false_alarms:.0f}"
-        return Figure(None, note=f"not estimable from {outcome.nonmembers} held-out images: {needed}")
+        return Figure(None, note=f"not estimable from {outcome.nonmembers} held-out {unit}: {needed}")
     return Figure(rate, *outcome.tpr_interval(false_alarms))
 
 

@@ -10,6 +10,8 @@ all attacks three times:
 
 Training images that are repeated are the canaries. The report counts the canaries that each attack caught: an attack
 that finds nothing is evidence only if it catches canaries.
+
+Where both sets have a column `group`, persons are the unit: each rate and each interval is of persons.
 """
 
 import logging
@@ -31,6 +33,7 @@ from ..randomness import Purpose, row_keys
 from ..report import MemorizationReport
 from .attacks import Attacked, attack_images, attack_pipeline
 from .captions import caption_markers
+from .persons import Verifier, check_persons, published_persons, verifier_of
 from .private import fingerprint, private_folder, write_review
 from .settings import LEAST_IMAGES, AuditSettings
 
@@ -52,13 +55,15 @@ def audit_memorization(
     settings: AuditSettings | None = None,
     output_dir: str | Path | None = None,
     control: bool = True,
+    verifier: "str | Verifier | None" = None,
 ) -> MemorizationReport:
     """Attack a model, or images that a model generated.
 
     Args:
         train (`Dataset`):
             Images that the model was fine-tuned on: column `image`, and column `text` if a pipeline with conditions is
-            attacked.
+            attacked. A column `group` in both sets names the person of each image; rates and intervals are of persons
+            then.
         held_out (`Dataset`):
             Images of the same domain that the model never saw, with the same columns.
         pipeline (`DiffusionPipeline`, *optional*):
@@ -82,14 +87,19 @@ def audit_memorization(
         control (`bool`):
             Whether to run the attacks also with half of the held-out images in the place of the training images. The
             default gate does not pass without this control.
+        verifier (`str` or `Callable`, *optional*):
+            Tells whether two images show the same person, where persons are known: an encoder's name as for
+            `encoder`, whose features are compared, or any function that gives distances; see
+            [`~memcontrol_hf.audit.persons.Verifier`]. By default the features of `encoder` are compared.
 
     Returns:
         [`MemorizationReport`]: report with `audit`, which no gate has judged yet.
 
     Raises:
-        ValueError: for sets that are too small or overlap, for neither or both of `pipeline` and `generated`, and for
-            images other than the demo's without an encoder; before the long work, for an adapter that cannot be loaded
-            whole or changes nothing, a CLIP model that cannot be loaded, and a folder that cannot be written to.
+        ValueError: for sets that are too small or share an image or a person, for neither or both of `pipeline` and
+            `generated`, and for images other than the demo's without an encoder; before the long work, for an adapter
+            that cannot be loaded whole or changes nothing, a CLIP model that cannot be loaded, and a folder that
+            cannot be written to.
     """
     settings = settings or AuditSettings()
     if (pipeline is None) == (generated is None):
@@ -110,6 +120,8 @@ def audit_memorization(
     name = encoder_name(encoder)
     encoder = load_encoder(encoder, "cpu" if pipeline is None else pipeline.device)
     members, others = (_framed(data, settings) for data in (train, held_out))
+    check_persons(members, others)
+    verifier, verifier_name = _verifier(verifier, encoder, name)
     _check_sets(members, others, settings.near_duplicates, encoder)
 
     results: dict[str, Attacked | None] = {"model": None, "frozen_base": None, "held_out_as_train": None}
@@ -123,18 +135,24 @@ def audit_memorization(
         if base_pipeline is not None or adapter is not None:
             base = base_pipeline or pipeline
             logger.info("audit: attacks on the frozen base")
-            results["frozen_base"] = attack_pipeline(base, *_encoded(base, members, others), settings, encoder, clip)
+            sets = _encoded(base, members, others)
+            results["frozen_base"] = attack_pipeline(base, *sets, settings, encoder, clip, verifier=verifier)
         with adapter_in_place(pipeline, adapter):
             logger.info(f"audit: attacks on the {'pipeline' if adapter is None else 'adapter'}")
             sets = _encoded(pipeline, members, others)
-            results["model"] = attack_pipeline(pipeline, *sets, settings, encoder, clip)
+            results["model"] = attack_pipeline(pipeline, *sets, settings, encoder, clip, verifier=verifier)
             if control:
                 logger.info("audit: attacks with held-out images in the place of training images")
                 halves = sets[1].halves(settings.seed)
-                results["held_out_as_train"] = attack_pipeline(pipeline, *halves, settings, encoder, quality=False)
+                results["held_out_as_train"] = attack_pipeline(
+                    pipeline, *halves, settings, encoder, quality=False, verifier=verifier
+                )
     subject = "generated images" if pipeline is None else "adapter" if adapter is not None else "pipeline"
     content = {"subject": subject, "settings": asdict(settings), "encoder": name}
     content |= _published(results, members, others, settings)
+    if members.by_person:
+        exposures = {who: result and result.exposure for who, result in results.items()}
+        content["persons"] = published_persons(exposures, members, others, verifier_name)
     content["caption_markers"] = caption_markers(train["text"]) if "text" in train.column_names else {}
     if private is not None:
         content["data_fingerprint"] = fingerprint(members.digests, private / "fingerprint.key")
@@ -144,6 +162,15 @@ def audit_memorization(
 
 def _framed(images: Dataset, settings: AuditSettings) -> EncodedImages:
     return EncodedImages(images, settings.resolution, framing=settings.framing)
+
+
+def _verifier(verifier: "str | Verifier | None", encoder: Encoder, name: str) -> "tuple[Verifier, str]":
+    """The verifier, and the name of it that is published."""
+    if verifier is None:
+        return verifier_of(encoder), name
+    if isinstance(verifier, str):
+        return verifier_of(load_encoder(verifier, encoder.mean.device)), encoder_name(verifier)
+    return verifier, getattr(verifier, "__name__", type(verifier).__name__)
 
 
 @torch.no_grad()

@@ -25,6 +25,9 @@ BINS = 40
 LEAST_IMAGES = {"train": 2, "held_out": 8}
 """Smallest number of different images in each set."""
 
+LEAST_PERSONS = {"train": 2, "held_out": 4}
+"""Smallest number of persons in each set, where persons are known."""
+
 
 @dataclass(frozen=True)
 class AuditSettings:

@@ -5,6 +5,7 @@ from .folders import read_folder
 from .shapes import cropped_shares, warn_of_crops
 from .split_names import SPLITS
 from .splits import (
+    check_groups,
     check_images,
     check_near_duplicates,
     check_readable,
@@ -18,6 +19,7 @@ from .splits import (
 __all__ = [
     "SPLITS",
     "EncodedImages",
+    "check_groups",
     "check_images",
     "check_near_duplicates",
     "check_readable",

@@ -31,7 +31,9 @@ class EncodedImages(torch.utils.data.Dataset):
     are selected.
 
     Args:
-        images (`Dataset`): columns `image` and, unless only distances between images are measured, `text`.
+        images (`Dataset`):
+            Columns `image` and, unless only distances between images are measured, `text`. A column `group` names the
+            person that an image shows.
         resolution (`int`): side in pixels at which images are compared.
         encoded (`Dataset`, *optional*): what [`encode`] returns for the same rows.
         framing ([`~memcontrol_hf.images.Framing`]): how an image becomes a square.
@@ -105,9 +107,33 @@ class EncodedImages(torch.utils.data.Dataset):
         return [self.distinct[i] for i in order]
 
     def halves(self, seed: int) -> "tuple[EncodedImages, EncodedImages]":
-        """The distinct images in two halves that the seed draws."""
-        rows, middle = self.shuffled(seed, Purpose.AUDIT_HALVES), len(self.distinct) // 2
-        return self.select(sorted(rows[:middle])), self.select(sorted(rows[middle:]))
+        """The distinct images in two halves that the seed draws. Images of one person are in one half."""
+        count = len(set(self.units.values()))
+        order = torch.randperm(count, generator=seeded_generator(seed, Purpose.AUDIT_HALVES)).tolist()
+        first = set(order[: count // 2])
+        parts = ([row for row in self.distinct if (self.units[row] in first) is half] for half in (True, False))
+        return tuple(self.select(rows) for rows in parts)
+
+    # ---- persons ----
+
+    @property
+    def by_person(self) -> bool:
+        """Whether it is known which person each image shows: by a column `group`."""
+        return "group" in self.images.column_names
+
+    @cached_property
+    def units(self) -> dict[int, int]:
+        """Number of the unit of each distinct row: the person where persons are known, else the image itself.
+
+        Units are numbered from 0 in the order of their first image.
+        """
+        names = [str(group) for group in self.images["group"]] if self.by_person else range(len(self))
+        numbers: dict[Hashable, int] = {}
+        return {row: numbers.setdefault(names[row], len(numbers)) for row in self.distinct}
+
+    def units_of(self, rows: Sequence[int]) -> list[int]:
+        """The unit of each of some distinct rows."""
+        return [self.units[row] for row in rows]
 
     # ---- what is computed of the images ----
 

@@ -78,31 +78,36 @@ def load_images(
     return split(DatasetDict(splits), seed)
 
 
-def load_image_folder(folder: str, split_name: str, caption_column: str | None = None) -> Dataset:
+def load_image_folder(
+    folder: str, split_name: str, caption_column: str | None = None, group_column: str | None = None
+) -> Dataset:
     """Load all images of a folder and its subfolders as one set, whatever their names are.
 
     Args:
         folder (`str`): Folder of images; captions lie in a `metadata.jsonl` (or `.csv`) beside the files.
         split_name (`str`): Name of the set, for messages.
         caption_column (`str`, *optional*): Column of the metadata with the captions.
+        group_column (`str`, *optional*): Column of the metadata with the groups, for example patients.
 
     Returns:
-        `Dataset`: Column `image`, and `text` if a caption column is given.
+        `Dataset`: Column `image`, `text` if a caption column is given, and `group` if a group column is given.
 
     Raises:
         ValueError: For a missing folder, a folder without images, an image that cannot be read, and a missing column.
     """
     data = read_folder(folder, as_one=True)["train"]
     check_readable(data, split_name)
-    if caption_column is None:
-        return data.select_columns(["image"])
-    if caption_column not in data.column_names:
-        raise ValueError(
-            f"{folder!r} has no column {caption_column!r}; it has: {', '.join(data.column_names)}. "
-            "Captions are read from a metadata.jsonl beside the images; choose their column with --caption_column"
-        )
-    data = data.select_columns(["image", caption_column])
-    return data if caption_column == "text" else data.rename_column(caption_column, "text")
+    wanted = {"text": caption_column, "group": group_column}
+    wanted = {name: column for name, column in wanted.items() if column is not None}
+    for name, column in wanted.items():
+        if column not in data.column_names:
+            what, flag = ("Captions", "--caption_column") if name == "text" else ("Groups", "--group_column")
+            raise ValueError(
+                f"{folder!r} has no column {column!r}; it has: {', '.join(data.column_names)}. "
+                f"{what} are read from a metadata.jsonl beside the images; choose their column with {flag}"
+            )
+    data = data.select_columns(["image", *wanted.values()])
+    return data.rename_columns({column: name for name, column in wanted.items() if column != name})
 
 
 def _columns(

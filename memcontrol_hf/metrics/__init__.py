@@ -26,6 +26,14 @@ from .distances import (
 from .extraction_attack import ExtractionResult, extraction
 from .intervals import clopper_pearson
 from .membership_inference import MembershipResult, membership
+from .persons import (
+    ReidentificationResult,
+    WorstCase,
+    mean_of_persons,
+    person_distances,
+    reidentification,
+    worst_case,
+)
 from .quality import PrecisionRecall, clip_score, fid, kid, load_clip, precision_recall
 
 __all__ = [
@@ -35,6 +43,8 @@ __all__ = [
     "MembershipResult",
     "NearestShareResult",
     "PrecisionRecall",
+    "ReidentificationResult",
+    "WorstCase",
     "amd",
     "auth_pct",
     "c_t",
@@ -48,18 +58,22 @@ __all__ = [
     "fid",
     "kid",
     "load_clip",
+    "mean_of_persons",
     "membership",
     "near_duplicates",
     "nearest_distances",
     "nearest_share",
     "noise_norm",
     "path",
+    "person_distances",
     "pia",
     "precision_recall",
+    "reidentification",
     "secmi",
     "steering_norms",
     "tile_distances",
     "trajectory_noise_norms",
+    "worst_case",
 ]
 
 MODULES = (

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ..randomness import seeded_generator
 from .intervals import clopper_pearson
+from .persons import mean_of_persons
 
 
 def check_features(**sets: torch.Tensor) -> None:
@@ -219,6 +220,7 @@ def nearest_share(
     resamples: int = 2000,
     per_prompt: int = 1,
     own: Sequence[int] = (),
+    persons: Sequence[int] = (),
 ) -> NearestShareResult:
     """The share of generated images that are nearer to the training images than to held-out ones.
 
@@ -239,6 +241,8 @@ def nearest_share(
         per_prompt (`int`): number of generated images in a row that belong to one prompt.
         own (list of `int`): row in `train` of each prompt's image, where the prompts are those of training images.
             Without these rows, copies of images that the subsample of a larger `train` leaves out are not seen.
+        persons (list of `int`): number of the person of each prompt, where persons and not prompts are the draws: the
+            share is then the mean over persons, who are resampled.
 
     Returns:
         [`NearestShareResult`]: a share well above that of a model that saw none of the images means memorization.
@@ -249,7 +253,8 @@ def nearest_share(
     both = distances_to_both(generated, train, held_out, seed, own)
     to_train, to_held_out = (distances.double().cpu() for distances in both)
     nearer = (to_train < to_held_out).double() + (to_train == to_held_out).double() / 2
-    nearer = nearer.view(-1, per_prompt).mean(1).numpy()
+    nearer = nearer.view(-1, per_prompt).mean(1)
+    nearer = (mean_of_persons(nearer, persons) if persons else nearer).numpy()
     share = float(nearer.mean())
     if (nearer == nearer[0]).all():
         interval = clopper_pearson(share * len(nearer), len(nearer))
@@ -268,8 +273,8 @@ class CopySimilarityResult:
     Args:
         percentile_95 (`float`): 95th percentile of the similarity to the nearest training image, in [-1, 1].
         threshold (`float`): similarity above which an image counts as a copy.
-        share (`float`): share of the generated images that count as copies.
-        interval (`tuple[float, float]`): interval of the share, Clopper-Pearson at 95 % over the prompts.
+        share (`float`): share of the generated images that count as copies, or its mean over persons.
+        interval (`tuple[float, float]`): interval of the share, Clopper-Pearson at 95 % over the prompts or persons.
         similarities (`torch.Tensor`): similarity of each generated image to its nearest training image, `[M]`, on the
             CPU.
     """
@@ -287,6 +292,7 @@ def copy_similarity(
     held_out: torch.Tensor,
     false_alarms: float = 0.01,
     per_prompt: int = 1,
+    persons: Sequence[int] = (),
 ) -> CopySimilarityResult:
     """How alike generated images are to the nearest training image, in the features of a copy detector.
 
@@ -303,6 +309,8 @@ def copy_similarity(
         false_alarms (`float`): nominal share of the images that are called copies and are none; .01 takes the 99th
             percentile.
         per_prompt (`int`): number of generated images in a row that belong to one prompt, which counts as one draw.
+        persons (list of `int`): number of the person of each prompt, where persons and not prompts are the draws: the
+            share is then the mean over persons.
 
     Returns:
         [`CopySimilarityResult`]: compare the share with `false_alarms`.
@@ -323,6 +331,10 @@ def copy_similarity(
             f"{int((innocent > 1 - 1e-6).sum())} of {len(innocent)} held-out images are as near to a training image "
             "as a copy is: the sets overlap, or this detector cannot tell images apart, so that no copy can be told"
         )
-    share, prompts = (similarities > threshold).double().mean().item(), len(similarities) / per_prompt
+    copies, draws = (similarities > threshold).double(), len(similarities) / per_prompt
+    if persons:
+        copies = mean_of_persons(copies.view(-1, per_prompt).mean(1), persons)
+        draws = len(copies)
+    share = copies.mean().item()
     percentile = float(np.quantile(similarities.numpy(), 0.95))
-    return CopySimilarityResult(percentile, threshold, share, clopper_pearson(share * prompts, prompts), similarities)
+    return CopySimilarityResult(percentile, threshold, share, clopper_pearson(share * draws, draws), similarities)

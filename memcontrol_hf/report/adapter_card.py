@@ -95,5 +95,6 @@ class AdapterCard:
             stopped_at=stopped if isinstance(stopped, dict) else {SELECTED: stopped},
             dp=report.guarantee(),
             attacks=attack_rows(report) if report.audit else [],
+            persons=report.persons_table() if report.audit else [],
             verdict=report.gate and verdict(report.gate, report.audit),
         )

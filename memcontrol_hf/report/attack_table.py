@@ -16,6 +16,8 @@ _ATTACKS = {
     "photographs",
     "extraction_rate_calibrated": "The same, nearer to the training image than half the way to other real images",
     "nearest_share": "Generated images that are nearer to a training image than to other real images",
+    "reidentified_share": "Persons whom a verifier finds again in images that are generated from their captions",
+    "reidentified_share_real": "Held-out persons whom the verifier finds again in another real image of theirs",
     "copy_share": "Generated images that could pass for a copy of a training image",
 }
 """What the table of attacks says about a measure. A measure that is not here goes by its own name."""
@@ -41,7 +43,7 @@ def attack_rows(report: MemorizationReport) -> list[dict[str, str]]:
         shown_without_gate = figures["model"]["low"] is not None and not name.startswith("membership_tpr")
         if limits is None and name != "extraction_rate" and (report.gate or not shown_without_gate):
             continue
-        percent = name.endswith(("_share", "_rate", "_rate_calibrated")) or "_tpr_" in name
+        percent = name.endswith(("_share", "_share_real", "_rate", "_rate_calibrated")) or "_tpr_" in name
         texts = [_limit(kind, bound, percent) for kind, bound in (limits or {}).items()]
         false_alarms = _figure(figures["held_out_as_train"], percent)
         pairs = report.audit["measures"].get("extraction_false_alarms")

@@ -51,5 +51,6 @@ class AuditCard:
             report=report,
             has_plot=self.has_plot,
             attacks=attack_rows(report),
+            persons=report.persons_table(),
             verdict=report.gate and verdict(report.gate, report.audit),
         )

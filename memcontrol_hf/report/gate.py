@@ -28,6 +28,8 @@ MEASURES = (
     "auth_pct",
     "trajectory_norm_auc",
     "trajectory_norm_auc_canaries",
+    "reidentified_share",
+    "reidentified_share_real",
     "fid",
     "kid",
     "precision",

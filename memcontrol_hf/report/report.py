@@ -13,14 +13,22 @@ from typing import Any
 from .. import __version__
 from ..whole_files import read_json, write_whole
 from .gate import check_limits
-from .verdict import NOT_APPLICABLE, asked_of, verdict, violation
+from .verdict import NOT_APPLICABLE, asked_of, unit_of, verdict, violation
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+_READABLE = (2, 3)
 REPORT_SCHEMA = Path(__file__).with_name("report_schema.json")
 """The JSON Schema of a report."""
 
 FROZEN_BASE, ALL_ON, SELECTED = "frozen base", "all blocks", "selected mask"
 _CONTROLS = ("frozen_base", "held_out_as_train")
+_SUBJECTS = {
+    "model": "training persons",
+    "frozen_base": "training persons, frozen base",
+    "held_out_as_train": "held-out persons as training persons",
+    "floor": "held-out persons among themselves",
+}
+_WORST = ("mean", "worst_decile", "worst_person")
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "optuna")
 
 
@@ -93,7 +101,7 @@ class MemorizationReport:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "MemorizationReport":
-        """Read a report. One of version 2 is read, too; it has no screening.
+        """Read a report. Earlier ones are read, too: version 2 has no screening, and version 3 no persons and epsilon.
 
         Raises:
             ValueError: When the file holds no report, or a report of another version.
@@ -103,7 +111,7 @@ class MemorizationReport:
         except ValueError as error:
             raise ValueError(f"{path} is no memorization report: {error}") from None
         found = content.get("schema_version") if isinstance(content, dict) else None
-        if found == 2:
+        if found in _READABLE:
             found = content["schema_version"] = SCHEMA_VERSION
         if found != SCHEMA_VERSION:
             raise ValueError(f"{path} has report version {found!r}, but this package reads {SCHEMA_VERSION}")
@@ -126,12 +134,12 @@ class MemorizationReport:
         """
         if self.audit is None:
             raise ValueError("there is no audit to judge: run audit_memorization first")
-        measured, found = self.audit["measures"], []
+        measured, found, unit = self.audit["measures"], [], unit_of(self.audit)
         self.gate = {"limits": {k: dict(v) for k, v in limits.items()}}
         asked = [name for name in limits if asked_of(name, self.audit.get("subject"))]
         for name in asked or limits:  # a gate that asks for attacks on weights alone is not kept by images alone
             violations = [
-                violation(name, kind, bound, measured.get(name) or {}) for kind, bound in limits[name].items()
+                violation(name, kind, bound, measured.get(name) or {}, unit) for kind, bound in limits[name].items()
             ]
             found += [of_limit for of_limit in violations if of_limit]
         self.gate["failures"] = list(dict.fromkeys(of_limit.reason for of_limit in found))
@@ -224,6 +232,20 @@ class MemorizationReport:
         ]
         return [head, *rows]
 
+    def persons_table(self) -> list[list[str]]:
+        """How exposed persons are, as rows of text, the head first; the head alone where persons are not known."""
+        head = ["exposure of persons", "", "mean", "worst tenth", "worst person"]
+        persons = self.audit.get("persons") or {"exposure": {}}
+        return [
+            head,
+            *(
+                [name, _SUBJECTS[who], *(f"{of[figure]:.3g}" for figure in _WORST)]
+                for name, subjects in persons["exposure"].items()
+                for who, of in subjects.items()
+                if of is not None
+            ),
+        ]
+
     def summary(self) -> str:
         """What was measured, to print: aligned tables, the guarantee, the canaries and the verdict."""
         parts = []
@@ -233,6 +255,10 @@ class MemorizationReport:
             parts.append(privacy)
         if self.audit is not None:
             parts.append(aligned(self.audit_table()))
+            if persons := self.audit.get("persons"):
+                counts = f"{persons['train']} training and {persons['held_out']} held-out persons"
+                parts.append(f"rates and intervals are of persons: {counts}")
+                parts.append(aligned(self.persons_table()))
             canaries = self.audit["canaries"]
             found = ", ".join(f"{name} {n['caught']} of {n['of']}" for name, n in canaries["caught"].items())
             parts.append(

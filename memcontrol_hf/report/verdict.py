@@ -12,6 +12,7 @@ GENERATED = "generated images"
 """Subject of an audit that had no weights to attack."""
 
 _QUALITY = ("fid", "kid", "precision", "recall", "clip_score")
+_OF_A_MODEL = ("membership_", "extraction_", "trajectory_norm_", "reidentified_", *_QUALITY)
 _ATTACKS = {"auc_loss": "loss", "auc_secmi": "SecMI", "auc_pia": "PIA", "auc_clid": "CLiD"}
 
 
@@ -35,10 +36,12 @@ class Violation:
 
 def asked_of(name: str, subject: str | None) -> bool:
     """Whether a gate's limit of a measure is asked of what was audited: generated images alone have no weights."""
-    return subject != GENERATED or not name.startswith(("membership_", "extraction_", "trajectory_norm_", *_QUALITY))
+    return subject != GENERATED or not name.startswith(_OF_A_MODEL)
 
 
-def violation(name: str, kind: str, bound: float, figures: Mapping[str, Any]) -> Violation | None:
+def violation(
+    name: str, kind: str, bound: float, figures: Mapping[str, Any], unit: str = "images"
+) -> Violation | None:
     """Why a measure violates a limit; `None` when the measure keeps the limit.
 
     A limit holds for the bad end of the 95 % interval. If the value itself keeps the limit, the number of images that
@@ -50,6 +53,7 @@ def violation(name: str, kind: str, bound: float, figures: Mapping[str, Any]) ->
         kind (`str`): Kind of the limit, one of `LIMITS`.
         bound (`float`): Bound of the limit.
         figures (`dict`): What the audit found: for the `model` and for each control its `value`, `low` and `high`.
+        unit (`str`): What the figures are of: `images` or `persons`.
     """
     model = figures.get("model")
     if model and model["value"] is None and (model.get("note") or "").startswith(NOT_APPLICABLE):
@@ -84,7 +88,7 @@ def violation(name: str, kind: str, bound: float, figures: Mapping[str, Any]) ->
     more = ""
     if name.startswith("membership_auc") and (model["low"] or 0) > 0.5:
         more = ", but the attack is better than guessing"
-    more += f": about {factor:.2g} times as many images would tell" if factor < 100 else ""
+    more += f": about {factor:.2g} times as many {unit} would tell" if factor < 100 else ""
     return Violation(name, "unmeasured", f"{name}: {said}; the value itself, {value:.3f}, is within it{more}", factor)
 
 
@@ -112,18 +116,24 @@ def verdict(gate: Mapping[str, Any], audit: Mapping[str, Any] | None) -> str:
     if by_kind["poor"]:
         parts.append(f"Its images are poorer than the gate allows, by {_listed(by_kind['poor'])}.")
     if by_kind["unmeasured"]:
-        factor, images = gate.get("factor"), audit["images"]
+        factor, unit = gate.get("factor"), unit_of(audit)
+        counts = audit[unit]
         also = "" if by_kind["leaks"] else "It could not be measured well enough. "
         by = _listed(map(_attack, by_kind["unmeasured"]))
-        text = f"{also}There are too few images to tell by {by}" if factor else f"{also}No figure could be had of {by}"
+        text = f"{also}There are too few {unit} to tell by {by}" if factor else f"{also}No figure could be had of {by}"
         if factor and factor < 100:
-            needed = {name: _round_up(factor * images[name]) for name in ("train", "held_out")}
+            needed = {name: _round_up(factor * counts[name]) for name in ("train", "held_out")}
             text += (
-                f": {images['train']} training and {images['held_out']} held-out images were attacked, and about "
+                f": {counts['train']} training and {counts['held_out']} held-out {unit} were attacked, and about "
                 f"{needed['train']} and {needed['held_out']} would do if the figures stay as they are"
             )
         parts.append(text + ".")
     return " ".join(parts) + _scope(audit)
+
+
+def unit_of(audit: Mapping[str, Any]) -> str:
+    """What the rates and intervals of an audit are of: `persons` where they are known, else `images`."""
+    return "persons" if audit.get("persons") else "images"
 
 
 def _scope(audit: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ import compare_mitigations
 import copy_detection
 import duplicate_scan
 import paper_table.page
+import person_intervals
 import screened.paired_page
 import screened_replay
 import screening_predicts
@@ -38,6 +39,7 @@ PAGES: dict[str, Callable[[dict], str]] = {
     "results/screened_replay": screened_replay.render,
     "results/copy_detection": copy_detection.render,
     "results/duplicate_scan": duplicate_scan.render,
+    "results/person_intervals": person_intervals.render,
     "results/search_memory": search_memory.render,
     "results/screening_paired": screened.paired_page.render,
     "results/screening_smallest": screening_smallest.render,

@@ -1,0 +1,127 @@
+"""Figures of persons instead of images. Images of one person are alike, so they are no independent draws."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .intervals import clopper_pearson
+
+
+def mean_of_persons(values: torch.Tensor, persons: Sequence[int]) -> torch.Tensor:
+    """The mean value of each person.
+
+    Args:
+        values (`torch.Tensor`): a value of each image, `[N]`.
+        persons (list of `int`): number of the person of each image, `N` of them.
+
+    Returns:
+        `torch.Tensor`: `[P]` in double precision on the CPU, in the order in which the persons first occur.
+
+    Raises:
+        ValueError: when there are not as many persons as values.
+    """
+    values = torch.as_tensor(values).double().cpu()
+    if len(values) != len(persons):
+        raise ValueError(f"{len(values)} values but {len(persons)} persons: give the person of each value")
+    numbers: dict[int, int] = {}
+    places = torch.tensor([numbers.setdefault(person, len(numbers)) for person in persons])
+    sums = torch.zeros(len(numbers), dtype=torch.double).index_add_(0, places, values)
+    return sums / torch.bincount(places, minlength=len(numbers))
+
+
+@dataclass(frozen=True)
+class WorstCase:
+    """A figure of persons: its mean, and how it is for the persons who fare worst.
+
+    Args:
+        mean (`float`): mean over all persons.
+        worst_decile (`float`): mean over the tenth of the persons (at least one) with the largest values.
+        worst_person (`float`): largest value of all.
+    """
+
+    mean: float
+    worst_decile: float
+    worst_person: float
+
+
+def worst_case(values: torch.Tensor) -> WorstCase:
+    """Mean, worst decile and worst person of a value of each person, `[P]`; a larger value is worse.
+
+    The largest of many values is large by chance alone: compare with the same figures of as many persons who were not
+    trained on.
+
+    Raises:
+        ValueError: for no value at all, and for values that are not finite.
+    """
+    values = torch.as_tensor(values).double().cpu()
+    if values.ndim != 1 or len(values) == 0 or not values.isfinite().all():
+        raise ValueError(f"values of persons must be [P], P > 0, and finite, but are {list(values.shape)}")
+    ordered = values.sort(descending=True).values
+    tenth = max(1, round(len(ordered) / 10))
+    return WorstCase(ordered.mean().item(), ordered[:tenth].mean().item(), ordered[0].item())
+
+
+@dataclass(frozen=True)
+class ReidentificationResult:
+    """Of how many persons the generated images show the person to a verifier.
+
+    Args:
+        share (`float`): share of the persons who are re-identified, in [0, 1].
+        interval (`tuple[float, float]`): Clopper-Pearson at 95 % over the persons.
+        found (`torch.Tensor`): whether each person is re-identified, bool `[P]`.
+    """
+
+    share: float
+    interval: tuple[float, float]
+    found: torch.Tensor
+
+
+def reidentification(
+    to_own: torch.Tensor, to_others: torch.Tensor, false_accepts: float = 0.01
+) -> ReidentificationResult:
+    """Re-identification of persons by a verifier, with persons who cannot be meant as the reference.
+
+    A person is re-identified when at most the share `false_accepts` of the other persons lie as near to the images as
+    the person. The references set the threshold of each person anew, since no threshold carries from one verifier or
+    domain to another. The measure is an identification rate at rank `1 + false_accepts * Q` (ISO/IEC 2382-37).
+
+    Args:
+        to_own (`torch.Tensor`): distance from images that may show a person to real images of that person, `[P]`.
+        to_others (`torch.Tensor`): distance from the same images to each of `Q` other persons, `[P, Q]`.
+        false_accepts (`float`): share of the other persons who may lie as near; with fewer than `1 / false_accepts`
+            others none may, and a person who cannot be found is found by chance in one of `Q + 1` cases.
+
+    Raises:
+        ValueError: for shapes that do not fit, and no other person.
+    """
+    if to_own.ndim != 1 or len(to_own) == 0 or to_others.ndim != 2 or to_others.shape[0] != len(to_own):
+        raise ValueError(f"to_own must be [P] and to_others [P, Q], not {list(to_own.shape)}, {list(to_others.shape)}")
+    if to_others.shape[1] == 0:
+        raise ValueError("to_others: re-identification needs other persons to compare with")
+    as_near = (to_others <= to_own[:, None]).double().mean(1)
+    found = (as_near <= false_accepts).cpu()
+    share = found.double().mean().item()
+    return ReidentificationResult(share, clopper_pearson(int(found.sum()), len(found)), found)
+
+
+def person_distances(distances: torch.Tensor, probes: Sequence[int], references: Sequence[int]) -> torch.Tensor:
+    """Distances between persons, from distances between images.
+
+    The mean over the real images of one person of the distance to the nearest image of the other. A minimum over both
+    would make persons with many images look near.
+
+    Args:
+        distances (`torch.Tensor`): distances `[N, M]` between `N` images to be judged and `M` real ones.
+        probes (list of `int`): number of the person of each of the `N` images, 0 to `P - 1`, none missing.
+        references (list of `int`): number of the person of each of the `M` images, 0 to `Q - 1`, none missing.
+
+    Returns:
+        `torch.Tensor`: `[P, Q]` in double precision on the CPU.
+    """
+    distances = distances.double().cpu().numpy()
+    probes, references = np.asarray(probes), np.asarray(references)
+    nearest = np.stack([distances[probes == person].min(0) for person in range(probes.max() + 1)])
+    of_reference = [nearest[:, references == person].mean(1) for person in range(references.max() + 1)]
+    return torch.from_numpy(np.stack(of_reference, axis=1))
