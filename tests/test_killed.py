@@ -1,4 +1,4 @@
-"""The whole command, killed at a dozen moments, ends as if nobody had killed it; `make faults` has more of them."""
+"""The whole command, killed at seven moments, ends as if nobody had killed it; `make faults` has more of them."""
 
 import json
 import re
@@ -11,16 +11,11 @@ from kill_moments import Matrix, render
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the moments are counted by what Linux shows in /proc")
 
 MOMENTS = [
-    ("open", r"memcontrol_hf/tmp", 1, True),
-    ("rename", r"memcontrol_hf/tmp", 0, False),
-    ("open", r"private/split/train/state\.json", 0, True),
+    ("rename", r"memcontrol_hf/tmp", 0, True),
     ("open", r"study\.journal", 20, True),
-    ("sync", r"study\.journal", 12, False),
     ("step", r"1", 1, False),
-    ("step", r"5", -1, False),
     ("open", r"\.unfinished/checkpoint-4/trainer_state\.json", 0, True),
     ("rename", r"\.unfinished/checkpoint-6", 0, False),
-    ("open", r"adapter_config\.json", 0, True),
     ("rename", r"\.memorization_report\.json", 1, False),
     ("sync", r"\.README\.md", 0, True),
 ]
