@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import socket
 
 import jsonschema
 import peft
@@ -21,7 +22,14 @@ from memcontrol_hf import (
     demo_pipeline,
 )
 from memcontrol_hf.adapters import adapter_in_place, load_adapter
-from memcontrol_hf.audit import AuditSettings, cannot_pass, caption_markers, least_images, write_split
+from memcontrol_hf.audit import (
+    AuditSettings,
+    cannot_pass,
+    caption_identifiers,
+    caption_markers,
+    least_images,
+    write_split,
+)
 from memcontrol_hf.audit.attacks import Attacked, _compare_trajectories
 from memcontrol_hf.cli import main
 from memcontrol_hf.data import load_image_folder, weights_digest
@@ -398,6 +406,24 @@ def test_caption_markers_are_counted():
     found = {"blank (___)", "placeholder ([** **])", "redaction (XXXX)", "date", "long number", "titled name"}
     assert caption_markers(captions) == dict.fromkeys(found, 1)
     assert caption_markers(["no finding", "x-ray of 2 lungs"]) == {}
+
+
+def test_identifiers_in_captions_are_counted_by_kind_without_the_network(monkeypatch):
+    pytest.importorskip("presidio_analyzer", reason="the extra identifiers is not installed")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("the network was asked"))
+    captions = ["call 212-555-5555 or 212-555-5556", "seen on 2021-03-04, write to a@example.org", "12345678", "lungs"]
+    captions.append("card 4111 1111 1111 1111, not 4111 1111 1111 1112")
+    found = caption_identifiers(captions)
+    assert found.pop("URL", 1) == 1  # the domain of the address, too
+    assert found == {"CREDIT_CARD": 1, "DATE_TIME": 1, "EMAIL_ADDRESS": 1, "PHONE_NUMBER": 1}
+    assert caption_identifiers(["no finding", "x-ray of 2 lungs", "PA and lateral, 3 cm nodule"]) == {}
+
+
+@pytest.mark.parametrize(("found", "reported"), [(None, "none"), ({}, {}), ({"PHONE_NUMBER": 2}, {"PHONE_NUMBER": 2})])
+def test_a_report_says_of_identifiers_only_what_was_looked_for(found, reported, monkeypatch):
+    monkeypatch.setattr("memcontrol_hf.audit.audit.caption_identifiers", lambda _: found)
+    report = audit(train=images_of(10, seed=1), generated=images_of(10, seed=2))
+    assert report.audit.get("caption_identifiers", "none") == reported
 
 
 def report_with(**measures) -> MemorizationReport:

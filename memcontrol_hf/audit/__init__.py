@@ -1,7 +1,7 @@
 """The audit: every attack on a model or on generated images, beside the controls of the attack."""
 
 from .audit import audit_memorization
-from .captions import MARKERS, caption_markers
+from .captions import MARKERS, caption_identifiers, caption_markers
 from .least_data import cannot_pass, least_images
 from .private import write_split
 from .settings import FALSE_ALARMS, LEAST_IMAGES, AuditSettings, Figure
@@ -14,6 +14,7 @@ __all__ = [
     "Figure",
     "audit_memorization",
     "cannot_pass",
+    "caption_identifiers",
     "caption_markers",
     "least_images",
     "write_split",

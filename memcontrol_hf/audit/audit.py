@@ -32,7 +32,7 @@ from ..images import near_duplicates
 from ..randomness import Purpose, row_keys
 from ..report import MemorizationReport
 from .attacks import Attacked, attack_images, attack_pipeline
-from .captions import caption_markers
+from .captions import caption_identifiers, caption_markers
 from .persons import Verifier, check_persons, published_persons, verifier_of
 from .private import fingerprint, private_folder, write_review
 from .settings import LEAST_IMAGES, AuditSettings
@@ -153,7 +153,10 @@ def audit_memorization(
     if members.by_person:
         exposures = {who: result and result.exposure for who, result in results.items()}
         content["persons"] = published_persons(exposures, members, others, verifier_name)
-    content["caption_markers"] = caption_markers(train["text"]) if "text" in train.column_names else {}
+    captions = train["text"][:] if "text" in train.column_names else []
+    content["caption_markers"] = caption_markers(captions)
+    if (identifiers := caption_identifiers(captions)) is not None:
+        content["caption_identifiers"] = identifiers
     if private is not None:
         content["data_fingerprint"] = fingerprint(members.digests, private / "fingerprint.key")
         write_review(results["model"], members, private / "review.html")
