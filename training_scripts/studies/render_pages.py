@@ -23,6 +23,7 @@ import screened_replay
 import screening_predicts
 import screening_smallest
 import search_memory
+import selection
 import trials.page
 from common.pages import read_results, write_results
 
@@ -43,6 +44,7 @@ PAGES: dict[str, Callable[[dict], str]] = {
     "results/search_memory": search_memory.render,
     "results/screening_paired": screened.paired_page.render,
     "results/screening_smallest": screening_smallest.render,
+    "results/selection": selection.render,
 }
 
 
