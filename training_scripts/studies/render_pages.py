@@ -18,6 +18,7 @@ import copy_detection
 import duplicate_scan
 import paper_table.page
 import person_intervals
+import power
 import screened.paired_page
 import screened_replay
 import screening_predicts
@@ -45,6 +46,7 @@ PAGES: dict[str, Callable[[dict], str]] = {
     "results/screening_paired": screened.paired_page.render,
     "results/screening_smallest": screening_smallest.render,
     "results/selection": selection.render,
+    "results/power": power.render,
 }
 
 

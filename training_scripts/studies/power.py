@@ -1,0 +1,145 @@
+"""How many seeds a comparison needs, from the spread of the comparisons that were made.
+
+    python training_scripts/studies/power.py    # seconds
+
+The spread is the standard deviation over seeds of paired differences in docs/results.parquet and
+docs/results/screening_paired.json. The number of seeds is that with which a two-sided paired t-test finds a true
+difference of .03 in an AUC with a probability of 80 %. Writes docs/results/power.json and .md.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import chi2, norm
+from scipy.stats import t as student
+
+from common.pages import read_results, table, write_results
+from screened.verdicts import ALL, RANDOM, SAME, SUGGESTED, random_names
+
+COMMAND = "python training_scripts/studies/power.py"
+DIFFERENCE, POWER, LEVEL = 0.03, 0.8, 0.05
+QUANTILES = (np.arange(2000) + 0.5) / 2000
+COMPARISONS = 13
+"""Number of comparisons of the design for one data set and method (docs/results/design.md), by the strictest of which
+Holm's correction divides the level."""
+ATTACKS = {"loss": "membership AUC", "clid": "CLiD"}
+PAIRS = (
+    ("svdiff", "full"),
+    ("attention", "full"),
+    ("lora", "full"),
+    ("memcontrol-svdiff", "svdiff"),
+    ("memcontrol-attention", "attention"),
+    ("memcontrol-svdiff", "random-svdiff"),
+    ("attention+rwa", "attention"),
+    ("svdiff+threshold", "svdiff"),
+)
+"""Rows of the table of results that are compared by seed."""
+
+
+def power(seeds: int, spread: float, level: float) -> float:
+    """The probability that a two-sided paired t-test finds a true difference of `DIFFERENCE`.
+
+    Args:
+        seeds: Number of pairs, at least 2.
+        spread: Standard deviation of the differences.
+        level: Probability of a false alarm.
+    """
+    freedom, shift = seeds - 1, DIFFERENCE / spread * seeds**0.5
+    # scipy's noncentral t is not reliable for a large shift: the mean of the normal over the chi-squared instead.
+    limit = student.ppf(1 - level / 2, freedom) * np.sqrt(chi2.ppf(QUANTILES, freedom) / freedom)
+    return float((norm.sf(limit - shift) + norm.cdf(-limit - shift)).mean())
+
+
+def seeds_needed(spread: float, level: float) -> int:
+    """The smallest number of seeds with a power of `POWER`."""
+    return next(seeds for seeds in range(2, 10_000) if power(seeds, spread, level) >= POWER)
+
+
+def differences(docs: Path) -> dict[str, dict[str, list[float]]]:
+    """Paired differences by seed: comparison -> attack -> differences."""
+    runs = pd.read_parquet(docs / "results.parquet").set_index(["data", "row", "seed"]).sort_index()
+    found: dict[str, dict[str, list[float]]] = {}
+    for data in ("demo", "elpv"):
+        for one, other in PAIRS:
+            found[f"{data}: {one} minus {other}"] = {
+                attack: (runs.loc[data, one][column] - runs.loc[data, other][column]).tolist()
+                for attack in ATTACKS
+                for column in [f"audit_membership_auc_{attack}"]
+            }
+    pieces = read_results(docs / "results" / "screening_paired.json")["pieces"]
+    seeds = sorted(int(name.rsplit("-", 1)[1]) for name in pieces if name.startswith(f"fine_tunes/{SUGGESTED}-"))
+    randoms = random_names(SAME[0])
+    for title, names in (
+        ("all blocks", [ALL]),
+        ("one random mask of its size", randoms[:1]),
+        (f"mean of {RANDOM} random masks of its size", randoms),
+    ):
+        found[f"demo: suggested mask minus {title}"] = {
+            attack: [
+                pieces[f"fine_tunes/{SUGGESTED}-{seed}"][f"auc_{attack}"]
+                - statistics.fmean(pieces[f"fine_tunes/{name}-{seed}"][f"auc_{attack}"] for name in names)
+                for seed in seeds
+            ]
+            for attack in ATTACKS
+        }
+    return found
+
+
+def render(content: dict[str, Any]) -> str:
+    """The page."""
+    lines = [
+        "# How many seeds a comparison needs",
+        "",
+        f"`{content['command']}`",
+        "",
+        f"A true difference of {DIFFERENCE:g} in an AUC is found with a probability of {POWER:.0%} by a two-sided "
+        f"paired t-test at {LEVEL:.0%}, and at the strictest level of Holm's correction for {COMPARISONS} comparisons "
+        f"({LEVEL / COMPARISONS:.2g}), with so many seeds. The spread of three seeds is rough: its 95 % interval "
+        "reaches from half to six times of it.",
+        "",
+    ]
+    rows = [
+        [
+            name,
+            ATTACKS[attack],
+            str(found["seeds"]),
+            f"{found['mean']:+.3f}",
+            f"{found['spread']:.3f}",
+            str(found["needed"]),
+            str(found["needed_corrected"]),
+        ]
+        for name, attacks in content["comparisons"].items()
+        for attack, found in attacks.items()
+    ]
+    head = ["comparison", "attack", "seeds so far", "difference", "spread", "seeds needed", "with Holm's correction"]
+    return "\n".join([*lines, *table(head, rows)]).rstrip() + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Compute, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--docs_dir", type=Path, default=Path("docs"), help="folder of the results")
+    args = parser.parse_args(argv)
+    comparisons = {}
+    for name, attacks in differences(args.docs_dir).items():
+        comparisons[name] = {}
+        for attack, values in attacks.items():
+            spread = statistics.stdev(values)
+            comparisons[name][attack] = {
+                "seeds": len(values),
+                "mean": statistics.fmean(values),
+                "spread": spread,
+                "needed": seeds_needed(spread, LEVEL),
+                "needed_corrected": seeds_needed(spread, LEVEL / COMPARISONS),
+            }
+    content = {"command": COMMAND, "comparisons": comparisons}
+    write_results(args.docs_dir / "results" / "power.json", content, render(content))
+    print(render(content))
+
+
+if __name__ == "__main__":
+    main()
