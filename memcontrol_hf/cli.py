@@ -129,6 +129,11 @@ def _add_audit(commands: argparse._SubParsersAction) -> None:
         default=0.05,
         help="least difference between a held-out and a training image, 0 to 1; a nearer pair is an error",
     )
+    images.add_argument(
+        "--canaries",
+        help="folder private/split/canaries of a training with --flip_canaries, to measure a lower bound of epsilon",
+    )
+    images.add_argument("--delta", type=float, default=1e-5, help="delta of the measured epsilon")
     output = parser.add_argument_group("verdict and output")
     output.add_argument(
         "--output_dir", required=True, type=Path, help="folder of the report and of private/review.html"
@@ -312,7 +317,7 @@ def _attack(args: argparse.Namespace) -> "MemorizationReport":
     import torch
 
     from .audit import AuditSettings, audit_memorization
-    from .data import warn_of_crops
+    from .data import load_canaries, warn_of_crops
     from .families import family_of, load_pipeline
     from .images import Framing
 
@@ -324,6 +329,7 @@ def _attack(args: argparse.Namespace) -> "MemorizationReport":
     )
     warn_of_crops(train, framing, "training")
     generated = None if args.generated is None else _images(args.generated, "generated", None)
+    canaries = None if args.canaries is None else load_canaries(args.canaries)
     device = torch.device(args.device) if args.device else torch.accelerator.current_accelerator() or "cpu"
     pipeline = args.pipeline and load_pipeline(args.pipeline, args.revision).to(device)
     base = args.base_pipeline and load_pipeline(args.base_pipeline).to(device)
@@ -341,6 +347,8 @@ def _attack(args: argparse.Namespace) -> "MemorizationReport":
         encoder=args.encoder,
         clip_model=args.clip_model,
         verifier=args.verifier,
+        canaries=canaries,
+        delta=args.delta,
         settings=AuditSettings(resolution=resolution, **amounts),
         output_dir=args.output_dir,
     )

@@ -150,6 +150,13 @@ class ScriptArguments:
         publish="yes",
     )
     canary_repeats: int = _flag(4, "How often each canary occurs.", study="canaries", publish="yes")
+    flip_canaries: bool = _flag(
+        False,
+        "Flip a coin for each canary: it is trained on, or kept out and known. From the coins the audit measures a "
+        "lower bound of epsilon. --canary_repeats may be 1 then, and must be with dp_sgd.",
+        study="canaries",
+        publish="yes",
+    )
     near_duplicates: float = _flag(
         0.05,
         "Least difference between images of different splits, 0 to 1; see metrics.near_duplicates.",

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftConfig
 from .adapter_folder import CONFIG, read_mask
 from .audit import LEAST_IMAGES, AuditSettings, cannot_pass, least_images
 from .checkpoints import newest_whole
-from .data import check_near_duplicates, images_digest, load_images, plant_canaries
+from .data import INCLUDED, check_near_duplicates, flip_canaries, images_digest, load_images, plant_canaries
 from .demo import demo_dataset
 from .dry_run import Stage, audit_stage, figures_stage, load_architecture, plan, stages_table
 from .encoders import NEEDS_ENCODER, encoder_name, load_encoder
@@ -131,6 +131,15 @@ def _check_numbers(args: ScriptArguments) -> None:
     ):
         if (value := getattr(args, flag)) is not None and value < least:
             raise ValueError(f"--{flag} must be at least {least}, but is {value}")
+    if args.flip_canaries and args.canaries < 2:
+        raise ValueError(
+            f"--flip_canaries flips coins for --canaries, of which there are {args.canaries}: give 2 or more"
+        )
+    if args.flip_canaries and args.canary_repeats > 1 and "dp_sgd" in parse_mitigations(args.mitigation):
+        raise ValueError(
+            f"--flip_canaries with dp_sgd, whose epsilon is of one row, but each canary has {args.canary_repeats} "
+            "rows: give --canary_repeats 1"
+        )
     check_prune_at(args.prune_at, "--prune_at")
     check_budget(args.memorization_budget, args.objectives, "--memorization_budget")
 
@@ -220,7 +229,12 @@ def load(args: ScriptArguments) -> tuple[Any, DatasetDict]:
     counts = ", ".join(f"{len(images)} {name}" for name, images in data.items())
     logger.info(f"{type(pipeline).__name__} {model_name(args)}; images: {counts}")
     check_near_duplicates(data, args.near_duplicates, Framing(args.fit, args.background))
-    data["train"] = plant_canaries(data["train"], args.canaries, args.canary_repeats, args.seed)
+    if args.flip_canaries:
+        flipped = flip_canaries(data["train"], args.canaries, args.canary_repeats, args.seed)
+        data["train"], data["canaries"] = flipped
+        logger.info(f"canaries: {sum(flipped[1][INCLUDED])} of {args.canaries} are trained on, by their coins")
+    else:
+        data["train"] = plant_canaries(data["train"], args.canaries, args.canary_repeats, args.seed)
     return pipeline, data
 
 
@@ -435,10 +449,17 @@ def report_facts(args: ScriptArguments, trainer: MemControlTrainer) -> dict[str,
     return {
         "base_model": model_name(args),
         "encoder": encoder_name(args.encoder),
-        "canaries": {"canaries": args.canaries, "canary_repeats": args.canary_repeats} if args.canaries else None,
+        "canaries": _canaries(args),
         "command": f"accelerate launch -m memcontrol_hf.train {public_flags(args)}".strip(),
         "card": card_facts(args, trainer),
     }
+
+
+def _canaries(args: ScriptArguments) -> dict[str, int] | None:
+    if not args.canaries:
+        return None
+    flipped = {"flip_canaries": True} if args.flip_canaries else {}
+    return {"canaries": args.canaries, "canary_repeats": args.canary_repeats, **flipped}
 
 
 def model_name(args: ScriptArguments) -> str:

@@ -21,6 +21,7 @@ from transformers.trainer_utils import BestRun
 
 from .adapter_folder import LORA, PLOT, REPORT, adapter_digests, file_digest
 from .audit import AuditSettings, audit_memorization
+from .data import SPLITS
 from .encoders import encoder_name
 from .evaluation import METRICS
 from .images import DEFAULT_FRAMING
@@ -331,7 +332,7 @@ def audit(
     Args:
         trainer ([`MemControlTrainer`]): whose pipeline is attacked; it holds the bare base afterwards.
         report ([`MemorizationReport`]): of [`save`]; it gets the audit and the verdict.
-        data (`DatasetDict`): `train` and `held_out`.
+        data (`DatasetDict`): `train` and `held_out`, and `canaries` if coins were flipped.
         settings ([`AuditSettings`], *optional*): how much is attacked; images are sampled as the trainer does by
             default.
         gate (`str`): gate file; the package's own by default.
@@ -352,6 +353,8 @@ def audit(
             encoder=trainer.encoder,
             output_dir=folder,
             settings=settings or _audit_settings(trainer),
+            canaries=data.get("canaries"),
+            delta=report.training.get("dp_sgd", {}).get("delta", 1e-5),
         ).audit
         report.judge(limits)
     except ValueError as error:  # too few images, say: what was trained is kept, and it does not pass
@@ -417,6 +420,6 @@ def show_images(trainer: MemControlTrainer, held_out: Dataset, prompt: str, coun
 
 def count_images(trainer: MemControlTrainer, data: DatasetDict) -> dict[str, int]:
     """Number of rows of each split, and of the different images that they hold."""
-    encoded = {name: trainer.encode(images) for name, images in data.items()}
+    encoded = {name: trainer.encode(images) for name, images in data.items() if name in SPLITS}
     rows = {name: len(images) for name, images in encoded.items()}
     return rows | {f"{name}_different": len(images.distinct) for name, images in encoded.items()}

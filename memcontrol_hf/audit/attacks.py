@@ -66,18 +66,8 @@ def attack_pipeline(
         quality (`bool`): whether to measure the quality of images generated from captions of `others`.
         verifier ([`~memcontrol_hf.audit.persons.Verifier`], *optional*): tells persons apart, where persons are known.
     """
-    family = family_of(pipeline)
-    evaluator = Evaluator(
-        family=family,
-        denoiser=family.denoiser.eval(),
-        resolution=settings.resolution,
-        seed=settings.seed,
-        batch_size=settings.batch_size,
-        num_timesteps=settings.num_timesteps,
-        inference_steps=settings.inference_steps,
-        guidance_scale=settings.guidance_scale,
-        null=family.null_condition(),
-    )
+    evaluator = evaluator_of(pipeline, settings)
+    family = evaluator.family
     figures, caught, exposure = _membership(evaluator, members, others)
     rows, per_prompt = _prompt_rows(members, settings), settings.images_per_prompt
     images = evaluator.images(members, rows, Purpose.AUDIT_SAMPLES, per_prompt)
@@ -113,6 +103,22 @@ def attack_pipeline(
         fresh = evaluator.images(others, fresh_rows, Purpose.AUDIT_QUALITY, 1)
         result.figures |= _quality(fresh, others, encoder, others.captions(fresh_rows), clip)
     return result
+
+
+def evaluator_of(pipeline: "DiffusionPipeline", settings: AuditSettings) -> Evaluator:
+    """What measures a pipeline with the settings of an audit."""
+    family = family_of(pipeline)
+    return Evaluator(
+        family=family,
+        denoiser=family.denoiser.eval(),
+        resolution=settings.resolution,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        num_timesteps=settings.num_timesteps,
+        inference_steps=settings.inference_steps,
+        guidance_scale=settings.guidance_scale,
+        null=family.null_condition(),
+    )
 
 
 def attack_images(

@@ -33,6 +33,7 @@ from ..randomness import Purpose, row_keys
 from ..report import MemorizationReport
 from .attacks import Attacked, attack_images, attack_pipeline
 from .captions import caption_identifiers, caption_markers
+from .coins import canary_losses, check_canaries, epsilon_from_coins
 from .persons import Verifier, check_persons, published_persons, verifier_of
 from .private import fingerprint, private_folder, write_review
 from .settings import LEAST_IMAGES, AuditSettings
@@ -56,6 +57,8 @@ def audit_memorization(
     output_dir: str | Path | None = None,
     control: bool = True,
     verifier: "str | Verifier | None" = None,
+    canaries: Dataset | None = None,
+    delta: float = 1e-5,
 ) -> MemorizationReport:
     """Attack a model, or images that a model generated.
 
@@ -91,6 +94,11 @@ def audit_memorization(
             Tells whether two images show the same person, where persons are known: an encoder's name as for
             `encoder`, whose features are compared, or any function that gives distances; see
             [`~memcontrol_hf.audit.persons.Verifier`]. By default the features of `encoder` are compared.
+        canaries (`Dataset`, *optional*):
+            Images for which [`~memcontrol_hf.data.flip_canaries`] flipped a coin: column `included`, and those of
+            `train`. From them a lower bound of epsilon is measured; see [`~memcontrol_hf.metrics.measured_epsilon`].
+        delta (`float`):
+            Delta of the measured epsilon; that of DP-SGD where the training had one.
 
     Returns:
         [`MemorizationReport`]: report with `audit`, which no gate has judged yet.
@@ -98,14 +106,16 @@ def audit_memorization(
     Raises:
         ValueError: for sets that are too small or share an image or a person, for neither or both of `pipeline` and
             `generated`, and for images other than the demo's without an encoder; before the long work, for an adapter
-            that cannot be loaded whole or changes nothing, a CLIP model that cannot be loaded, and a folder that
-            cannot be written to.
+            that cannot be loaded whole or changes nothing, a CLIP model that cannot be loaded, a folder that cannot be
+            written to, and canaries that do not belong to the training images.
     """
     settings = settings or AuditSettings()
     if (pipeline is None) == (generated is None):
         raise ValueError("give either a pipeline or generated images")
     if pipeline is not None and not family_of(pipeline).conditions:
         train, held_out = (without_captions(data) for data in (train, held_out))
+    if canaries is not None and pipeline is None:
+        raise ValueError("canaries are guessed at by a model's losses: give a pipeline, not generated images")
     columns = ["image"] if pipeline is None else ["image", "text"]
     _check_columns({"train": train, "held_out": held_out}, columns)
     encoder = named_encoder(encoder, train, held_out)
@@ -122,8 +132,12 @@ def audit_memorization(
     members, others = (_framed(data, settings) for data in (train, held_out))
     check_persons(members, others)
     verifier, verifier_name = _verifier(verifier, encoder, name)
+    coins = None if canaries is None else _framed(canaries, settings)
+    if coins is not None:
+        check_canaries(canaries, members, others, coins)
     _check_sets(members, others, settings.near_duplicates, encoder)
 
+    losses: dict[str, torch.Tensor | None] = {"model": None, "frozen_base": None}
     results: dict[str, Attacked | None] = {"model": None, "frozen_base": None, "held_out_as_train": None}
     if pipeline is None:
         images = _framed(generated, settings)
@@ -137,10 +151,14 @@ def audit_memorization(
             logger.info("audit: attacks on the frozen base")
             sets = _encoded(base, members, others)
             results["frozen_base"] = attack_pipeline(base, *sets, settings, encoder, clip, verifier=verifier)
+            if coins is not None:
+                losses["frozen_base"] = canary_losses(base, *_encoded(base, coins), settings)
         with adapter_in_place(pipeline, adapter):
             logger.info(f"audit: attacks on the {'pipeline' if adapter is None else 'adapter'}")
             sets = _encoded(pipeline, members, others)
             results["model"] = attack_pipeline(pipeline, *sets, settings, encoder, clip, verifier=verifier)
+            if coins is not None:
+                losses["model"] = canary_losses(pipeline, *_encoded(pipeline, coins), settings)
             if control:
                 logger.info("audit: attacks with held-out images in the place of training images")
                 halves = sets[1].halves(settings.seed)
@@ -153,6 +171,8 @@ def audit_memorization(
     if members.by_person:
         exposures = {who: result and result.exposure for who, result in results.items()}
         content["persons"] = published_persons(exposures, members, others, verifier_name)
+    if coins is not None:
+        content["epsilon"] = epsilon_from_coins(losses["model"], losses["frozen_base"], canaries, delta)
     captions = train["text"][:] if "text" in train.column_names else []
     content["caption_markers"] = caption_markers(captions)
     if (identifiers := caption_identifiers(captions)) is not None:

@@ -73,6 +73,8 @@ def write_review(result: Attacked, members: EncodedImages, path: Path) -> None:
 def write_split(data: DatasetDict, output_dir: Path) -> None:
     """Write the training images, with their canaries, and the held-out images to `private/split`.
 
+    Canaries for which a coin was flipped are written, too: `canaries`, with the column `included`.
+
     `memcontrol audit --train private/split/train --held_out private/split/held_out` attacks exactly these again. An
     earlier split of the folder is replaced.
 
@@ -81,7 +83,7 @@ def write_split(data: DatasetDict, output_dir: Path) -> None:
     """
     folder = private_folder(output_dir) / "split"
     shutil.rmtree(folder, ignore_errors=True)
-    for name in ("train", "held_out"):
+    for name in data.keys() & {"train", "held_out", "canaries"}:
         data[name].save_to_disk(folder / name)
     for path in [folder, *folder.rglob("*")]:
         path.chmod(0o700 if path.is_dir() else 0o600)

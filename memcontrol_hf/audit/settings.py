@@ -16,6 +16,9 @@ FALSE_ALARMS = 0.01
 REFERENCES = 500
 """Largest number of held-out images among which the calibrated extraction looks for neighbours."""
 
+CANARY_TIMESTEPS = 20
+"""Number of timesteps at which the loss of a canary is measured, to guess whether it was trained on."""
+
 REVIEWED = 50
 """Number of image pairs on the page for a person to look through."""
 

@@ -1,5 +1,6 @@
 """From images and captions to three disjoint splits, and to latents and conditions that are computed once."""
 
+from .canaries import INCLUDED, flip_canaries, load_canaries, plant_canaries
 from .encoded import EncodedImages, encode, first_rows, images_digest, weights_digest
 from .folders import read_folder
 from .shapes import cropped_shares, warn_of_crops
@@ -11,12 +12,12 @@ from .splits import (
     check_readable,
     load_image_folder,
     load_images,
-    plant_canaries,
     split,
     without_captions,
 )
 
 __all__ = [
+    "INCLUDED",
     "SPLITS",
     "EncodedImages",
     "check_groups",
@@ -26,7 +27,9 @@ __all__ = [
     "cropped_shares",
     "encode",
     "first_rows",
+    "flip_canaries",
     "images_digest",
+    "load_canaries",
     "load_image_folder",
     "load_images",
     "plant_canaries",

@@ -5,13 +5,12 @@ final measurement.
 """
 
 import os
-from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Image, concatenate_datasets, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
 from datasets.exceptions import DatasetsError
 from PIL import Image as PILImage
 from scipy.sparse import coo_array
@@ -279,38 +278,6 @@ def check_near_duplicates(data: DatasetDict, threshold: float = 0.05, framing: F
                 "Splits must be disjoint: put what belongs together into one group (--group_column), take these "
                 f"images out, or lower the threshold --near_duplicates {threshold:g} if they are different pictures"
             )
-
-
-def plant_canaries(train: Dataset, count: int, repeats: int, seed: int = 0) -> Dataset:
-    """Repeat some training images as canaries: an audit counts how many of them each attack finds.
-
-    A model is likely to memorize an image that is repeated, so an attack that finds no canary proves little.
-
-    Args:
-        train (`Dataset`): training images with the column `image`.
-        count (`int`): number of different images to repeat, drawn by the seed.
-        repeats (`int`): number of times that each canary occurs in the result, at least 2.
-        seed (`int`): random seed of the draw.
-
-    Returns:
-        `Dataset`: the training images, followed by the repeats.
-
-    Raises:
-        ValueError: for more canaries than images that occur once, and for `repeats` below 2.
-    """
-    if count == 0:
-        return train
-    digests = [pixel_digest(image) for image in train["image"]]
-    counts = Counter(digests)
-    rows = [row for row, digest in enumerate(digests) if counts[digest] == 1]
-    if not 0 < count <= len(rows):
-        raise ValueError(
-            f"--canaries must lie between 0 and {len(rows)}, the training images that occur once: {count}"
-        )
-    if repeats < 2:
-        raise ValueError(f"--canary_repeats must be at least 2, but is {repeats}")
-    order = torch.randperm(len(rows), generator=seeded_generator(seed, count)).tolist()[:count]
-    return concatenate_datasets([train, train.select([rows[i] for i in sorted(order)] * (repeats - 1))])
 
 
 def _groups(data: DatasetDict) -> dict[str, list[int]]:

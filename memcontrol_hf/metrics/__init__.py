@@ -25,6 +25,7 @@ from .distances import (
 )
 from .extraction_attack import ExtractionResult, extraction
 from .intervals import clopper_pearson
+from .measured_epsilon import MeasuredEpsilon, measured_epsilon
 from .membership_inference import MembershipResult, membership
 from .persons import (
     ReidentificationResult,
@@ -40,6 +41,7 @@ __all__ = [
     "MODULES",
     "CopySimilarityResult",
     "ExtractionResult",
+    "MeasuredEpsilon",
     "MembershipResult",
     "NearestShareResult",
     "PrecisionRecall",
@@ -59,6 +61,7 @@ __all__ = [
     "kid",
     "load_clip",
     "mean_of_persons",
+    "measured_epsilon",
     "membership",
     "near_duplicates",
     "nearest_distances",

@@ -205,6 +205,28 @@ class MemorizationReport:
             "the same images."
         )
 
+    def measured_epsilon(self) -> str | None:
+        """The lower bound of epsilon that was measured, in words, beside DP-SGD's upper bound; `None` without one."""
+        measured = (self.audit or {}).get("epsilon")
+        if not measured:
+            return None
+        repeats = self.training.get("canary_repeats")
+        said = (
+            f"Measured epsilon: at least {measured['lower']:.2f} (delta {measured['delta']:g}, confidence "
+            f"{measured['confidence']:.0%}). Of {measured['canaries']} canaries coins chose {measured['included']} to "
+            f"be trained on{f', each in {repeats} rows' if (repeats or 1) > 1 else ''}; of {measured['guesses']} "
+            f"guesses at the coins {measured['correct']} were right."
+        )
+        said += " A lower bound near 0 is no proof of privacy: a stronger attack can raise it."
+        spent = self.training.get("dp_sgd")
+        if spent:
+            said += f" The upper bound by DP-SGD is {spent['epsilon']:.2f}."
+            if measured["lower"] > spent["epsilon"]:
+                said += " THE LOWER BOUND IS ABOVE IT: the training was not what its account says."
+        if self.search:
+            said += " The search's own choice of blocks and learning rate, by the same images, is covered by neither."
+        return said
+
     def table(self) -> list[list[str]]:
         """The figures against held-out images as rows of text, the head first."""
         head = ["", "trainable %", "fid ↓", "amd ↑ (held-out)", "membership AUC ↓ (95 %)", "noise norm (held-out)"]
@@ -259,6 +281,8 @@ class MemorizationReport:
                 counts = f"{persons['train']} training and {persons['held_out']} held-out persons"
                 parts.append(f"rates and intervals are of persons: {counts}")
                 parts.append(aligned(self.persons_table()))
+            if measured := self.measured_epsilon():
+                parts.append(measured)
             canaries = self.audit["canaries"]
             found = ", ".join(f"{name} {n['caught']} of {n['of']}" for name, n in canaries["caught"].items())
             parts.append(

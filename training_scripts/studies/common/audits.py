@@ -3,9 +3,11 @@
 from typing import Any
 
 from datasets import Dataset
+from diffusers import DiffusionPipeline
 
 from memcontrol_hf import MemControlTrainer, audit_memorization
 from memcontrol_hf.audit import AuditSettings
+from memcontrol_hf.audit.coins import canary_losses, epsilon_from_coins
 from memcontrol_hf.sampling import denoiser_in_place
 
 
@@ -21,6 +23,28 @@ def audit_trainer(
         return audit_memorization(
             train, held_out, trainer.pipeline, encoder=trainer.encoder, settings=settings, control=False
         ).audit
+
+
+def canary_epsilon(
+    trainer: MemControlTrainer, base: DiffusionPipeline, canaries: Dataset, delta: float, seed: int
+) -> dict[str, Any]:
+    """The epsilon that is measured of a trainer's model from the coins of canaries.
+
+    Args:
+        base: Frozen base, a pipeline of its own: the trainer's pipeline holds the adapter.
+        canaries: Columns `image`, `text` and `included`.
+        delta: Delta of the statement.
+        seed: Random seed of the noise of the losses.
+
+    Returns:
+        The field `audit.epsilon` of the memorization report.
+    """
+    settings = AuditSettings(resolution=trainer.args.resolution, seed=seed)
+    images = trainer.encode(canaries)
+    base_losses = canary_losses(base, images, settings)
+    with denoiser_in_place(trainer.pipeline, trainer.model):
+        losses = canary_losses(trainer.pipeline, images, settings)
+    return epsilon_from_coins(losses, base_losses, canaries, delta)
 
 
 LATER_ATTACKS = {"trajectory_norm_low"}
