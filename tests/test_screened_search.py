@@ -1,6 +1,7 @@
 """A search begins with a screening: one worker makes it, the study keeps it, and its masks are tried first."""
 
 import logging
+import math
 import threading
 
 import optuna
@@ -36,10 +37,18 @@ def test_the_masks_of_the_screening_come_after_all_on_and_all_off(folder_and_stu
     assert screening.to_dict() == tiny_trainer(tmp_path, **CHEAP).screen(learning_rate=10**-1.5).to_dict()
     masks = [trial.user_attrs["hyperparameters"]["mask"] for trial in study.trials]
     expected = screening.masks(SCREENED_MASKS)
-    known = masks[2 : 2 + len(expected)]
+    larger, middle, smaller = expected
     assert all(masks[0].values()) and not any(masks[1].values())
-    assert sorted(map(str, known)) == sorted(map(str, expected)) and known[0] == expected[(len(expected) - 1) // 2]
-    assert all(t.params["learning_rate"] == pytest.approx(10**-1.5) for t in study.trials[: 2 + len(expected)])
+    assert masks[2:6] == [middle, middle, smaller, larger]
+    rates = [math.log10(trial.params["learning_rate"]) for trial in study.trials[:6]]
+    assert rates == pytest.approx([-1.5, -1.5, -1.5, -1.25, -1.5, -1.25])
+
+
+def test_at_a_fixed_rate_the_masks_are_tried_from_the_middle_of_the_trade_off(folder_and_study):
+    screening = Screening.from_dict(kept_screening(folder_and_study[1]))
+    masks = screening.masks(SCREENED_MASKS)
+    tried = [{name.removeprefix("mask."): on for name, on in t.items()} for t in screened_trials(screening, 0.1, 0.1)]
+    assert tried == [masks[1], masks[0], masks[2]]
 
 
 def test_a_search_that_goes_on_makes_no_other_screening(folder_and_study, monkeypatch):

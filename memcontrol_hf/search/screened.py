@@ -20,7 +20,7 @@ from .worker import is_alive
 logger = logging.getLogger(__name__)
 
 SCREENED_MASKS = 4
-"""Number of masks of a screening that a search tries after all blocks on and all blocks off."""
+"""Number of masks along the front of a screening from which a search takes those that it tries first."""
 
 QUALITY, MEMORIZATION = {"fid", "loss"}, {"amd", "membership_auc", "noise_norm"}
 """Objectives between which a screening's masks are a trade-off."""
@@ -131,9 +131,21 @@ def _make(trainer: SearchableTrainer, settings: SearchSettings) -> dict[str, Any
 
 
 def screened_trials(screening: Screening | None, low: float, high: float) -> list[dict[str, Any]]:
-    """Parameters of the trials of a screening's masks, those in the middle of the trade-off first."""
+    """Parameters of the trials of a screening's masks, those in the middle of the trade-off first.
+
+    Where the learning rate is searched, the largest mask is left out, being close to all blocks. The middle one of the
+    others is tried at two rates: at the [`middle_rate`], which the screening had, and halfway from there to the
+    highest one. The smaller mask is tried at the first of them, the larger mask at the second. These four are spread
+    along the front (docs/screening.md has the figures).
+    """
     if screening is None:
         return []
-    masks = screening.masks(SCREENED_MASKS)
-    order = sorted(range(len(masks)), key=lambda place: abs(place - (len(masks) - 1) / 2))
-    return known_trials([masks[place] for place in order], low, high)
+    masks = screening.masks(SCREENED_MASKS)  # the largest first
+    if low == high:
+        order = sorted(range(len(masks)), key=lambda place: abs(place - (len(masks) - 1) / 2))
+        return known_trials([masks[place] for place in order], low, high)
+    masks = masks[-3:]
+    place = min(1, len(masks) - 1)
+    middle, smaller, larger = masks[place : place + 1], masks[place + 1 :], masks[:place]
+    first, *others = known_trials([*middle, *larger], middle_rate(low, high), high)
+    return [*known_trials(middle, low, high), first, *known_trials(smaller, low, high), *others]

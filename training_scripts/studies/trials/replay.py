@@ -86,11 +86,13 @@ class Table:
         return [dict.fromkeys(self.groups, on) | {"learning_rate": self.rates[0]} for on in (True, False)]
 
     def screened(self, seed: int) -> list[dict[str, Any]]:
-        """The masks of a screening, in the order in which a search tries them."""
-        rate = self.rates[0]
-        trials = screened_trials(self.screenings[seed % len(self.screenings)], rate, rate)
+        """The trials of a screening, at the two rates of the table, in the order in which a search tries them."""
+        low, high = self.rates[0], self.rates[-1]
+        trials = screened_trials(self.screenings[seed % len(self.screenings)], low, high)
+        lowest = min(trial["learning_rate"] for trial in trials)
         return [
-            {name.removeprefix("mask."): on for name, on in trial.items()} | {"learning_rate": rate}
+            {name.removeprefix("mask."): value for name, value in trial.items()}
+            | {"learning_rate": low if trial["learning_rate"] == lowest else high}
             for trial in trials
         ]
 
