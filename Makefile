@@ -1,5 +1,5 @@
 # Each target works alone on a fresh clone: it makes .venv and installs what it needs.
-.PHONY: quickstart test faults quality style docs clean
+.PHONY: quickstart test faults bench quality style docs clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -29,6 +29,9 @@ test: .venv/dev  ## the tests, on CPU and without the network
 
 faults: .venv/dev  ## kill the whole command at many moments of its life; half an hour, resumable
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/kill_moments.py
+
+bench: .venv/dev  ## what this package costs beside the bare work: docs/performance.md; ROWS=training_step measures some
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=tests:training_scripts/studies $(BIN)/python -m benchmarks $(ROWS)
 
 quality: .venv/dev  ## what CI checks of the style
 	$(BIN)/ruff check .

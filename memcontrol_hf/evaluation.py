@@ -194,7 +194,8 @@ class Evaluator:
     def training_latents_and_conditions(self) -> tuple[torch.Tensor, Condition]:
         """Latents `[N, C, h, w]` and conditions of all training rows, for the `sampling` hook of a mitigation."""
         data = self.training_images
-        return data.encoded["latents"][:], self.condition_of(data, range(len(data)))
+        rows = range(len(data))
+        return data.batch(rows, ["latents"])["latents"], self.condition_of(data, rows)
 
     def sampled(self, data: EncodedImages, purpose: Purpose, count: int) -> list[int]:
         """Positions in `data.distinct` of the images whose captions are sampled, at most `count` of them."""
@@ -281,7 +282,7 @@ class Evaluator:
             values = []
             for start in bar(range(0, len(rows), self.batch_size), f"measuring {len(rows)} images"):
                 batch = rows[start : start + self.batch_size]
-                latents, condition = data.encoded["latents"][batch], self.condition_of(data, batch)
+                latents, condition = data.batch(batch, ["latents"])["latents"], self.condition_of(data, batch)
                 values.append(measure(latents, condition, self.timesteps, self._keys(data, batch, purpose)))
             return torch.cat(values)
 

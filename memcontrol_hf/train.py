@@ -132,6 +132,8 @@ def last_words(report: "MemorizationReport", folder: Path) -> str:
     else:
         verdict = f"FAILED, {len(failures)} limit{'s are' if len(failures) > 1 else ' is'} not kept"
         following = "train with a means against memorization, such as --mitigation rwa:n=4 (docs/mitigations.md)"
+        if set(report.gate.get("kinds", {}).values()) == {"unmeasured"}:
+            following = "measure with more images (the verdict says how many), or " + following
     places = {"adapter": ADAPTER, "card": CARD, "report": REPORT, "plot": PLOT, "search": "study.journal"}
     lines = [f"{name}: {folder / file}" for name, file in places.items() if (folder / file).exists()]
     lines += [f"to look through, on this machine only: {file}" for file in folder.glob("private/*.html")]

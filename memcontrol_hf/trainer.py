@@ -36,6 +36,7 @@ from .evaluation import METRICS, Evaluator, check_objectives
 from .families import Condition, Family, family_of
 from .mitigations import PrivateTraining, parse_mitigations
 from .mitigations.base import overrides
+from .model_walks import restore_walks, shorten_walks, trained_parameters, walks_are_short
 from .publish.hub import push
 from .randomness import Purpose, seeded_generator
 from .report import MemorizationReport
@@ -238,7 +239,11 @@ class MemControlTrainer(Trainer):
             self._load_from_checkpoint(checkpoint)  # the Trainer would train further
             self.state = state
             return TrainOutput(state.global_step, 0.0, {})
-        output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        try:
+            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        finally:
+            for model in (self.model, self.model_wrapped):
+                restore_walks(model)
         self._check_finite()
         if self._private is not None:
             self._private.check_moved()
@@ -327,6 +332,8 @@ class MemControlTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """As in transformers. With the mitigation `dp_sgd`, the gradient of each row is computed by itself."""
+        if not walks_are_short(model):
+            shorten_walks(model)
         if self._private is None:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
@@ -335,6 +342,10 @@ class MemControlTrainer(Trainer):
             return self._private.backward(
                 model, self.family.losses, batch, self.state.global_step, last=self.accelerator.sync_gradients
             )
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        """As in transformers, without a visit to every module: only trained parameters have gradients."""
+        return self.accelerator.clip_grad_norm_(trained_parameters(model), self.args.max_grad_norm)
 
     def _check_finite(self) -> None:
         """Raise `ValueError` when a trained parameter is not finite: nothing that is saved may hold such a value."""
@@ -792,7 +803,8 @@ def _published_name(pipeline: "DiffusionPipeline") -> str:
     return Path(name).name if is_place(name) else name
 
 
-def _collate(examples: list[dict[str, torch.Tensor]], names: Sequence[str]) -> dict[str, torch.Tensor]:
+def _collate(examples: list[dict[str, torch.Tensor]], names: Sequence[str]) -> dict[str, Any]:
     if not examples:
         return {}  # no row was drawn
-    return {name: torch.stack([example[name] for example in examples]) for name in names}
+    batch: dict[str, Any] = {name: torch.stack([example[name] for example in examples]) for name in names}
+    return batch | {"row": batch["row"].tolist()}  # read on the CPU, where a GPU need not be waited for

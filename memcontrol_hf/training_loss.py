@@ -44,7 +44,8 @@ class TrainingLoss:
         """What a step draws for the rows of a batch.
 
         Args:
-            inputs (`dict`): `latents` `[N, C, h, w]`, the cached conditions, and `row` `[N]`, the rows' numbers.
+            inputs (`dict`): `latents` `[N, C, h, w]`, the cached conditions, and `row`, a list of the `N` rows'
+                numbers.
             seed (`int`): random seed of the training.
             turn (`int`): number of the epoch or the step; a row draws once in each.
             null (`Callable`): gives the null condition, one row; called only where it is needed.
@@ -57,7 +58,7 @@ class TrainingLoss:
         Returns:
             `dict`: the arguments of [`Family.losses`] beside the denoiser.
         """
-        latents, numbers = inputs["latents"], inputs["row"].tolist()
+        latents, numbers = inputs["latents"], inputs["row"]
         noise, drawn, dropped = [], [], []
         for number in numbers:
             generator = seeded_generator(seed, purpose, turn, number)
@@ -67,17 +68,17 @@ class TrainingLoss:
         condition = {name: inputs[name] for name in self._family.conditions}
         condition = self.conditions(condition, numbers, (seed, Purpose.MITIGATIONS, turn), encode_captions)
         if any(dropped) and (empty := null()) is not None:
-            empty, drop = null_like(empty, condition), torch.stack(dropped).to(latents.device)
+            empty, drop = null_like(empty, condition), _moved(torch.stack(dropped), latents.device)
             condition = {
                 name: torch.where(drop.view(-1, *[1] * (tensor.dim() - 1)), empty[name], tensor)
                 for name, tensor in condition.items()
             }
-        timesteps = torch.stack(drawn if timesteps is None else timesteps).to(latents.device)
+        timesteps = _moved(torch.stack(drawn if timesteps is None else timesteps), latents.device)
         return {
             "latents": latents,
             "condition": condition,
             "timesteps": timesteps,
-            "noise": torch.stack(noise).to(latents.device),
+            "noise": _moved(torch.stack(noise), latents.device),
             "weights": self._family.noise.loss_weights(timesteps, snr_gamma),
         }
 
@@ -91,3 +92,8 @@ class TrainingLoss:
         for mitigation in self._mitigations:
             losses = mitigation.losses(losses, prediction, self._family, denoiser, null, batch)
         return losses
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on a device; a GPU is not waited for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -11,8 +11,12 @@ LARGEST_JSON = 50_000_000
 """Bytes of the largest JSON file that is read; the report of a search of a thousand trials has less than a million."""
 
 
-def write_whole(path: str | Path, text: str) -> None:
-    """Write a text file aside, in UTF-8, and rename it when it is on the disk.
+def write_whole(path: str | Path, content: str | bytes) -> None:
+    """Write a file aside, and rename it when it is on the disk.
+
+    Args:
+        path (`str`): path of the file.
+        content (`str` or `bytes`): a text, written in UTF-8; or bytes, in a file that the owner alone can read.
 
     Raises:
         OSError: when it cannot be written; what was there before is left then.
@@ -20,8 +24,10 @@ def write_whole(path: str | Path, text: str) -> None:
     path = Path(path)
     aside = path.with_name(f".{path.name}.unfinished")
     try:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(aside, "wb") as file:
+            if isinstance(content, bytes):
+                aside.chmod(0o600)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)

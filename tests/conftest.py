@@ -17,9 +17,10 @@ RESOLUTION = 16
 
 @pytest.fixture(scope="session", autouse=True)
 def datasets_cache(tmp_path_factory):
-    """Latents of the tests do not go to the user's cache."""
+    """What the tests compute once does not go to the user's cache."""
     import datasets.config
 
+    os.environ["MEMCONTROL_SVD_CACHE"] = str(tmp_path_factory.mktemp("svd"))
     before = datasets.config.HF_DATASETS_CACHE
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     yield

@@ -38,6 +38,7 @@ ROOMS = [
     "mitigations",
     "evaluation",
     "training_loss",
+    "model_walks",
     "screening",
     "search",
     "report",

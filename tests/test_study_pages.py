@@ -57,6 +57,7 @@ def test_every_generated_figure_has_a_page():
     elsewhere = {
         "demo_mask",  # not figures, but the mask that compare_mitigations.py tunes
         "results/kill_moments",  # by kill_moments.py, beside the tests; see test_killed.py
+        "performance",  # by make bench; see test_benchmarks.py
     }
     files = [*DOCS.glob("*.json"), *DOCS.glob("results/*.json")]
     assert {str(file.relative_to(DOCS).with_suffix("")) for file in files} - elsewhere == set(PAGES)

@@ -136,6 +136,16 @@ def test_a_terminal_gets_a_bar_with_the_time_left():
             ["verdict: FAILED, 2 limits are not kept", "--allow_failed_gate", "next: train with a means"],
         ),
         (
+            {"passed": False, "failures": ["a: may be"], "kinds": {"a": "unmeasured"}},
+            {},
+            ["verdict: FAILED, 1 limit is not kept", "next: measure with more images"],
+        ),
+        (
+            {"passed": False, "failures": ["a: above", "b: may be"], "kinds": {"a": "leaks", "b": "unmeasured"}},
+            {},
+            ["verdict: FAILED, 2 limits are not kept", "next: train with a means"],
+        ),
+        (
             {"passed": False, "failures": ["no audit: the train set has 3"]},
             None,
             ["verdict: FAILED, since the adapter could not be attacked", "next: train with more images"],

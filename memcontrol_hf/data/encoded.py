@@ -19,6 +19,7 @@ from ..progress import bar
 from ..randomness import Purpose, seeded_generator
 from ..whole_files import check_room
 from .cache import cache_folder, delete_damaged, is_whole, seal
+from .columns import Columns
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class EncodedImages(torch.utils.data.Dataset):
         self.encoded = encoded
         self.framing = framing
         self.numbers: list[int] = list(range(len(images)))
+        self._columns: Columns | None = None
         self._features: list[tuple[Callable, torch.Tensor]] = []
 
     def encoded_by(self, family: Family, weights_digests: Sequence[str] | None = None) -> "EncodedImages":
@@ -71,8 +73,14 @@ class EncodedImages(torch.utils.data.Dataset):
         return self.encoded[row]
 
     def __getitems__(self, rows: list[int]) -> list[dict[str, torch.Tensor]]:
-        batch = self.encoded[rows]  # one read for a whole batch
+        batch = self.batch(rows)  # one read for a whole batch
         return [{name: column[i] for name, column in batch.items()} for i in range(len(rows))]
+
+    def batch(self, rows: Sequence[int], names: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
+        """What is computed of `N` rows: tensors `[N, ...]`, by all names in [`encode`] but `digest`, or by some."""
+        if self._columns is None or self._columns.dataset is not self.encoded:
+            self._columns = Columns(self.encoded)
+        return self._columns.rows(rows, names)
 
     def select(self, rows: Sequence[int]) -> "EncodedImages":
         """Some of the rows, each with its number."""
@@ -147,7 +155,7 @@ class EncodedImages(torch.utils.data.Dataset):
 
     def condition(self, names: Sequence[str], rows: Sequence[int]) -> Condition:
         """The cached conditions of some rows."""
-        return {name: self.encoded[name][list(rows)] for name in names}
+        return self.batch(rows, names)
 
     @cached_property
     def thumbnails(self) -> torch.Tensor:

@@ -42,9 +42,16 @@ def demo_pipeline(**kwargs: Any) -> StableDiffusionPipeline:
     Returns:
         The pipeline, as float32 unless `dtype` says otherwise.
     """
-    from diffusers import StableDiffusionPipeline
+    from transformers.utils import logging
 
-    return StableDiffusionPipeline.from_pretrained(DEMO_PIPELINE, **kwargs)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would report that torchvision, which is not needed, is not there
+    try:
+        from diffusers import StableDiffusionPipeline
+
+        return StableDiffusionPipeline.from_pretrained(DEMO_PIPELINE, **kwargs)
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def demo_dataset() -> DatasetDict:

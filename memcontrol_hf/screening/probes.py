@@ -46,7 +46,7 @@ class ProbeImages:
         self._data, self._purpose, self._seed, self._count = data, purpose, seed, count
         self._family = family
         self._device, self._encode_captions = device, encode_captions
-        self._columns = ("latents", *family.conditions, "row")
+        self._columns = ("latents", *family.conditions)
         self._loss = TrainingLoss(family, [], data.images, data.numbers)
 
     def rows(self, step: int) -> list[int]:
@@ -63,9 +63,9 @@ class ProbeImages:
 
     def losses(self, model: nn.Module, rows: Sequence[int], step: int) -> torch.Tensor:
         """The losses of some rows by the draws of a step, which depend on nothing but the step and the row: `[N]`."""
-        columns, timesteps = self._data.encoded[list(rows)], self.timesteps(step)
+        columns, timesteps = self._data.batch(rows), self.timesteps(step)
         batch = self._loss.draw(
-            {name: columns[name].to(self._device) for name in self._columns},
+            {name: columns[name].to(self._device) for name in self._columns} | {"row": columns["row"].tolist()},
             self._seed,
             step,
             _no_null,

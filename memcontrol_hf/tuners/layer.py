@@ -2,93 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .config import MemControlConfig
 from .hooks import call_inside_hooks, has_hooks
+from .svd import SVDFactors, svd_factors
 from .tunable import check_tunable
-
-
-class SVDFactors:
-    """The reduced singular value decomposition of a weight, flattened to `[out, in * kernel]`.
-
-    It is computed on the CPU in float64 and kept in float32. So the tuned weights agree to float32's last digit on
-    every device and at any number of threads; a float32 decomposition would turn close singular vectors differently
-    each time. For the same reason a shift means something else for a rounded weight: use an adapter on a base model
-    of the dtype that it was trained on, or merge it first.
-
-    Args:
-        weight: A weight of shape `[out, ...]`, of any floating dtype.
-
-    Attributes:
-        u: `[out, k]`, with `k = min(out, in * kernel)`.
-        s: `[k]`, the singular values, at least 0.
-        vh: `[k, in * kernel]`.
-    """
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        # The first call may come from inference mode, whose tensors could not be used in training afterwards.
-        with torch.inference_mode(False), torch.no_grad():
-            matrix = weight.detach().to("cpu", torch.float64).flatten(1)
-            # LAPACK is three times as fast for a tall matrix (7 s, not 21 s, for a 3x3 convolution of 1280 channels).
-            wide = matrix.shape[0] < matrix.shape[1]
-            u, s, vh = torch.linalg.svd(matrix.T if wide else matrix, full_matrices=False)
-            u, vh = (vh.T, u.T) if wide else (u, vh)
-            self.u, self.s, self.vh = (factor.float().contiguous() for factor in (u, s, vh))
-
-    def difference(self, delta: torch.Tensor, scale: float) -> torch.Tensor:
-        """`U diag(relu(s + scale * delta) - s) V^T`, all zeros at `delta = 0`.
-
-        The formula is that of [SV-DIFF](https://huggingface.co/papers/2303.11305).
-
-        Args:
-            delta: `[k]`, the trained shift.
-            scale: Its factor.
-
-        Returns:
-            `[out, in * kernel]`, what is added to the flattened weight.
-        """
-        if self.u.device != delta.device:
-            with torch.inference_mode(False):
-                self.u, self.s, self.vh = (factor.to(delta.device) for factor in (self.u, self.s, self.vh))
-        return (self.u * (torch.relu(self.s + scale * delta.float()) - self.s)) @ self.vh
-
-    def __deepcopy__(self, memo: dict) -> SVDFactors:
-        return self
-
 
 _NOT_YET = (
     "SV-DIFF's factors are computed in the first call: call the model once, or merge_adapter(), before it is traced"
 )
-_FACTORS_BY_CONTENT: WeakValueDictionary[tuple, SVDFactors] = WeakValueDictionary()
-_FACTORS_BY_WEIGHT = WeakIdKeyDictionary()  # keeps the factors alive as long as the weight
-
-
-def svd_factors(weight: torch.Tensor) -> SVDFactors:
-    """The factors of a weight, computed once per process for the same values and freed with the weight.
-
-    All adapters, copies of a model and trials of a search that share a base weight share its factors. It is the values
-    that are compared, because torch does not count changes made through `weight.data`.
-
-    Args:
-        weight: A weight of shape `[out, ...]`.
-    """
-    values = weight.detach().cpu().contiguous()
-    content = (weight.dtype, weight.shape, hashlib.sha256(values.flatten().view(torch.uint8).numpy()).digest())
-    factors = _FACTORS_BY_CONTENT.get(content)
-    if factors is None:
-        factors = _FACTORS_BY_CONTENT[content] = SVDFactors(values)
-    _FACTORS_BY_WEIGHT[weight] = factors
-    return factors
 
 
 class AdapterParameters(nn.ParameterDict):
@@ -280,17 +209,18 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
         original = self._original(kind)
         differences = getattr(self, f"memcontrol_{kind}").read()
         deltas = self.memcontrol_delta.read() if kind == "weight" else {}
+        adapters = [adapter for adapter in adapters if adapter in differences or adapter in deltas]
+        if not adapters:
+            return None
         # Autocast would multiply the SVD factors in half precision.
         with torch.autocast(device_type=self._device().type, enabled=False):
             tensor = None
             for adapter in adapters:
                 if adapter in differences:
                     difference = differences[adapter]
-                elif adapter in deltas:
+                else:
                     factors, scale = self._factors(original), self.memcontrol_scale[adapter]
                     difference = factors.difference(deltas[adapter], scale)
-                else:
-                    continue
                 if (strength := self.memcontrol_strength[adapter]) != 1:
                     difference = strength * difference
                 tensor = (original if tensor is None else tensor) + difference.view_as(original)

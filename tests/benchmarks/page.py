@@ -1,0 +1,53 @@
+"""The page of the benchmarks, rendered from what they measured."""
+
+from typing import Any
+
+from common.pages import table
+
+Row = dict[str, Any]
+
+REASONS: dict[str, str] = {}
+"""Why a goal is missed, and what a profile says, by the beginning of the row's name."""
+
+
+def verdict(row: Row) -> str:
+    """Whether the goal is kept: `kept` and `missed` when the whole interval says so."""
+    if row["high"] <= row["goal"]:
+        return "kept"
+    return "missed" if row["low"] > row["goal"] else "within" if row["ratio"] <= row["goal"] else "open"
+
+
+def seconds(value: float) -> str:
+    """A duration in its unit."""
+    return f"{value:.1f} s" if value >= 10 else f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
+
+
+def render(content: dict[str, Any]) -> str:
+    """The page: a table for each machine."""
+    lines = [
+        "# How fast it is",
+        "",
+        f"`{content['command']}` on the machine at hand; the same command measures on a GPU, if there is one.",
+        "",
+        "Both sides run in one process and take turns, so that what else runs on the machine slows both. Medians, and "
+        "their ratio with its 95 % interval, for which pairs are resampled. On a CPU, seconds are those that the "
+        "process computed, with one thread; on a GPU, those on the wall once the GPU has finished.",
+        "",
+        "A goal is *kept* or *missed* when the whole interval says so. If the interval reaches to both sides of the "
+        "goal, *within* says that the ratio keeps it, and *open* that the ratio does not.",
+        "",
+    ]
+    for machine, measured in content["machines"].items():
+        loads = sorted(row["load"] for row in measured)
+        lines += [f"## {machine}", "", f"Load average {loads[0]:.1f} to {loads[-1]:.1f}.", ""]
+        cells = []
+        for row in measured:
+            (us, ours), (them, theirs) = row["medians"].items()
+            ratio = f"{row['ratio']:.3g} ({row['low']:.3g} to {row['high']:.3g})"
+            sides = [f"{us}: {seconds(ours)}", f"{them}: {seconds(theirs)}"]
+            cells.append([row["name"], *sides, str(row["pairs"]), ratio, f"at most {row['goal']:g}", verdict(row)])
+        lines += table(["what", "this package", "beside", "pairs", "ratio (95 %)", "goal", ""], cells)
+        missed = [row["name"] for row in measured if verdict(row) in ("missed", "open")]
+        reasons = [text for start, text in REASONS.items() if any(name.startswith(start) for name in missed)]
+        lines += [line for text in reasons for line in (text, "")]
+    return "\n".join(lines).rstrip() + "\n"
