@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, text in _WITH_FLAGS_OF_TRAIN.items():
         commands.add_parser(name, help=text, add_help=False)
-    for add in (_add_audit, _add_card, _add_push, _add_push_mask, _add_export):
+    for add in (_add_audit, _add_card, _add_dossier, _add_push, _add_push_mask, _add_export):
         add(commands)
     return parser
 
@@ -186,6 +186,20 @@ def _add_card(commands: argparse._SubParsersAction) -> None:
     )
 
 
+def _add_dossier(commands: argparse._SubParsersAction) -> None:
+    text = "write a dossier for a data protection officer, HTML and PDF, from a report and what people filled in"
+    parser = _command(commands, "dossier", _dossier, text)
+    parser.add_argument("folder", type=Path, help="folder that memcontrol train or memcontrol audit left")
+    parser.add_argument(
+        "--facts",
+        type=Path,
+        help="YAML file that people filled in; by default dossier.yaml in the folder, which is written for them if it "
+        "is missing",
+    )
+    parser.add_argument("--output_dir", type=Path, help="folder of dossier.html and dossier.pdf; the same by default")
+    parser.add_argument("--no_pdf", action="store_true", help="write the HTML page alone, which needs no fpdf2")
+
+
 def _add_push(commands: argparse._SubParsersAction) -> None:
     text = "upload adapter, report and card to a private repository"
     parser = _command(commands, "push", _push, text, gated=True)
@@ -245,6 +259,29 @@ def _card(args: argparse.Namespace) -> int:
         report.judge(load_gate(DEFAULT_GATE if args.gate == "default" else args.gate))
         report.to_json(args.folder / REPORT)
     print(f"card: {write_card(args.folder)}")
+    return PASSED
+
+
+def _dossier(args: argparse.Namespace) -> int:
+    from .report.dossier import Dossier
+    from .report.dossier_facts import FACTS, Facts, empty_facts
+    from .report.dossier_pdf import check_fpdf, write_pdf
+    from .whole_files import write_whole
+
+    if not args.no_pdf:
+        check_fpdf()
+    file, output = args.facts or args.folder / FACTS, args.output_dir or args.folder
+    facts = Facts.from_yaml(file) if args.facts or file.exists() else Facts()
+    dossier = Dossier.from_folder(args.folder, facts)
+    output.mkdir(parents=True, exist_ok=True)
+    if not args.facts and not file.exists():
+        write_whole(file, empty_facts())
+        print(f"to fill in, then run the same command again: {file}")
+    write_whole(output / "dossier.html", dossier.html())
+    print(f"dossier: {output / 'dossier.html'}")
+    if not args.no_pdf:
+        write_pdf(dossier, output / "dossier.pdf")
+        print(f"dossier: {output / 'dossier.pdf'}")
     return PASSED
 
 

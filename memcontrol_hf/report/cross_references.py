@@ -1,0 +1,43 @@
+"""Where a dossier answers what frameworks ask for, element by element. No claim is made that an answer suffices."""
+
+EDPB = (
+    "EDPB Opinion 28/2024",
+    "Elements that the opinion of the European Data Protection Board of 17 December 2024 lists in section 3.2.2, and "
+    "the section here that has something on them. The list of the opinion is neither binding nor complete.",
+    [
+        ["element of the opinion", "here", "not here"],
+        [
+            "Extraction of personal data from the model",
+            "3, membership_*, extraction_*",
+            "4: attacks trained for the purpose",
+        ],
+        ["Personal data obtained by queries", "3, extraction_*, copy_share, nearest_share", "4: optimized queries"],
+        ["Selection of sources", "2, as people stated it", "whether the sources were lawful and necessary"],
+        ["Preparation and minimisation of data", "2", "2: identifiers in pixels"],
+        ["Methodological choices in training", "3, mitigations; summary, formal guarantee", "nothing named"],
+        ["Measures on outputs", "1, safeguards, as people stated them", "whether the safeguards work"],
+        ["Audits of the measures", "3; 5, the command that repeats the measurement", "an audit by somebody else"],
+        ["Resistance to membership and attribute inference", "3, membership_*", "4: attribute inference"],
+        ["Resistance to exfiltration and regurgitation", "3, extraction_*", "nothing named"],
+        ["Resistance to model inversion and reconstruction", "nothing", "4: reconstruction from the weights"],
+        ["Documentation", "5, and the report itself", "impact assessment, advice of the officer"],
+        ["Context of release", "1, as people stated it", "nothing named"],
+    ],
+)
+
+ICO = (
+    "The motivated intruder (ICO)",
+    "The test that the United Kingdom's Information Commissioner recommends: a competent person with ordinary sources "
+    "and without special knowledge tries to identify somebody.",
+    [
+        ["the intruder of the guidance", "the attacker of section 3"],
+        ["has no special equipment or skill", "has the weights and the skill to use them: assumes more"],
+        ["starts without prior knowledge", "has a candidate image and its caption: assumes more"],
+        ["searches the internet, archives and public documents", "searches nowhere: assumes less, not tested"],
+        ["asks people who know the person", "asks nobody: assumes less, not tested"],
+        ["is repeated as techniques and data change", "5, next review, as people stated it"],
+    ],
+)
+
+CROSS_REFERENCES = (EDPB, ICO)
+"""Title, what it is about, and a table whose first row is the head."""
