@@ -4,6 +4,7 @@ Each command imports what it needs when it runs, so that a card is rendered with
 """
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -41,7 +42,11 @@ def main(argv: list[str] | None = None) -> int:
 
         {"train": train, "screen": screen}[argv[0]].main(argv[1:], prog=f"memcontrol {argv[0]}")
         return PASSED
-    args = _parser().parse_args(argv)
+    args, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # beside the usage of the command itself
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         return args.run(args)
     except ValueError as error:
@@ -84,7 +89,7 @@ def _command(
         codes = "Exit codes: 0 done, 2 wrong use, 1 an error."
     description = f"{text[0].upper()}{text[1:]}. {codes}"
     parser = commands.add_parser(name, help=text, description=description, formatter_class=HelpFormatter)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)
     return parser
 
 
@@ -312,9 +317,12 @@ def _push_mask(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from .progress import quiet_log
     from .publish.export import export
 
-    print(export(args.folder, args.output_dir, args.to, pipeline=args.pipeline, rank=args.rank))
+    with quiet_log():
+        written = export(args.folder, args.output_dir, args.to, pipeline=args.pipeline, rank=args.rank)
+    print(written)
     return PASSED
 
 

@@ -41,3 +41,13 @@ def test_the_exports_formats_and_rank_are_those_of_the_function():
     assert args.rank == inspect.signature(export).parameters["rank"].default
     (to,) = (action for action in COMMANDS["export"]._actions if action.dest == "to")
     assert {*FORMATS, "pipeline"} == {*to.choices}
+
+
+def test_a_flag_that_a_command_lacks_is_an_error_beside_the_usage_of_that_command(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["push", "folder", "--hub_model_id", "me/adapter", "--dry_run"])
+    assert ended.value.code == 2
+    printed = capsys.readouterr().err
+    assert (
+        "usage: memcontrol push" in printed and "memcontrol push: error: unrecognized arguments: --dry_run" in printed
+    )

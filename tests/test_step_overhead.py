@@ -11,6 +11,7 @@ from datasets import Array2D, Array3D, Dataset, Features, List, Value, concatena
 
 from memcontrol_hf import trainer as trainer_module
 from memcontrol_hf.data.columns import Columns
+from memcontrol_hf.families import family_of
 from memcontrol_hf.model_walks import restore_walks, shorten_walks, trained_parameters
 
 
@@ -102,3 +103,14 @@ def test_the_rows_of_a_batch_are_numbers_that_no_device_is_waited_for(tmp_path):
     trainer = tiny_trainer(tmp_path, train=images_of(4))
     batch = next(iter(trainer.get_train_dataloader()))
     assert isinstance(batch["row"], list) and all(isinstance(row, int) for row in batch["row"])
+
+
+def test_the_dtype_of_the_denoiser_is_what_diffusers_says_also_after_it_changes(pipeline):
+    family, unet = family_of(pipeline), pipeline.unet
+    assert family._dtype() == unet.dtype == torch.float32
+    unet.to(torch.bfloat16)
+    assert family._dtype() == unet.dtype == torch.bfloat16
+    unet.to(torch.float32)
+    unet.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=torch.bfloat16, skip_modules_pattern=["conv_in"])
+    assert unet.conv_in.weight.dtype == torch.float32
+    assert family._dtype() == unet.dtype == torch.bfloat16

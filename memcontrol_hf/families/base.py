@@ -109,6 +109,7 @@ class Family:
             raise ValueError("a VAE whose latents are shifted and scaled by channel (latents_mean) is not supported")
         self.pipeline: DiffusionPipeline | None = pipeline
         self.noise = self.noise_class(pipeline.scheduler)
+        self._attributes: tuple[nn.Module, list[dict[str, Any]]] | None = None  # of the denoiser's modules
 
     @classmethod
     def of_scheduler(cls, scheduler: SchedulerMixin) -> "Family":
@@ -307,9 +308,20 @@ class Family:
         Returns:
             `torch.Tensor`: `[N, C, h, w]` in float32.
         """
-        dtype = noisy.dtype if self.pipeline is None else self.denoiser.dtype
+        dtype = noisy.dtype if self.pipeline is None else self._dtype()
         cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in self.named(condition).items()}
         return self.call_denoiser(denoiser, noisy.to(dtype), timesteps, **cast).float()
+
+    def _dtype(self) -> torch.dtype:
+        """`denoiser.dtype`, without its visit to every module by name: it looks for a hook that casts."""
+        denoiser = self.denoiser
+        if self._attributes is None or self._attributes[0] is not denoiser:
+            self._attributes = denoiser, [vars(module) for module in denoiser.modules()]
+        parameter = next(denoiser.parameters())
+        plain = parameter.is_floating_point() and not getattr(denoiser, "_keep_in_fp32_modules", None)
+        if not plain or any("_diffusers_hook" in attributes for attributes in self._attributes[1]):
+            return denoiser.dtype
+        return parameter.dtype
 
     def named(self, condition: "Condition | torch.Tensor") -> Condition:
         """The condition with the names of its tensors; a tensor alone is the first of `conditions`."""

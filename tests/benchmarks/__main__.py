@@ -18,11 +18,17 @@ from transformers import logging as transformers_logging
 
 from common.pages import read_results, write_results
 
-from . import evaluation, factors, startup, training_step
+from . import evaluation, factors, loading, startup, training_step
 from .page import render
 
 COMMAND = "make bench"
-MODULES = {"training_step": training_step, "factors": factors, "evaluation": evaluation, "startup": startup}
+MODULES = {
+    "training_step": training_step,
+    "factors": factors,
+    "loading": loading,
+    "evaluation": evaluation,
+    "startup": startup,
+}
 
 
 def machine() -> str:

@@ -31,19 +31,23 @@ def clock(device: torch.device) -> Clock:
     return synchronized
 
 
-def alternate(sides: dict[str, Callable[[], Any]], pairs: int, now: Clock) -> dict[str, list[float]]:
+def alternate(
+    sides: dict[str, Callable[..., Any]], pairs: int, now: Clock, prepare: Callable[[], tuple] = tuple
+) -> dict[str, list[float]]:
     """Seconds of each side, `pairs` times in turn, after one turn that is not counted.
 
     Args:
         sides: What is measured, by name. The order is turned round in every second turn.
         pairs: Number of turns.
         now: The clock.
+        prepare: Gives the arguments of a side anew for each of its turns; what it does is not counted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(pairs + 1):
         for name in sides if turn % 2 else reversed(sides):
+            arguments = prepare()
             started = now()
-            sides[name]()
+            sides[name](*arguments)
             if turn:
                 seconds[name].append(now() - started)
     return seconds

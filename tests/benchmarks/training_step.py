@@ -15,7 +15,7 @@ from memcontrol_hf import MemControlTrainer, demo_dataset, demo_pipeline
 from memcontrol_hf.flags import ScriptArguments
 from memcontrol_hf.from_flags import METHODS, training_arguments
 
-from .timing import Clock, clock, compared
+from .timing import Clock, alternate, clock, compared
 
 METHOD_NAMES = ("lora", "attention", "svdiff")
 
@@ -95,6 +95,24 @@ class _Alternation(TrainerCallback):
         self.started = bare_ended
 
 
+def bare_step(trainer: MemControlTrainer) -> Callable[[], None]:
+    """A step without the trainer, on a copy of its model and the tensors of its first rows."""
+    args = trainer.args
+    model = copy.deepcopy(trainer.model).to(args.device).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate)
+    rows = list(range(args.train_batch_size))
+    batch = trainer._draws(trainer._prepare_inputs(trainer.data_collator(trainer.train_dataset.__getitems__(rows))))
+
+    def step() -> None:
+        with trainer.accelerator.autocast():
+            loss = trainer.family.losses(model, **batch).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def measure(name: str, trainer: MemControlTrainer, pairs: int, goal: float) -> dict[str, Any]:
     """A row of the page for one trainer, whose steps alternate with steps of the bare loop.
 
@@ -105,25 +123,12 @@ def measure(name: str, trainer: MemControlTrainer, pairs: int, goal: float) -> d
         goal: Largest ratio that is wanted.
     """
     args = trainer.args
-    model = copy.deepcopy(trainer.model).to(args.device).train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate)
-    rows = list(range(args.train_batch_size))
-    batch = trainer._draws(trainer._prepare_inputs(trainer.data_collator(trainer.train_dataset.__getitems__(rows))))
-
-    def bare_step() -> None:
-        with trainer.accelerator.autocast():
-            loss = trainer.family.losses(model, **batch).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    alternation = _Alternation(bare_step, clock(args.device))
+    alternation = _Alternation(bare_step(trainer), clock(args.device))
     trainer.add_callback(alternation)
     args.max_steps = pairs + 2  # the first step and what follows it warm up
     trainer.train()
     seconds = {side: values[1:] for side, values in alternation.seconds.items()}
-    return compared(name, goal, seconds, parameters=sum(p.numel() for p in trained))
+    return compared(name, goal, seconds, parameters=trainer.trainable_parameters)
 
 
 def rows(pairs: int) -> Iterator[dict[str, Any]]:
@@ -137,3 +142,8 @@ def rows(pairs: int) -> Iterator[dict[str, Any]]:
         for method in METHOD_NAMES:
             with tempfile.TemporaryDirectory() as folder:
                 yield measure(f"training step, {shape}, {method}", make(method, folder), pairs, goal)
+        with tempfile.TemporaryDirectory() as folder:
+            trainers = {"SV-DIFF": make("svdiff", folder), "LoRA of rank 4": make("lora", folder)}
+            sides = {name: bare_step(trainer) for name, trainer in trainers.items()}
+            now = clock(trainers["SV-DIFF"].args.device)
+            yield compared(f"bare step with all blocks, {shape}", 1.1, alternate(sides, pairs, now))
