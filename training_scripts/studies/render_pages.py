@@ -19,6 +19,7 @@ import duplicate_scan
 import paper_table.page
 import person_intervals
 import power
+import real_searches
 import screened.paired_page
 import screened_replay
 import screening_predicts
@@ -45,6 +46,7 @@ PAGES: dict[str, Callable[[dict], str]] = {
     "results/search_memory": search_memory.render,
     "results/screening_paired": screened.paired_page.render,
     "results/screening_smallest": screening_smallest.render,
+    "results/real_searches": real_searches.render,
     "results/selection": selection.render,
     "results/power": power.render,
 }
