@@ -10,11 +10,14 @@ Several GPUs: `accelerate launch -m memcontrol_hf.screen`.
 Exit codes: 0 done, 2 wrong use, 1 an error.
 """
 
+import logging
 from pathlib import Path
 
 from .command_line import ERROR, WRONG_USE
 from .flags import ScriptArguments
 from .train import FAILURES, OF_THE_MACHINE, exit_code, start
+
+logger = logging.getLogger(__name__)
 
 FILE, PLOT = "screening.json", "screening.png"
 """What the command writes into the output folder."""
@@ -36,6 +39,8 @@ def run(args: ScriptArguments) -> None:
         if obstacle := trainer.obstacle_to_screening(args.screen_steps):
             raise ValueError(obstacle)
     folder = Path(args.output_dir)
+    steps = args.screen_steps or trainer.args.search_max_steps or trainer.args.max_steps
+    logger.info(f"screening: {steps} steps with all {len(trainer.mask)} blocks on")
     with exit_code(ERROR, FAILURES):
         screening = trainer.screen(args.screen_steps, learning_rate=fixed_rate(args, rates))
     if not trainer.is_world_process_zero():

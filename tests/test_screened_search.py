@@ -169,12 +169,13 @@ def test_more_steps_can_be_screened_than_a_trial_has(tmp_path, monkeypatch):
     assert kept_screening(study)["settings"]["steps"] == 16
 
 
-def test_the_command_screens_and_writes_what_it_found(tmp_path, capsys, monkeypatch):
+def test_the_command_screens_and_writes_what_it_found(tmp_path, capsys, caplog, monkeypatch):
     made_up = Screening({"a": 0.5, "b": 0.25}, {"a": 0.1, "b": 0.0}, {"a": 0.01, "b": 0.01}, {"a": 0.01, "b": 0.01},
                         {"a": 1200, "b": 3}, {"steps": 8, "learning_rate": 0.03})  # fmt: skip
     asked = {}
     monkeypatch.setattr(MemControlTrainer, "screen", lambda _, *args, **options: asked.update(options) or made_up)
     cli.main(["screen", "--output_dir", str(tmp_path), "--max_train_steps", "8", "--search_max_steps", "8"])
+    assert "screening: 8 steps with all 16 blocks on" in caplog.text
     assert asked == {"learning_rate": pytest.approx(10**-1.5)}
     assert Screening.from_json(tmp_path / "screening.json") == made_up
     assert (tmp_path / "screening.png").read_bytes().startswith(b"\x89PNG")
