@@ -158,6 +158,10 @@ class MemControlTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "False by default: every trainable parameter is used in each step."}
     )
 
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "False by default: a loss is logged as it is, and no step waits for a GPU."}
+    )
+
     def __post_init__(self) -> None:
         for name, reason in _REFUSED.items():
             if getattr(self, name):
