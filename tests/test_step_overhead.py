@@ -8,11 +8,13 @@ import pytest
 import torch
 from conftest import images_of, tiny_trainer
 from datasets import Array2D, Array3D, Dataset, Features, List, Value, concatenate_datasets
+from peft.tuners.tuners_utils import BaseTuner
 
 from memcontrol_hf import trainer as trainer_module
 from memcontrol_hf.data.columns import Columns
 from memcontrol_hf.families import family_of
 from memcontrol_hf.model_walks import restore_walks, shorten_walks, trained_parameters
+from memcontrol_hf.tuners import MemControlConfig, MemControlModel
 
 
 def trained(folder, **arguments):
@@ -114,3 +116,13 @@ def test_the_dtype_of_the_denoiser_is_what_diffusers_says_also_after_it_changes(
     unet.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=torch.bfloat16, skip_modules_pattern=["conv_in"])
     assert unet.conv_in.weight.dtype == torch.float32
     assert family._dtype() == unet.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("targets", [{"to_q", "ff.net.2"}, ["conv_in"], ["nothing"], "mid.*to_k"], ids=str)
+@pytest.mark.parametrize("others", [{}, {"exclude_modules": ["to_q"]}, {"modules_to_save": ["conv_out"]}], ids=str)
+def test_the_modules_that_are_tuned_are_those_that_peft_finds(unet, targets, others):
+    config = MemControlConfig(method="svdiff", target_modules=targets, **others)
+    for name, _ in unet.named_modules():
+        ours = MemControlModel._check_target_module_exists(config, name)
+        peft = BaseTuner._check_target_module_exists(config, name)
+        assert (bool(ours), type(ours)) == (bool(peft), type(peft))

@@ -28,9 +28,9 @@ from memcontrol_hf.tuners import (
     MemControlLayer,
     MemControlModel,
     register,
+    svd,
     tunable_modules,
 )
-from memcontrol_hf.tuners import layer as tuner_layer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -579,8 +579,8 @@ def test_nothing_is_computed_for_a_layer_before_it_runs(svd_calls):
 
 def test_the_content_of_a_weight_is_read_once_for_an_adapter(monkeypatch):
     reads = []
-    sha256 = tuner_layer.hashlib.sha256
-    monkeypatch.setattr(tuner_layer.hashlib, "sha256", lambda data: reads.append(1) or sha256(data))
+    sha256 = svd.hashlib.sha256
+    monkeypatch.setattr(svd.hashlib, "sha256", lambda data: reads.append(1) or sha256(data))
     model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), MemControlConfig(target_modules=["0"]))
     for _ in range(3):
         model(torch.randn(2, 6))
@@ -639,7 +639,7 @@ def test_factors_are_float32_for_a_half_precision_weight_and_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.randn(2, 32))
         tuned = wrapped._tuned("weight", ["default"])
-    factors = tuner_layer.svd_factors(wrapped.base_layer.weight)
+    factors = svd.svd_factors(wrapped.base_layer.weight)
     assert {factors.u.dtype, factors.s.dtype, factors.vh.dtype, tuned.dtype} == {torch.float32}
     direct = wrapped.weight.float() + factors.difference(wrapped.memcontrol_delta["default"], 1.0)
     assert torch.equal(tuned, direct)

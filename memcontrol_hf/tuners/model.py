@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -77,6 +78,16 @@ class MemControlModel(BaseTuner):
                 "each adapter, after set_adapter(...)"
             )
         yield
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: MemControlConfig, key: str) -> bool | re.Match[str] | None:
+        # PEFT compares a name with the ends of all names that are tuned, but most names end in none of them.
+        targets, parts = peft_config.target_modules, key.split(".")
+        ends = (".".join(parts[start:]) for start in range(len(parts)))
+        plain = not isinstance(targets, str) and not peft_config.exclude_modules and not peft_config.modules_to_save
+        if plain and not any(end in targets for end in ends):
+            return False
+        return BaseTuner._check_target_module_exists(peft_config, key)
 
     def _prepare_adapter_config(self, peft_config: MemControlConfig, model_config: dict) -> MemControlConfig:
         if peft_config.target_modules is None:

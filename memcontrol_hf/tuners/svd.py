@@ -22,7 +22,7 @@ from ..whole_files import check_room, write_whole
 
 logger = logging.getLogger(__name__)
 
-LEAST_KEPT = 256
+LEAST_KEPT = 128
 """Smallest side of a weight whose factors are kept on disk: those of a smaller one are computed as fast as read."""
 
 _NAMES = ("u", "s", "vh")

@@ -18,7 +18,7 @@ from transformers import logging as transformers_logging
 
 from common.pages import read_results, write_results
 
-from . import evaluation, factors, loading, startup, training_step
+from . import encoding, evaluation, factors, loading, startup, training_step
 from .page import render
 
 COMMAND = "make bench"
@@ -26,6 +26,7 @@ MODULES = {
     "training_step": training_step,
     "factors": factors,
     "loading": loading,
+    "encoding": encoding,
     "evaluation": evaluation,
     "startup": startup,
 }
