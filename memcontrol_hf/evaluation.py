@@ -32,6 +32,10 @@ METRICS = {
 """Metrics that [`~memcontrol_hf.MemControlTrainer.evaluate`] can measure, each with its better direction."""
 
 
+SECMI_STRIDES = (5, 10, 20)
+"""Timesteps of the attack SecMI, in strides of a hundredth of the schedule. The attack of the paper takes 10."""
+
+
 def check_objectives(objectives: Sequence[str]) -> None:
     """Raise `ValueError` for an objective that is not in `METRICS`, an objective named twice, and an empty list."""
     unknown = [name for name in objectives if name not in METRICS]
@@ -110,8 +114,8 @@ class Evaluator:
         without the condition, so a family without conditions has no score of CLiD.
         """
         with_clid = "clid" not in self.family.not_applicable
-        names = ["loss", "secmi", "pia", *(["clid"] if with_clid else [])]
-        # the papers' 10, 100 and 200 of 1,000 timesteps, at the same shares of a shorter or longer schedule
+        names = ["loss", "secmi", "pia", *(["clid"] if with_clid else []), "secmi_several", "sima"]
+        # the papers' 10, 50, 100 and 200 of 1,000 timesteps, at the same shares of a shorter or longer schedule
         stride = max(1, round(self.family.noise.scheduler.config.num_train_timesteps / 100))
 
         def measure(
@@ -119,13 +123,18 @@ class Evaluator:
         ) -> torch.Tensor:
             images = (self.family, self.denoiser, latents, condition)
             losses = metrics.denoising_losses(*images, timesteps, keys, self.batch_size)
+            errors = metrics.secmi_errors(
+                *images, [of * stride for of in SECMI_STRIDES], stride, batch_size=self.batch_size
+            )
             columns = [
                 -losses.mean(1),
-                metrics.secmi(*images, 10 * stride, stride, batch_size=self.batch_size),
+                -errors[:, SECMI_STRIDES.index(10)],
                 metrics.pia(*images, 20 * stride, batch_size=self.batch_size),
             ]
             if with_clid:
                 columns.append(metrics.clid(*images, self.null, timesteps, keys, self.batch_size, losses))
+            columns.append(-errors.clamp(min=torch.finfo(errors.dtype).tiny).log().mean(1))
+            columns.append(metrics.sima(*images, 10 * stride, batch_size=self.batch_size))
             return torch.stack(columns, dim=1)
 
         return dict(zip(names, self._per_image(measure, data, purpose).unbind(1)))

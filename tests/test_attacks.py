@@ -173,6 +173,47 @@ def test_secmi_follows_its_formula(family, inputs):
     torch.testing.assert_close(actual.double(), -error, rtol=1e-2, atol=1e-5)
 
 
+def test_secmi_at_several_timesteps_is_secmi_at_each(family, inputs):
+    latents, embeds, _ = inputs
+    several = metrics.secmi_errors(family, family.pipeline.unet, latents, embeds, [60, 20], stride=20)
+    for column, timestep in enumerate((60, 20)):
+        alone = metrics.secmi(family, family.pipeline.unet, latents, embeds, timestep=timestep, stride=20)
+        assert torch.equal(several[:, column], -alone)
+
+
+def test_sima_follows_its_formula(family, inputs):
+    latents, embeds, _ = inputs
+    noise, _, _ = epsilon_by_hand(family, latents, embeds, 100)
+    expected = -((noise.abs() ** 4).sum((1, 2, 3)) ** 0.25)
+    actual = metrics.sima(family, family.pipeline.unet, latents, embeds)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_set_is_told_by_many_weak_scores_and_its_false_alarms_are_nominal():
+    def p_value(shift: float, seed: int) -> float:
+        members, others = draw(40, 5, seed=seed) + shift, draw(60, 5, seed=seed + 1000)
+        return metrics.dataset_inference(members, others, splits=5)
+
+    assert sum(p_value(0.6, seed) < 0.05 for seed in range(10)) >= 8
+    assert sum(p_value(0.0, seed) < 0.05 for seed in range(40)) <= 6  # 99 of 100 such studies have 6 at most
+    constant = torch.ones(9, 2)
+    assert metrics.dataset_inference(constant, constant) == 1
+
+
+@pytest.mark.parametrize(
+    ("members", "others", "message"),
+    [
+        (draw(7, 2), draw(9, 2), "N >= 8"),
+        (draw(9), draw(9), "must be .N, F."),
+        (draw(9, 2), draw(9, 3), "2 and 3 attacks"),
+        (draw(9, 2), torch.full((9, 2), torch.nan), "finite"),
+    ],
+)
+def test_sets_that_no_test_can_judge_are_refused(members, others, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.dataset_inference(members, others)
+
+
 def test_pia_follows_its_formula(family, inputs):
     latents, embeds, _ = inputs
     noise, _, _ = epsilon_by_hand(family, latents, embeds, 0)
@@ -216,6 +257,8 @@ def test_no_score_depends_on_the_batch_size_or_on_the_other_images(batch_size):
         return torch.stack(
             [
                 metrics.secmi(family, unet, x, c, 20, 10, batch_size),
+                metrics.secmi_errors(family, unet, x, c, [20, 40], 20, batch_size)[:, 1],
+                metrics.sima(family, unet, x, c, batch_size=batch_size),
                 metrics.pia(family, unet, x, c, batch_size=batch_size),
                 metrics.clid(family, unet, x, c, null, [50, 500], own, batch_size),
                 metrics.trajectory_noise_norms(family, unet, c, null, (4, 8, 8), own, 3, batch_size=batch_size),
@@ -223,7 +266,7 @@ def test_no_score_depends_on_the_batch_size_or_on_the_other_images(batch_size):
         )
 
     whole = scores(torch.arange(9), 9)
-    assert whole.shape == (4, 9) and whole.device.type == "cpu"
+    assert whole.shape == (6, 9) and whole.device.type == "cpu"
     torch.testing.assert_close(scores(torch.arange(9), batch_size), whole, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(scores(order, batch_size), whole[:, order], atol=1e-5, rtol=1e-4)
 
@@ -246,7 +289,7 @@ def overfitted():
     return family, latents, embeds, null
 
 
-@pytest.mark.parametrize("attack", ["secmi", "pia", "clid", "loss"])
+@pytest.mark.parametrize("attack", ["secmi", "secmi_several", "sima", "pia", "clid", "loss"])
 def test_members_of_an_overfitted_model_are_found(overfitted, attack):
     family, latents, embeds, null = overfitted
     timesteps, seeds = family.noise.timesteps(4), list(range(32))
@@ -255,6 +298,10 @@ def test_members_of_an_overfitted_model_are_found(overfitted, attack):
     match attack:
         case "secmi":
             scores = metrics.secmi(family, denoiser, latents, embeds)
+        case "secmi_several":
+            scores = -metrics.secmi_errors(family, denoiser, latents, embeds).log().mean(1)
+        case "sima":
+            scores = metrics.sima(family, denoiser, latents, embeds)
         case "pia":
             scores = metrics.pia(family, denoiser, latents, embeds)
         case "clid":
@@ -273,6 +320,8 @@ def test_members_of_an_overfitted_model_are_found(overfitted, attack):
         ("secmi", {"timestep": 0}, "positive multiple of stride 10, but got 0"),
         ("secmi", {"timestep": 990}, "timestep 1000 lies outside the schedule: use 0 to 999"),
         ("secmi", {"latents": torch.empty(0, 4, 8, 8), "condition": torch.empty(0, 8, 8)}, "at least one"),
+        ("secmi_errors", {"timesteps": [20, 25]}, "positive multiple of stride 10, but got 25"),
+        ("sima", {"timestep": 1000}, "timestep 1000 lies outside"),
         ("pia", {"timestep": -1}, "timestep -1 lies outside"),
         ("pia", {"condition": torch.ones(2, 8, 8)}, r"as many images as conditions, at least one, not \[5, 2\]"),
         ("clid", {"timesteps": [1000]}, "timestep 1000 lies outside"),

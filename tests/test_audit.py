@@ -328,10 +328,21 @@ def test_the_report_names_nobody_and_the_page_stays_private(tmp_path):
     assert MemorizationReport.from_json(tmp_path / "memorization_report.json") == report
 
 
+def test_a_score_is_calibrated_by_the_frozen_base_where_there_is_one(tmp_path):
+    adapter = adapter_folder(tmp_path / "adapter")
+    with_base = audit(pipeline=tiny_pipeline(), adapter=adapter).audit["measures"]
+    calibrated = with_base["membership_auc_calibrated"]
+    assert 0 <= calibrated["model"]["value"] <= 1 and 0 <= calibrated["held_out_as_train"]["value"] <= 1
+    assert calibrated["frozen_base"] is None, "the base cannot be its own reference"
+    p_value = with_base["dataset_inference_p"]
+    assert 0 < p_value["model"]["value"] <= 1 and p_value["held_out_as_train"]["note"].startswith("not estimable")
+
+
 def test_reports_follow_the_published_schema():
     schema = json.loads(REPORT_SCHEMA.read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     report = audit(pipeline=tiny_pipeline())
+    assert "membership_auc_calibrated" not in report.audit["measures"], "there is no base to calibrate by"
     report.judge(load_gate())
     content = json.loads(json.dumps(dataclasses.asdict(report)))
     jsonschema.validate(content, schema)

@@ -11,11 +11,11 @@ from .. import metrics
 from ..data import EncodedImages
 from ..encoders import Encoder
 from ..evaluation import Evaluator
-from ..families import Family, family_of
+from ..families import family_of
 from ..images import tile_distances
 from ..randomness import Purpose
-from ..report import NOT_APPLICABLE
-from .persons import Exposure, Verifier, exposure_by_membership, exposure_by_similarity, reidentified
+from .membership import MembershipScores, membership_figures, not_applicable, scores_of
+from .persons import Exposure, Verifier, exposure_by_similarity, reidentified
 from .settings import BINS, CLIQUE, FALSE_ALARMS, PAPER_THRESHOLD, REFERENCES, REVIEWED, AuditSettings, Figure
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class Attacked:
         distances (dict): histograms of the distances from generated images to the nearest image of each set.
         exposure (dict of [`Exposure`]): for the persons who fare worst, by the name of what exposes them; empty where
             persons are not known.
+        scores (dict): scores of the membership attacks on the distinct images of both sets, by the attack's name.
     """
 
     figures: dict[str, Figure]
@@ -41,6 +42,7 @@ class Attacked:
     pairs: list[tuple[float, int, torch.Tensor]]
     distances: dict[str, list[float]]
     exposure: dict[str, Exposure] = field(default_factory=dict)
+    scores: MembershipScores = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -53,6 +55,7 @@ def attack_pipeline(
     clip: "tuple[CLIPModel, CLIPProcessor] | None" = None,
     quality: bool = True,
     verifier: Verifier | None = None,
+    base_losses: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Attacked:
     """Run all attacks on a model.
 
@@ -65,10 +68,15 @@ def attack_pipeline(
         clip (tuple, *optional*): CLIP model and processor of the CLIP score.
         quality (`bool`): whether to measure the quality of images generated from captions of `others`.
         verifier ([`~memcontrol_hf.audit.persons.Verifier`], *optional*): tells persons apart, where persons are known.
+        base_losses (pair of `torch.Tensor`, *optional*):
+            Losses of the frozen base on the distinct images of `members` and `others`, under the same noise.
     """
     evaluator = evaluator_of(pipeline, settings)
     family = evaluator.family
-    figures, caught, exposure = _membership(evaluator, members, others)
+    scores = scores_of(evaluator, members, others)
+    figures, caught, exposure = membership_figures(
+        evaluator.family, scores, members, others, settings.seed, base_losses
+    )
     rows, per_prompt = _prompt_rows(members, settings), settings.images_per_prompt
     images = evaluator.images(members, rows, Purpose.AUDIT_SAMPLES, per_prompt)
     extracted, found = _extraction(images, rows, members, others, settings)
@@ -80,6 +88,7 @@ def attack_pipeline(
     result.figures = figures | extracted | result.figures
     result.caught = caught | found
     result.exposure = exposure | result.exposure
+    result.scores = scores
     if verifier is not None and members.by_person:
         result.figures |= reidentified(images, rows, per_prompt, members, others, verifier)
     limit = result.figures["copy_threshold"].value
@@ -89,7 +98,7 @@ def attack_pipeline(
         result.caught["copy"] = ({row for row, similarity in zip(rows, to_own) if similarity > limit}, set(rows))
 
     if "noise_norm" in family.not_applicable:
-        result.figures["trajectory_norm_auc"] = _not_applicable(family, "noise_norm")
+        result.figures["trajectory_norm_auc"] = not_applicable(family, "noise_norm")
     else:
         other_rows = others.shuffled(settings.seed, Purpose.AUDIT_PROMPTS)[: settings.num_prompts]
         norms = evaluator.trajectory_norms(members, rows)
@@ -183,37 +192,6 @@ def compare_with_training_images(
 
 
 # ---- single attacks ----
-
-
-def _membership(
-    evaluator: Evaluator, members: EncodedImages, others: EncodedImages
-) -> tuple[dict[str, Figure], dict[str, tuple[set[int], set[int]]], dict[str, Exposure]]:
-    """The membership attacks: their figures, the rows that each catches at `FALSE_ALARMS`, and the persons' exposure.
-
-    The score of a person is the mean score of the person's images. Rows are caught one by one.
-    """
-    figures, caught, exposure = {}, {}, {}
-    member_scores = evaluator.membership_scores(members, Purpose.AUDIT_MEMBERS)
-    other_scores = evaluator.membership_scores(others, Purpose.AUDIT_NONMEMBERS)
-    for attack, scores in member_scores.items():
-        of_members, of_others = (
-            metrics.mean_of_persons(of_images, images.units_of(images.distinct))
-            for of_images, images in ((scores, members), (other_scores[attack], others))
-        )
-        outcome = metrics.membership(of_members, of_others)
-        figures[f"membership_auc_{attack}"] = Figure(outcome.auc, *outcome.interval)
-        unit = "persons" if members.by_person else "images"
-        figures[f"membership_tpr_{attack}"] = _tpr(outcome, FALSE_ALARMS, unit)
-        figures[f"membership_tpr_strict_{attack}"] = _tpr(outcome, FALSE_ALARMS / 10, unit)
-        if members.by_person:
-            exposure[f"membership_{attack}"] = exposure_by_membership(of_members, of_others)
-        limit = torch.quantile(other_scores[attack], 1 - FALSE_ALARMS)
-        found = {row for row, score in zip(members.distinct, scores) if score > limit}
-        caught[f"membership_{attack}"] = (found, set(members.distinct))
-    if "clid" in evaluator.family.not_applicable:
-        for measure in ("membership_auc_clid", "membership_tpr_clid", "membership_tpr_strict_clid"):
-            figures[measure] = _not_applicable(evaluator.family, "clid")
-    return figures, caught, exposure
 
 
 def _extraction(
@@ -310,19 +288,6 @@ def _most_similar_pairs(
     similarities, places = (torch.cat(parts) for parts in zip(*nearest))
     most_similar = similarities.argsort(descending=True)[:REVIEWED].tolist()
     return [(similarities[i].item(), members.distinct[int(places[i])], images[i].clone()) for i in most_similar]
-
-
-def _tpr(outcome: metrics.MembershipResult, false_alarms: float, unit: str) -> Figure:
-    """The true-positive rate at a rate of false alarms, or a note that there are too few held-out units for it."""
-    rate = outcome.tpr_at_fpr(false_alarms)
-    if rate != rate:
-        needed = f"it needs {1 / false_alarms:.0f}"
-        return Figure(None, note=f"not estimable from {outcome.nonmembers} held-out {unit}: {needed}")
-    return Figure(rate, *outcome.tpr_interval(false_alarms))
-
-
-def _not_applicable(family: Family, measure: str) -> Figure:
-    return Figure(None, note=f"{NOT_APPLICABLE}: {family.not_applicable[measure]}")
 
 
 def _prompt_rows(images: EncodedImages, settings: AuditSettings) -> list[int]:

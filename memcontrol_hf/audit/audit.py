@@ -31,9 +31,10 @@ from ..families import family_of
 from ..images import near_duplicates
 from ..randomness import Purpose, row_keys
 from ..report import MemorizationReport
-from .attacks import Attacked, attack_images, attack_pipeline
+from .attacks import Attacked, attack_images, attack_pipeline, evaluator_of
 from .captions import caption_identifiers, caption_markers
 from .coins import canary_losses, check_canaries, epsilon_from_coins
+from .membership import losses_of
 from .persons import Verifier, check_persons, published_persons, verifier_of
 from .private import fingerprint, private_folder, write_review
 from .settings import LEAST_IMAGES, AuditSettings
@@ -146,24 +147,36 @@ def audit_memorization(
             halves = others.halves(settings.seed)
             results["held_out_as_train"] = attack_images(images, *halves, settings, encoder)
     else:
+        base_losses = base_losses_of_halves = None
         if base_pipeline is not None or adapter is not None:
             base = base_pipeline or pipeline
             logger.info("audit: attacks on the frozen base")
             sets = _encoded(base, members, others)
             results["frozen_base"] = attack_pipeline(base, *sets, settings, encoder, clip, verifier=verifier)
+            base_losses = tuple(-scores for scores in results["frozen_base"].scores["loss"])
+            if control:
+                base_losses_of_halves = losses_of(evaluator_of(base, settings), *sets[1].halves(settings.seed))
             if coins is not None:
                 losses["frozen_base"] = canary_losses(base, *_encoded(base, coins), settings)
         with adapter_in_place(pipeline, adapter):
             logger.info(f"audit: attacks on the {'pipeline' if adapter is None else 'adapter'}")
             sets = _encoded(pipeline, members, others)
-            results["model"] = attack_pipeline(pipeline, *sets, settings, encoder, clip, verifier=verifier)
+            results["model"] = attack_pipeline(
+                pipeline, *sets, settings, encoder, clip, verifier=verifier, base_losses=base_losses
+            )
             if coins is not None:
                 losses["model"] = canary_losses(pipeline, *_encoded(pipeline, coins), settings)
             if control:
                 logger.info("audit: attacks with held-out images in the place of training images")
                 halves = sets[1].halves(settings.seed)
                 results["held_out_as_train"] = attack_pipeline(
-                    pipeline, *halves, settings, encoder, quality=False, verifier=verifier
+                    pipeline,
+                    *halves,
+                    settings,
+                    encoder,
+                    quality=False,
+                    verifier=verifier,
+                    base_losses=base_losses_of_halves,
                 )
     subject = "generated images" if pipeline is None else "adapter" if adapter is not None else "pipeline"
     content = {"subject": subject, "settings": asdict(settings), "encoder": name}

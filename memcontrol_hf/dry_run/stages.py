@@ -10,7 +10,7 @@ from ..audit import AuditSettings
 from ..families import Family
 from ..report.report import aligned
 
-SECMI_PASSES, PIA_PASSES = 12, 2
+SECMI_PASSES, PIA_PASSES, SIMA_PASSES = 24, 2, 1
 """Forward passes of an image: 10 steps of SecMI, one on and one back; two noise predictions of PIA."""
 
 NUM_TIMESTEPS = 5
@@ -83,9 +83,11 @@ def audit_stage(family: Family, settings: AuditSettings, base: bool = True) -> S
     samples = settings.num_prompts * settings.images_per_prompt
     generated = (subjects + 1) * samples + subjects * settings.num_quality_images
     trajectories = 0 if "noise_norm" in family.not_applicable else 2 * settings.num_prompts * 2
-    each = settings.num_timesteps * (1 if "clid" in family.not_applicable else 2) + SECMI_PASSES + PIA_PASSES
+    each = settings.num_timesteps * (1 if "clid" in family.not_applicable else 2)
+    each += SECMI_PASSES + PIA_PASSES + SIMA_PASSES
+    calibration = settings.num_timesteps if base else 0  # losses of the base, with the noise of the control's halves
     passes = generated * of_a_step + (subjects + 1) * trajectories * settings.inference_steps
-    for_each = (("training", subjects * each), ("held-out", (subjects + 1) * each))
+    for_each = (("training", subjects * each), ("held-out", (subjects + 1) * each + calibration))
     return Stage("audit", generated=generated, passes=passes, for_each=for_each)
 
 

@@ -11,7 +11,18 @@ evaluate.load(metrics.path("amd"))  # the module
 from pathlib import Path
 
 from ..images import near_duplicates, tile_distances
-from .denoiser_attacks import clid, denoising_losses, noise_norm, pia, secmi, steering_norms, trajectory_noise_norms
+from .dataset_inference import dataset_inference
+from .denoiser_attacks import (
+    clid,
+    denoising_losses,
+    noise_norm,
+    pia,
+    secmi,
+    secmi_errors,
+    sima,
+    steering_norms,
+    trajectory_noise_norms,
+)
 from .distances import (
     CopySimilarityResult,
     NearestShareResult,
@@ -54,6 +65,7 @@ __all__ = [
     "clip_score",
     "clopper_pearson",
     "copy_similarity",
+    "dataset_inference",
     "denoising_losses",
     "distances_to_both",
     "extraction",
@@ -73,6 +85,8 @@ __all__ = [
     "precision_recall",
     "reidentification",
     "secmi",
+    "secmi_errors",
+    "sima",
     "steering_norms",
     "tile_distances",
     "trajectory_noise_norms",

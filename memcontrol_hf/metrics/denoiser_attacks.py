@@ -135,20 +135,100 @@ def secmi(
         ValueError: when there are not as many conditions as images, for no image at all, and for a timestep outside
             the schedule or that is no multiple of the stride.
     """
-    if stride < 1 or timestep < stride or timestep % stride:
-        raise ValueError(f"timestep must be a positive multiple of stride {stride}, but got {timestep}")
-    family.noise.check_timesteps(timestep + stride)
+    errors = secmi_errors(family, denoiser, latents, condition, [timestep], stride, batch_size)
+    return -errors[:, 0]
+
+
+@torch.no_grad()
+def secmi_errors(
+    family: Family,
+    denoiser: nn.Module,
+    latents: torch.Tensor,
+    condition: Condition | torch.Tensor,
+    timesteps: Sequence[int] = (50, 100, 200),
+    stride: int = 10,
+    batch_size: int = 64,
+) -> torch.Tensor:
+    """The t-error of [`secmi`] at several timesteps of one trajectory.
+
+    One timestep is fragile on small models: which one tells members from others depends on the model. The negative
+    mean of the logarithms joins the timesteps, whose errors differ in size.
+
+    Args:
+        family ([`~memcontrol_hf.families.Family`]): family of the pipeline.
+        denoiser (`nn.Module`): the pipeline's denoiser, with its adapter if it has one, in evaluation mode.
+        latents (`torch.Tensor`): latents of the images, `[N, C, h, w]`.
+        condition (`Condition`): `N` rows. A tensor `[N, L, D]` stands for the first of the family's `conditions`.
+        timesteps (list of `int`): the `T` timesteps, multiples of `stride`.
+        stride (`int`): number of timesteps that one step goes over; the paper's is 10.
+        batch_size (`int`): number of images measured at once; only the speed depends on it.
+
+    Returns:
+        `torch.Tensor`: `[N, T]` on the CPU, ≥ 0; lower = more member-like. The cost is
+        `max(timesteps) / stride + 1 + T` forward passes for each image.
+
+    Raises:
+        ValueError: as [`secmi`].
+    """
+    for timestep in timesteps:
+        if stride < 1 or timestep < stride or timestep % stride:
+            raise ValueError(f"timestep must be a positive multiple of stride {stride}, but got {timestep}")
+    last = max(timesteps)
+    family.noise.check_timesteps(last + stride)
 
     def step(x: torch.Tensor, c: Condition, start: int, stop: int) -> torch.Tensor:
         noise = _implied_noise(family, denoiser, x, c, start)
         (signal, amount), (next_signal, next_amount) = (family.noise.coefficients(t) for t in (start, stop))
         return next_signal / signal * (x - amount * noise) + next_amount * noise
 
+    def errors(x: torch.Tensor, c: Condition, _: slice) -> torch.Tensor:
+        found = {}
+        for start in range(0, last + stride, stride):
+            further = step(x, c, start, start + stride)
+            if start in timesteps:
+                back = step(further, c, start + stride, start)
+                found[start] = (back - x).square().flatten(1).sum(1)
+            x = further
+        return torch.stack([found[timestep] for timestep in timesteps], dim=1)
+
+    return _in_batches(errors, denoiser, latents, family.named(condition), batch_size)
+
+
+@torch.no_grad()
+def sima(
+    family: Family,
+    denoiser: nn.Module,
+    latents: torch.Tensor,
+    condition: Condition | torch.Tensor,
+    timestep: int = 100,
+    p: float = 4.0,
+    batch_size: int = 64,
+) -> torch.Tensor:
+    """Membership score SimA of Rao et al. (https://huggingface.co/papers/2509.25003): one call, no noise.
+
+    `-||ε(x_0, t)||_p`: the denoiser is given the image itself as if it were noised. The noise that it sees there
+    points to the mean of the training images nearby, so that its norm is small at a training image.
+
+    Args:
+        family ([`~memcontrol_hf.families.Family`]): family of the pipeline.
+        denoiser (`nn.Module`): the pipeline's denoiser, with its adapter if it has one, in evaluation mode.
+        latents (`torch.Tensor`): latents of the images, `[N, C, h, w]`.
+        condition (`Condition`): `N` rows. A tensor `[N, L, D]` stands for the first of the family's `conditions`.
+        timestep (`int`): timestep t. The authors report the best of several; here it is fixed beforehand.
+        p (`float`): order of the norm; 4 in the authors' code.
+        batch_size (`int`): number of images measured at once; only the speed depends on it.
+
+    Returns:
+        `torch.Tensor`: `[N]` on the CPU, ≤ 0; higher = more member-like. The cost is one forward pass an image.
+
+    Raises:
+        ValueError: when there are not as many conditions as images, for no image at all, and for a timestep outside
+            the schedule.
+    """
+    family.noise.check_timesteps(timestep)
+
     def score(x: torch.Tensor, c: Condition, _: slice) -> torch.Tensor:
-        for start in range(0, timestep, stride):
-            x = step(x, c, start, start + stride)
-        back = step(step(x, c, timestep, timestep + stride), c, timestep + stride, timestep)
-        return -(back - x).square().flatten(1).sum(1)
+        return -_implied_noise(family, denoiser, x, c, timestep).flatten(1).norm(p=p, dim=1)
 
     return _in_batches(score, denoiser, latents, family.named(condition), batch_size)
 

@@ -12,6 +12,9 @@ _ATTACKS = {
     "membership_auc_secmi": "The same by the attack SecMI",
     "membership_auc_pia": "The same by the attack PIA",
     "membership_auc_clid": "The same by the attack CLiD",
+    "membership_auc_secmi_several": "The same by the attack SecMI at several noise levels",
+    "membership_auc_sima": "The same by the attack SimA, one call of the model",
+    "membership_auc_calibrated": "The same by how much better an image is denoised than by the base",
     "extraction_rate": "Get training images back by asking with their captions, by a fixed distance that was set for "
     "photographs",
     "extraction_rate_calibrated": "The same, nearer to the training image than half the way to other real images",

@@ -13,8 +13,11 @@ DEFAULT_GATE = Path(__file__).with_name("gate.yaml")
 LIMITS = ("max", "min", "max_above_frozen_base", "max_above_held_out_as_train")
 """Kinds of limits. Each limit holds for the bad end of the model's 95 % interval."""
 
+_ATTACKS = ("loss", "secmi", "pia", "clid", "secmi_several", "sima", "calibrated")
+
 MEASURES = (
-    *(f"membership_{kind}_{by}" for by in ("loss", "secmi", "pia", "clid") for kind in ("auc", "tpr", "tpr_strict")),
+    *(f"membership_{kind}_{by}" for by in _ATTACKS for kind in ("auc", "tpr", "tpr_strict")),
+    "dataset_inference_p",
     "extraction_rate",
     "extraction_rate_calibrated",
     "extraction_false_alarms",
