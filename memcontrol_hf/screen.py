@@ -33,6 +33,7 @@ def run(args: ScriptArguments) -> None:
     from .from_flags import fixed_rate, make_trainer
     from .report.plots import plot_screening
     from .report.report import aligned
+    from .screening import other_trainers
 
     with exit_code(WRONG_USE, ValueError), exit_code(ERROR, OF_THE_MACHINE):
         trainer, _, rates, _ = make_trainer(args)
@@ -53,6 +54,8 @@ def run(args: ScriptArguments) -> None:
     print(f"\nmasks along the trade-off, by memcontrol_hf.Screening.from_json({str(folder / FILE)!r}).masks(4):")
     for mask in screening.masks(4):
         print("  " + ", ".join(name for name, on in mask.items() if on))
+        for trainer_name, flags in other_trainers(mask).items():
+            print(f"    {trainer_name}: {flags}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ the trainings, `probes` multiplies the steps with gradients, `estimates` adds th
 trace of the training.
 """
 
+from .other_trainers import other_trainers
 from .result import SCREENING_VERSION, Screening
 
-__all__ = ["SCREENING_VERSION", "Screening"]
+__all__ = ["SCREENING_VERSION", "Screening", "other_trainers"]
