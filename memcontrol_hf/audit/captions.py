@@ -1,5 +1,6 @@
 """Traces of de-identification in captions, and identifiers that it missed."""
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ def caption_identifiers(captions: Sequence[str]) -> dict[str, int] | None:
         return None
     from presidio_analyzer import RecognizerRegistry
 
+    logging.getLogger("presidio-analyzer").setLevel(logging.ERROR)  # it warns of each recognizer of other languages
     registry = RecognizerRegistry()
     registry.load_predefined_recognizers(languages=["en"])
     registry.remove_recognizer("SpacyRecognizer")  # it reads what a language model says
