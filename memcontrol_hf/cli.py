@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, text in _WITH_FLAGS_OF_TRAIN.items():
         commands.add_parser(name, help=text, add_help=False)
-    for add in (_add_audit, _add_card, _add_dossier, _add_push, _add_push_mask, _add_export):
+    for add in (_add_audit, _add_card, _add_dossier, _add_push, _add_push_mask, _add_export, _add_filter):
         add(commands)
     return parser
 
@@ -252,6 +252,20 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--rank", type=int, default=64, help="largest rank of a lora that approximates another method")
 
 
+def _add_filter(commands: argparse._SubParsersAction) -> None:
+    text = "shrink an adapter that failed, or leave blocks out of it, without data and without training"
+    parser = _command(commands, "filter", _filter, text)
+    parser.add_argument("folder", metavar="ADAPTER", help="folder of the adapter")
+    parser.add_argument("--output_dir", required=True, type=Path, help="new or empty folder")
+    parser.add_argument("--shrink", type=float, help="factor of the adapter's effect, between 0 and 1")
+    parser.add_argument("--drop", nargs="+", default=[], metavar="BLOCK", help="blocks to leave out")
+    parser.add_argument(
+        "--screening",
+        type=Path,
+        help="screening.json of memcontrol screen: leave out the blocks that memorize much for what they learn",
+    )
+
+
 # ---- the commands ----
 
 
@@ -323,6 +337,16 @@ def _export(args: argparse.Namespace) -> int:
     with quiet_log():
         written = export(args.folder, args.output_dir, args.to, pipeline=args.pipeline, rank=args.rank)
     print(written)
+    return PASSED
+
+
+def _filter(args: argparse.Namespace) -> int:
+    from .publish.filter import filter_adapter
+
+    print(filter_adapter(args.folder, args.output_dir, args.shrink, args.drop, args.screening))
+    print("it was not audited: the report of the adapter does not hold for it. Compare the two with")
+    for folder in (args.folder, args.output_dir):
+        print(f"  memcontrol audit --pipeline ... --train ... --held_out ... --adapter {folder} --output_dir ...")
     return PASSED
 
 

@@ -89,7 +89,7 @@ def run(args: ScriptArguments) -> None:
             print(dry_run(args))
             return
         trainer, data, rates, mask = make_trainer(args)
-        if not on_demo_data(args) and trainer.is_world_process_zero():
+        if (args.flip_canaries or not on_demo_data(args)) and trainer.is_world_process_zero():
             write_split(data, Path(args.output_dir))
 
     if args.n_trials:

@@ -16,6 +16,7 @@ import benchmark_workers
 import compare_mitigations
 import copy_detection
 import duplicate_scan
+import later_attacks
 import paper_table.page
 import person_intervals
 import power
@@ -42,6 +43,7 @@ PAGES: dict[str, Callable[[dict], str]] = {
     "results/screened_replay": screened_replay.render,
     "results/copy_detection": copy_detection.render,
     "results/duplicate_scan": duplicate_scan.render,
+    "results/later_attacks": later_attacks.render,
     "results/person_intervals": person_intervals.render,
     "results/search_memory": search_memory.render,
     "results/screening_paired": screened.paired_page.render,

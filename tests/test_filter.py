@@ -1,0 +1,103 @@
+"""A filtered adapter: a smaller effect, or fewer blocks, and nothing else."""
+
+import json
+
+import peft
+import pytest
+import torch
+from conftest import adapter_folder, tiny_pipeline, tiny_unet
+from peft import PeftModel
+
+from memcontrol_hf import MemControlConfig
+from memcontrol_hf.adapters import load_adapter
+from memcontrol_hf.cli import main
+from memcontrol_hf.publish.filter import filter_adapter
+from memcontrol_hf.screening import Screening
+
+MID, UP = "mid_block.attentions.0", "up_blocks.0.attentions.0"
+
+
+def merged(folder) -> dict[str, torch.Tensor]:
+    """The weights of the tiny UNet with an adapter, by name."""
+    return PeftModel.from_pretrained(tiny_unet(), str(folder)).merge_and_unload().state_dict()
+
+
+def blocks_of(unet) -> list[str]:
+    return sorted({name for name, _ in unet.named_modules() if name.endswith("attentions.0")})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [*(MemControlConfig(method=method) for method in ("weights", "bias", "norm")), peft.LoraConfig(r=2)],
+    ids=["weights", "bias", "norm", "lora"],
+)
+def test_half_the_effect_is_half_the_change_of_the_weights(tmp_path, config):
+    folder = adapter_folder(tmp_path / "adapter", config)
+    filter_adapter(folder, tmp_path / "half", shrink=0.5)
+    base, whole, half = tiny_unet().state_dict(), merged(folder), merged(tmp_path / "half")
+    assert any(not torch.equal(base[name], whole[name]) for name in base)
+    for name, weight in base.items():
+        torch.testing.assert_close(half[name] - weight, (whole[name] - weight) / 2, atol=1e-5, rtol=1e-4)
+
+
+def test_half_the_effect_of_sv_diff_is_half_the_shift(tmp_path):
+    folder = adapter_folder(tmp_path / "adapter")
+    filter_adapter(folder, tmp_path / "half", shrink=0.5)
+    whole, half = (peft.utils.load_peft_weights(str(path), device="cpu") for path in (folder, tmp_path / "half"))
+    assert whole.keys() == half.keys() and all(torch.equal(half[name], whole[name] / 2) for name in whole)
+    assert sorted(file.name for file in (tmp_path / "half").iterdir()) == [
+        *("adapter_config.json", "adapter_model.safetensors")
+    ], "no report and no card: what they say is not of this adapter"
+
+
+@pytest.mark.parametrize("config", [MemControlConfig(method="svdiff"), peft.LoraConfig(r=2)], ids=["svdiff", "lora"])
+def test_a_block_that_is_left_out_is_the_bases_again(tmp_path, config):
+    first, second, *_ = blocks_of(tiny_unet())
+    folder = adapter_folder(tmp_path / "adapter", config, mask={first: True, second: True})
+    filter_adapter(folder, tmp_path / "less", drop=[first])
+    base, whole, less = tiny_unet().state_dict(), merged(folder), merged(tmp_path / "less")
+    for name, weight in base.items():
+        torch.testing.assert_close(less[name], weight if name.startswith(first) else whole[name])
+    assert any(not torch.equal(less[name], weight) for name, weight in base.items())
+    pipeline = tiny_pipeline()
+    load_adapter(pipeline, tmp_path / "less")  # the audit loads it whole
+
+
+def test_a_screening_says_which_blocks_are_left_out(tmp_path):
+    first, second, *_ = blocks_of(tiny_unet())
+    folder = adapter_folder(tmp_path / "adapter", mask={first: True, second: True})
+    zeros = {first: 0.0, second: 0.0}
+    Screening({first: 1.0, second: -1.0}, {first: 0.1, second: 5.0}, zeros, zeros, {first: 9, second: 9}).to_json(
+        tmp_path / "screening.json"
+    )
+    said = filter_adapter(folder, tmp_path / "less", screening=tmp_path / "screening.json")
+    assert f"without {second}" in said
+    names = peft.utils.load_peft_weights(str(tmp_path / "less"), device="cpu")
+    assert names and all(first in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "nothing to do: give --shrink, --drop or --screening"),
+        (["--shrink", "1"], "--shrink must lie between 0 and 1, but is 1"),
+        (["--drop", "up_blocks.9"], "tunes nothing in a block 'up_blocks.9'"),
+        (["--drop", "mid_block"], "nothing would be left of the adapter"),
+    ],
+)
+def test_what_cannot_be_filtered_is_said_and_writes_nothing(tmp_path, capsys, words, message):
+    folder = adapter_folder(tmp_path / "adapter")
+    assert main(["filter", str(folder), "--output_dir", str(tmp_path / "out"), *words]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_the_command_says_that_the_report_does_not_hold_any_more(tmp_path, capsys):
+    folder = adapter_folder(tmp_path / "adapter")
+    words = ["filter", str(folder), "--output_dir", str(tmp_path / "out"), "--shrink", "0.5"]
+    assert main(words) == 0
+    assert "it was not audited" in (said := capsys.readouterr().out) and f"--adapter {tmp_path / 'out'}" in said
+    assert main(words) == 2 and "not empty" in capsys.readouterr().err
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_type": "OFT"}))
+    assert main([*words[:3], str(tmp_path / "other"), *words[4:]]) == 2
+    assert "is a OFT, of which this command knows no filter" in capsys.readouterr().err
