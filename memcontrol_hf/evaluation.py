@@ -7,7 +7,6 @@ figure does not depend on the batch size, on the order of the rows, or on the nu
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -93,8 +92,16 @@ class Evaluator:
 
     def losses(self, data: EncodedImages, purpose: Purpose) -> torch.Tensor:
         """Mean denoising loss of each distinct image over the fixed timesteps: `[N]`."""
-        measure = partial(metrics.denoising_losses, self.family, self.denoiser)
-        return self._per_image(lambda *rows: measure(*rows, self.batch_size).mean(1), data, purpose)
+        return self._losses_and_mean(data, purpose)[:, -1]
+
+    def _losses_and_mean(self, data: EncodedImages, purpose: Purpose) -> torch.Tensor:
+        """Denoising losses of each distinct image at the `T` fixed timesteps, and last their mean: `[N, T + 1]`."""
+
+        def measure(*rows: Any) -> torch.Tensor:
+            losses = metrics.denoising_losses(self.family, self.denoiser, *rows, self.batch_size)
+            return torch.cat([losses, losses.mean(1, keepdim=True)], dim=1)
+
+        return self._per_image(measure, data, purpose)
 
     def noise_norms(self, data: EncodedImages, purpose: Purpose) -> torch.Tensor:
         """Mean noise norm of each distinct image over the fixed timesteps: `[N]`."""
@@ -240,7 +247,10 @@ class Evaluator:
         wanted, figures = set(wanted), {}
         if {"loss", "membership_auc"} & wanted:
             member_losses = self.losses(train, Purpose.MEMBERS)
-            other_losses = self.losses(others, Purpose.NONMEMBERS)
+            by_timestep = self._losses_and_mean(others, Purpose.NONMEMBERS)
+            other_losses = by_timestep[:, -1]
+            of_timesteps = by_timestep[:, :-1].mean(0).tolist()
+            figures |= {f"loss_t{timestep:.0f}": loss for timestep, loss in zip(self.timesteps, of_timesteps)}
             figures["loss"], figures["loss_train"] = other_losses.mean().item(), member_losses.mean().item()
             if "membership_auc" in wanted:
                 result = metrics.membership(-member_losses, -other_losses)

@@ -506,10 +506,11 @@ class MemControlTrainer(Trainer):
 
         Returns:
             `dict[str, float]`: the figures, some with a further figure to compare them with. `loss` is of
-            `eval_dataset`, `loss_train` of the training images, each once. `membership_auc` has the ends
-            `membership_auc_low` and `membership_auc_high` of its 95 % interval. `noise_norm` is of the training
-            images, `noise_norm_held_out` of `eval_dataset`; both are left out for an unconditional model. `fid`
-            compares images generated from the captions of `eval_dataset` with its images. `amd` compares images
+            `eval_dataset`, `loss_train` of the training images, each once. `loss_t100` and the like are the loss of
+            `eval_dataset` at each fixed timestep: a mean over timesteps hides where a model learns. `membership_auc`
+            has the ends `membership_auc_low` and `membership_auc_high` of its 95 % interval. `noise_norm` is of the
+            training images, `noise_norm_held_out` of `eval_dataset`; both are left out for an unconditional model.
+            `fid` compares images generated from the captions of `eval_dataset` with its images. `amd` compares images
             generated from training captions with the training images, and `amd_held_out` with those of `eval_dataset`.
         """
         wanted = self.args.objectives if metrics is None else metrics

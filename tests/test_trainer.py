@@ -151,7 +151,11 @@ def test_figures_do_not_depend_on_the_batch_size(tmp_path):
         tiny_trainer(tmp_path, per_device_eval_batch_size=size).evaluate(metrics=list(METRICS)) for size in (1, 5)
     ]
     assert figures[0] == pytest.approx(figures[1], rel=1e-4)
-    assert len(figures[0]) == 10 and all(math.isfinite(value) for value in figures[0].values())
+    by_timestep = [
+        value for name, value in figures[0].items() if name.startswith("eval_loss_t") and name[11:].isdigit()
+    ]
+    assert len(by_timestep) == 2 and sum(by_timestep) / 2 == pytest.approx(figures[0]["eval_loss"])
+    assert len(figures[0]) == 10 + 2 and all(math.isfinite(value) for value in figures[0].values())
 
 
 def test_figures_compare_with_the_images_that_are_given(tmp_path):

@@ -8,6 +8,7 @@ from markupsafe import Markup
 from .report import SELECTED, MemorizationReport
 
 _INTERVAL_ENDS = ("_low", "_high")
+_LEFT_OUT = re.compile(r"trainable_|loss_t\d")  # the losses at single timesteps are in the report
 
 
 def as_yaml(data: ModelCardData) -> Markup:
@@ -43,12 +44,12 @@ def pipeline_task(report: MemorizationReport) -> str:
 
 
 def eval_results(report: MemorizationReport) -> list[EvalResult]:
-    """Every figure of the selected model for the model index: quality and memorization, with their intervals."""
+    """The figures of the selected model for the model index: quality and memorization, with their intervals."""
     figures = report.figures.get(SELECTED, {})
     results = [
         _eval_result(report, "fine-tune", name, value, *(figures.get(name + end) for end in _INTERVAL_ENDS))
         for name, value in figures.items()
-        if not name.startswith("trainable_") and not name.endswith(_INTERVAL_ENDS)
+        if not name.endswith(_INTERVAL_ENDS) and not _LEFT_OUT.match(name)
     ]
     for name, measure in (report.audit or {"measures": {}})["measures"].items():
         model = measure["model"]
