@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -212,8 +213,10 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
         adapters = [adapter for adapter in adapters if adapter in differences or adapter in deltas]
         if not adapters:
             return None
+        device = (self._device() if original.is_meta else original.device).type
         # Autocast would multiply the SVD factors in half precision.
-        with torch.autocast(device_type=self._device().type, enabled=False):
+        off = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+        with off:
             tensor = None
             for adapter in adapters:
                 if adapter in differences:

@@ -65,7 +65,8 @@ class SVDFactors:
         if self.u.device != delta.device:
             with torch.inference_mode(False):
                 self.u, self.s, self.vh = (factor.to(delta.device) for factor in (self.u, self.s, self.vh))
-        return (self.u * (torch.relu(self.s + scale * delta.float()) - self.s)) @ self.vh
+        shift = delta.float() if scale == 1 else scale * delta.float()
+        return (self.u * (torch.relu(self.s + shift) - self.s)) @ self.vh
 
     def __deepcopy__(self, memo: dict) -> SVDFactors:
         return self

@@ -12,8 +12,8 @@ from memcontrol_hf.families import family_of
 from .timing import alternate, clock, compared
 from .training_step import demo_trainer
 
-BATCH_SIZES = (64, 128, 256)
-"""Batch sizes beside that of the evaluation, which is 32."""
+LARGER = 128
+"""Batch size beside that of the evaluation, which is 32."""
 
 
 def bare_forwards(images: int, timesteps: int, batch_size: int, device: torch.device) -> Callable[[], None]:
@@ -51,7 +51,15 @@ def rows(pairs: int) -> Iterator[dict[str, Any]]:
             "losses and AUC": lambda: trainer.measure(["loss", "membership_auc"], train, others),
             "bare forwards": bare_forwards(*work, trainer.args.per_device_eval_batch_size, device),
         }
-        yield compared("evaluation of a trial, the demo", 1.1, alternate(sides, pairs, clock(device)))
-    for size in BATCH_SIZES:
-        sides = {"batches of 32": bare_forwards(256, 1, 32, device), f"of {size}": bare_forwards(256, 1, size, device)}
-        yield compared(f"forward passes in batches of 32, not {size}", 1.1, alternate(sides, pairs, clock(device)))
+        yield compared("losses and AUC of a trial, the demo", 1.1, alternate(sides, pairs, clock(device)))
+
+        def figures(batch_size: int) -> None:
+            trainer.args.per_device_eval_batch_size = batch_size
+            trainer.measure(["loss", "membership_auc", "fid"], train, others)
+
+        sides = {"batches of 32": lambda: figures(32), f"of {LARGER}": lambda: figures(LARGER)}
+        seconds = alternate(sides, min(pairs, 5), clock(device))
+        yield compared(f"all figures of a trial in batches of 32, not {LARGER}", 1.1, seconds)
+    sides = {"batches of 32": bare_forwards(256, 1, 32, device), f"of {LARGER}": bare_forwards(256, 1, LARGER, device)}
+    seconds = alternate(sides, pairs, clock(device))
+    yield compared(f"bare forward passes in batches of 32, not {LARGER}", 1.1, seconds)

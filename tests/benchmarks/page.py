@@ -6,7 +6,28 @@ from common.pages import table
 
 Row = dict[str, Any]
 
-REASONS: dict[str, str] = {}
+REASONS: dict[str, str] = {
+    "bare forward passes in batches": (
+        "*Batches of the evaluation.* On a CPU, the bare forward passes of the demo's small denoiser are faster in "
+        "larger batches. A trial's figures gain less, because most of their passes are those of sampling with "
+        "guidance, whose batches are twice as large already. So 32 stays the default; `--eval_batch_size` changes it, "
+        "and the figures do not depend on it, but for rounding."
+    ),
+    "images and captions encoded": (
+        "*Encoding.* Beside the encoders, an image is decoded from its file, its pixels are hashed to find copies, "
+        "and latents and conditions are written to the cache. The demo's autoencoder is so small that this is seen."
+    ),
+    "an adapter loaded and called once": (
+        "*Loading.* A profile shows PEFT's search for the layers to replace, which both sides have, and for SV-DIFF "
+        "the reading of each weight to find its decomposition: a digest of its values, then the file. Decompositions "
+        "of weights with fewer than 128 rows or columns are computed."
+    ),
+    "training step": (
+        "*The training step.* Beside forward, backward and AdamW, the trainer reads the rows of the batch, draws "
+        "noise and timesteps with a generator for each row, clips the gradients, steps the schedule, and calls "
+        "callbacks."
+    ),
+}
 """Why a goal is missed, and what a profile says, by the beginning of the row's name."""
 
 
