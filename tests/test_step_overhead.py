@@ -118,7 +118,9 @@ def test_the_dtype_of_the_denoiser_is_what_diffusers_says_also_after_it_changes(
     assert family._dtype() == unet.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("targets", [{"to_q", "ff.net.2"}, ["conv_in"], ["nothing"], "mid.*to_k"], ids=str)
+@pytest.mark.parametrize(
+    "targets", [{"to_q", "ff.net.2"}, ["conv_in"], ["nothing"], "mid.*to_k"], ids=["set", "list", "none", "pattern"]
+)
 @pytest.mark.parametrize("others", [{}, {"exclude_modules": ["to_q"]}, {"modules_to_save": ["conv_out"]}], ids=str)
 def test_the_modules_that_are_tuned_are_those_that_peft_finds(unet, targets, others):
     config = MemControlConfig(method="svdiff", target_modules=targets, **others)
