@@ -92,7 +92,8 @@ def test_a_coin_decides_which_canaries_are_trained_on():
             flip_canaries(images, count, repeats)
 
 
-def test_the_measured_epsilon_is_below_that_of_dp_sgd_at_three_noise_levels(tmp_path):
+def test_the_measured_epsilon_is_below_that_of_dp_sgd_at_three_noise_levels(tmp_path, monkeypatch):
+    monkeypatch.setattr("memcontrol_hf.mitigations.dp_sgd.secrets.randbits", lambda bits: 1)  # one outcome of the test
     train, canaries = flip_canaries(images_of(12, seed=1), 12, 1, seed=0)
     settings = AuditSettings(resolution=RESOLUTION)
     for noise in (8.0, 2.0, 0.7):

@@ -17,6 +17,7 @@ import compare_mitigations
 import copy_detection
 import duplicate_scan
 import later_attacks
+import measured_epsilon
 import paper_table.page
 import person_intervals
 import power
@@ -44,6 +45,7 @@ PAGES: dict[str, Callable[[dict], str]] = {
     "results/copy_detection": copy_detection.render,
     "results/duplicate_scan": duplicate_scan.render,
     "results/later_attacks": later_attacks.render,
+    "results/measured_epsilon": measured_epsilon.render,
     "results/person_intervals": person_intervals.render,
     "results/search_memory": search_memory.render,
     "results/screening_paired": screened.paired_page.render,
