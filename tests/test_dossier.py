@@ -124,3 +124,14 @@ def test_a_passed_gate_and_long_words_are_laid_out(tmp_path):
     assert lines["Verdict"].startswith("The gate passed.") and "5 trained on (1 to 9 images each" in lines["Persons"]
     assert json.loads((tmp_path / "memorization_report.json").read_text())["gate"]["passed"]
     assert "worst person" in dossier.html()
+
+
+def test_an_attack_that_no_gate_limits_stands_in_the_dossier_and_not_on_the_card(tmp_path):
+    report = small_report()
+    figure = {"value": 0.25, "low": 0.1, "high": 0.4, "note": None}
+    report.audit["measures"]["reidentified_share"] = {"model": figure, "frozen_base": None, "held_out_as_train": None}
+    folder = adapter_folder(tmp_path, report=report)
+    assert (
+        "(reidentified_share)</td><td>25 % (10 % to 40 %)</td>" in Dossier.from_folder(folder, Facts(), TODAY).html()
+    )
+    assert "again in images that are generated" not in (folder / "README.md").read_text()

@@ -15,6 +15,8 @@ _ATTACKS = {
     "membership_auc_secmi_several": "The same by the attack SecMI at several noise levels",
     "membership_auc_sima": "The same by the attack SimA, one call of the model",
     "membership_auc_calibrated": "The same by how much better an image is denoised than by the base",
+    "dataset_inference_p": "Tell the training set as a whole from other images, by all of these attacks together: a "
+    "p-value, small where it can be told",
     "extraction_rate": "Get training images back by asking with their captions, by a fixed distance that was set for "
     "photographs",
     "extraction_rate_calibrated": "The same, nearer to the training image than half the way to other real images",
@@ -33,10 +35,14 @@ _LIMITS = {
 }
 
 
-def attack_rows(report: MemorizationReport) -> list[dict[str, str]]:
+def attack_rows(report: MemorizationReport, unlimited: bool = False) -> list[dict[str, str]]:
     """Rows of the table: the measures that the gate limits, or without a gate those with an interval.
 
     The extraction by an absolute distance is shown beside what it calls extracted among pairs of real images.
+
+    Args:
+        report ([`MemorizationReport`]): Report with an audit.
+        unlimited (`bool`): Whether to add the attacks that the gate does not limit, if there are words for them.
     """
     gate = report.gate or {"limits": {}, "failures": []}
     failed = {reason.split(":")[0] for reason in gate["failures"]}
@@ -44,7 +50,8 @@ def attack_rows(report: MemorizationReport) -> list[dict[str, str]]:
     for name, figures in report.audit["measures"].items():
         limits = gate["limits"].get(name) if asked_of(name, report.audit.get("subject")) else None
         shown_without_gate = figures["model"]["low"] is not None and not name.startswith("membership_tpr")
-        if limits is None and name != "extraction_rate" and (report.gate or not shown_without_gate):
+        shown = name == "extraction_rate" or (unlimited and name in _ATTACKS)
+        if limits is None and not shown and (report.gate or not shown_without_gate):
             continue
         percent = name.endswith(("_share", "_share_real", "_rate", "_rate_calibrated")) or "_tpr_" in name
         texts = [_limit(kind, bound, percent) for kind, bound in (limits or {}).items()]

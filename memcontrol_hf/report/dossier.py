@@ -206,7 +206,7 @@ class Dossier:
                 row["false_alarms"],
                 _limit(row["limit"]),
             ]
-            for row in attack_rows(report)
+            for row in attack_rows(report, unlimited=True)
         ]
         tables = [(f"Attacks; rates and intervals are of {unit_of(audit)}", [head, *rows])]
         if audit.get("persons"):
