@@ -4,15 +4,16 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 LARGEST_JSON = 50_000_000
 """Bytes of the largest JSON file that is read; the report of a search of a thousand trials has less than a million."""
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
-    """Write a file aside, and rename it when it is on the disk.
+    """Write a file aside, and rename it when it is on the disk. Of several processes that do so, the last one wins.
 
     Args:
         path (`str`): path of the file.
@@ -22,9 +23,9 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
         OSError: when it cannot be written; what was there before is left then.
     """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.unfinished")
+    aside, file = _opened_aside(path)
     try:
-        with open(aside, "wb") as file:
+        with file:
             if isinstance(content, bytes):
                 aside.chmod(0o600)
             file.write(content.encode() if isinstance(content, str) else content)
@@ -35,6 +36,16 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
         aside.unlink(missing_ok=True)
         raise
     _sync(path.parent)
+
+
+def _opened_aside(path: Path) -> tuple[Path, IO[bytes]]:
+    """A new file beside a path, which no other process writes to."""
+    aside = path.with_name(f".{path.name}.unfinished")
+    try:
+        return aside, open(aside, "xb")
+    except FileExistsError:  # another process writes it at this moment, or was killed while it did
+        aside = aside.with_suffix(f".{uuid.uuid4().hex}.unfinished")
+        return aside, open(aside, "xb")
 
 
 def read_json(path: str | Path, **options: Any) -> Any:

@@ -33,6 +33,7 @@ from memcontrol_hf.search.claims import FINAL, Claim
 from memcontrol_hf.search.study import Outcome, SharedStudy
 from memcontrol_hf.search.worker import is_alive, this_worker
 from memcontrol_hf.train import FAILURES, exit_code
+from memcontrol_hf.whole_files import write_whole
 
 
 def journal_of(folder, trials=3) -> optuna.Study:
@@ -479,6 +480,28 @@ def test_a_server_that_stays_away_is_said_in_one_line(tmp_path, monkeypatch):
     said = rf"the storage {address} does not answer \(.*\): when it does, the same command goes on"
     with pytest.raises(RuntimeError, match=said), said_in_one_line(address):
         study.ask()
+
+
+# ---- several processes ----
+
+
+def test_processes_that_write_one_file_at_once_leave_it_whole(tmp_path):
+    texts, errors = ["a" * 10_000, "b" * 10_000], []
+
+    def write(text):
+        try:
+            for _ in range(100):
+                write_whole(tmp_path / "file.txt", text)
+        except OSError as error:
+            errors.append(error)
+
+    writers = [threading.Thread(target=write, args=(text,)) for text in texts]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert not errors and (tmp_path / "file.txt").read_text() in texts
+    assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
 
 
 # ---- files of strangers ----
