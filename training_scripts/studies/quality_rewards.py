@@ -15,7 +15,6 @@ import argparse
 import random
 import statistics
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from scipy.stats import bootstrap, spearmanr
 from transformers import logging as transformers_logging
 
 from common.pages import read_results, table, write_results
-from common.pieces import Job, Pieces, exit_if_missing
+from common.pieces import Job, Pieces, add_piece_flags, exit_if_missing
 from common.trainers import demo_trainer
 from memcontrol_hf import demo_dataset
 from memcontrol_hf.flags import ScriptArguments
@@ -148,11 +147,7 @@ def render(content: Figures) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing, then judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--collect", action="store_true", help="run nothing: judge what is finished")
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("outputs/quality_rewards"), help="folder of the pieces"
-    )
-    parser.add_argument("--docs_dir", type=Path, default=Path("docs/results"), help="folder of the results")
+    add_piece_flags(parser, "quality_rewards")
     args = parser.parse_args(argv)
     file, failed = args.docs_dir / "quality_rewards.json", []
     pieces = Pieces(args.output_dir, {"method": METHOD, "learning_rate": RATE, "steps": STEPS})

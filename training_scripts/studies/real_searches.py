@@ -24,7 +24,7 @@ from transformers import logging as transformers_logging
 
 from common.intervals import bootstrap_median
 from common.pages import read_results, table, write_results
-from common.pieces import Job, Pieces, exit_if_missing
+from common.pieces import Job, Pieces, add_piece_flags, exit_if_missing
 from common.trainers import demo_trainer
 from memcontrol_hf import demo_dataset
 from memcontrol_hf.flags import ScriptArguments
@@ -174,9 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--granularity", choices=GRANULARITIES, default="block", help="blocks of the masks")
     parser.add_argument("--kind", choices=list(KINDS), nargs="+", default=list(KINDS), help="kinds of searches")
-    parser.add_argument("--collect", action="store_true", help="run nothing: judge what is finished")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/real_searches"), help="folder of the pieces")
-    parser.add_argument("--docs_dir", type=Path, default=Path("docs/results"), help="folder of the results")
+    add_piece_flags(parser, "real_searches")
     args = parser.parse_args(argv)
     file, failed = args.docs_dir / "real_searches.json", []
     pieces = Pieces(args.output_dir, {"method": METHOD, "steps": STEPS})

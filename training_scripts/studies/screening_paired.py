@@ -27,7 +27,7 @@ import torch
 from transformers import logging as transformers_logging
 
 from common.pages import read_results, write_results
-from common.pieces import Job, Pieces, exit_if_missing
+from common.pieces import Job, Pieces, add_piece_flags, exit_if_missing
 from common.trainers import demo_trainer
 from memcontrol_hf import demo_dataset
 from memcontrol_hf.flags import ScriptArguments
@@ -132,11 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, nargs="+", default=list(range(SEEDS)), help="seeds (default: 0 to 9)")
     parser.add_argument("--same", choices=SAME, nargs="+", default=list(SAME), help="kinds of random masks")
     parser.add_argument("--fid", type=int, metavar="IMAGES", help="measure fid of so many generated images, too")
-    parser.add_argument("--collect", action="store_true", help="run nothing: judge what is finished")
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("outputs/screening_paired"), help="folder of the pieces"
-    )
-    parser.add_argument("--docs_dir", type=Path, default=Path("docs/results"), help="folder of the results")
+    add_piece_flags(parser, "screening_paired")
     args = parser.parse_args(argv)
     study, file, failed = Study(args.output_dir), args.docs_dir / "screening_paired.json", []
     study.pieces.restore(read_results(file).get("pieces", {}))

@@ -15,7 +15,6 @@ docs/results/screening_smallest.json and .md, to which each method adds its part
 
 import argparse
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch
 from transformers import logging as transformers_logging
 
 from common.pages import read_results, table, write_results
-from common.pieces import Job, Pieces, exit_if_missing
+from common.pieces import Job, Pieces, add_piece_flags, exit_if_missing
 from common.trainers import demo_trainer
 from memcontrol_hf import demo_dataset
 from memcontrol_hf.flags import ScriptArguments
@@ -154,11 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=list(RATES), default="attention", help="PEFT method (default: attention)")
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
-    parser.add_argument("--collect", action="store_true", help="run nothing: judge what is finished")
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("outputs/screening_smallest"), help="folder of the pieces"
-    )
-    parser.add_argument("--docs_dir", type=Path, default=Path("docs/results"), help="folder of the results")
+    add_piece_flags(parser, "screening_smallest")
     args = parser.parse_args(argv)
     file, failed = args.docs_dir / "screening_smallest.json", []
     pieces = Pieces(args.output_dir, {"rates": RATES, "steps": STEPS, "masks": MASKS})

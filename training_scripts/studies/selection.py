@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from optuna.study._multi_objective import _is_pareto_front
+from transformers.trainer_utils import BestRun
 
 from common.intervals import bootstrap_median
 from common.pages import table, write_results
+from memcontrol_hf.search import select_run
 from trials.columns import masks
 
 COMMAND = "python training_scripts/studies/selection.py"
@@ -65,10 +67,11 @@ def depths(values: np.ndarray) -> np.ndarray:
 
 
 def knee(values: np.ndarray) -> int:
-    """The trial that a search selects; the last one, the frozen base, is never selected."""
-    front = _is_pareto_front(values, assume_unique_lexsorted=False)
-    front[-1] = False
-    return int(np.where(front, depths(values), np.inf).argmin()) if front.any() else 0
+    """The trial that a search selects; the last one is the frozen base, which is never selected."""
+    front = np.flatnonzero(_is_pareto_front(values, assume_unique_lexsorted=False)).tolist()
+    base = len(values) - 1
+    runs = [BestRun(str(place), values[place].tolist(), {"mask": {"trained": place != base}}) for place in front]
+    return int(select_run(runs).run_id) if front != [base] else 0
 
 
 def regrets(runs: pd.DataFrame, quality: str) -> dict[str, np.ndarray]:

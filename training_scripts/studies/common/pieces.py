@@ -177,3 +177,10 @@ def add_part_flag(parser: argparse.ArgumentParser) -> None:
         default=Part(),
         help="number of this machine among machines that share no folder: 1/2 on the first of two (default: 1/1)",
     )
+
+
+def add_piece_flags(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add the flags `--collect`, `--output_dir` and `--docs_dir` to the command of a study, which `name` names."""
+    parser.add_argument("--collect", action="store_true", help="run nothing: judge what is finished")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs", name), help="folder of the pieces")
+    parser.add_argument("--docs_dir", type=Path, default=Path("docs/results"), help="folder of the results")
