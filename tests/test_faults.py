@@ -6,7 +6,6 @@ import os
 import random
 import re
 import shutil
-import socket
 import threading
 import time
 from datetime import timedelta
@@ -16,7 +15,7 @@ import PIL.Image
 import psutil
 import pytest
 import torch
-from conftest import RESOLUTION, adapter_of, images_of, tiny_pipeline, tiny_trainer
+from conftest import RESOLUTION, adapter_of, free_port, images_of, tiny_pipeline, tiny_trainer
 from datasets import Dataset, Features, Image
 from optuna.trial import TrialState
 from safetensors import SafetensorError
@@ -440,9 +439,7 @@ def test_a_grpc_proxy_that_is_gone_for_a_while_is_waited_for(tmp_path):
 
     database = f"sqlite:///{tmp_path / 'study.db'}"
     optuna.create_study(study_name="s", storage=open_storage(database)).ask()
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
 
     def serve():
         servers.append(make_server(open_storage(database), "localhost", port))
@@ -464,9 +461,7 @@ def test_a_server_that_stays_away_is_said_in_one_line(tmp_path, monkeypatch):
     pytest.importorskip("grpc")
     from optuna.storages._grpc.server import make_server
 
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     address = f"grpc://localhost:{port}"
     monkeypatch.setattr("memcontrol_hf.search.servers._FIRST_ANSWER", 0.5)
     with pytest.raises(ValueError, match=f"cannot open the storage {address}: no proxy answers there"):

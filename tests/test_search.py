@@ -2,7 +2,6 @@ import logging
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ import time
 import optuna
 import pytest
 import torch
-from conftest import adapter_of, tiny_trainer
+from conftest import adapter_of, free_port, tiny_trainer
 from optuna.trial import TrialState
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import BestRun
@@ -386,9 +385,7 @@ def test_two_processes_share_a_grpc_proxy(tmp_path, postgresql):
     pytest.importorskip("grpc")
     from optuna.storages._grpc.server import make_server
 
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = make_server(open_storage(postgresql), "localhost", port)
     server.start()
     try:
