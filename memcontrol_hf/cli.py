@@ -264,6 +264,17 @@ def _add_filter(commands: argparse._SubParsersAction) -> None:
         type=Path,
         help="screening.json of memcontrol screen: leave out the blocks that memorize much for what they learn",
     )
+    parser.add_argument(
+        "--spectral",
+        type=float,
+        metavar="FRACTION",
+        help="remove this share of the spectral channels of each changed matrix, between 0 and 1: those that are "
+        "aligned least with the base's weight",
+    )
+    parser.add_argument(
+        "--pipeline",
+        help="base of the adapter, for --spectral: Hub id, folder or demo (default: the one that the adapter names)",
+    )
 
 
 # ---- the commands ----
@@ -343,7 +354,8 @@ def _export(args: argparse.Namespace) -> int:
 def _filter(args: argparse.Namespace) -> int:
     from .publish.filter import filter_adapter
 
-    print(filter_adapter(args.folder, args.output_dir, args.shrink, args.drop, args.screening))
+    arguments = (args.shrink, args.drop, args.screening, args.spectral, args.pipeline)
+    print(filter_adapter(args.folder, args.output_dir, *arguments))
     print("it was not audited: the report of the adapter does not hold for it. Compare the two with")
     for folder in (args.folder, args.output_dir):
         print(f"  memcontrol audit --pipeline ... --train ... --held_out ... --adapter {folder} --output_dir ...")

@@ -7,11 +7,13 @@ import pytest
 import torch
 from conftest import adapter_folder, tiny_pipeline, tiny_unet
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from memcontrol_hf import MemControlConfig
 from memcontrol_hf.adapters import load_adapter
 from memcontrol_hf.cli import main
 from memcontrol_hf.publish.filter import filter_adapter
+from memcontrol_hf.publish.spectral import PRINCIPAL_ENERGY
 from memcontrol_hf.screening import Screening
 
 MID, UP = "mid_block.attentions.0", "up_blocks.0.attentions.0"
@@ -76,11 +78,84 @@ def test_a_screening_says_which_blocks_are_left_out(tmp_path):
     assert names and all(first in name for name in names)
 
 
+def changes(folder) -> dict[str, torch.Tensor]:
+    """The changes of the weights of the tiny UNet by an adapter, `[out, in * kernel]`, by the name of the weight."""
+    base, whole = tiny_unet().state_dict(), merged(folder)
+    found = {
+        name: (whole[name].double() - weight.double()).flatten(1) for name, weight in base.items() if weight.ndim > 1
+    }
+    return {name: change for name, change in found.items() if change.abs().max() > 1e-5}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    """The folder of the base of the adapters."""
+    tiny_pipeline().save_pretrained(folder := tmp_path_factory.mktemp("base"))
+    return str(folder)
+
+
+@pytest.mark.parametrize("config", [MemControlConfig(method="weights"), peft.LoraConfig(r=4)], ids=["weights", "lora"])
+def test_channels_far_from_the_principal_directions_of_the_base_are_removed(tmp_path, base, config):
+    folder = adapter_folder(tmp_path / "adapter", config)
+    filter_adapter(folder, tmp_path / "less", spectral=0.5, pipeline=base)
+    whole, less, weights = changes(folder), changes(tmp_path / "less"), tiny_unet().state_dict()
+    assert whole.keys() == less.keys()
+    for name, change in whole.items():
+        u, s, vh = torch.linalg.svd(weights[name].double().flatten(1))
+        k = 1 + next(k for k in range(len(s)) if (s[: k + 1] ** 2).sum() >= PRINCIPAL_ENERGY * (s**2).sum())
+        left, sizes, right = torch.linalg.svd(change, full_matrices=False)
+        count = 4 if isinstance(config, peft.LoraConfig) else len(sizes)
+        channels = [sizes[i] * torch.outer(left[:, i], right[i]) for i in range(count)]
+        aligned = [
+            sum((u[:, j] @ left[:, i]) ** 2 for j in range(k)) * sum((vh[j] @ right[i]) ** 2 for j in range(k))
+            for i in range(count)
+        ]
+        best = sorted(range(count), key=lambda i: aligned[i])[round(count / 2) :]
+        torch.testing.assert_close(less[name], sum(channels[i] for i in best), atol=1e-5, rtol=1e-4)
+    shapes = [
+        {n: t.shape for n, t in load_file(f / "adapter_model.safetensors").items()}
+        for f in (folder, tmp_path / "less")
+    ]
+    assert shapes[0] == shapes[1], "the rank of the configuration still holds"
+    load_adapter(tiny_pipeline(), tmp_path / "less")  # the audit loads it whole
+
+
+def test_the_channels_of_sv_diff_are_those_of_the_base(tmp_path):
+    folder = adapter_folder(tmp_path / "adapter")
+    filter_adapter(folder, tmp_path / "less", spectral=0.25)  # no base is read
+    whole, less = (load_file(path / "adapter_model.safetensors") for path in (folder, tmp_path / "less"))
+    for name, shifts in whole.items():
+        kept = len(shifts) - round(len(shifts) / 4)
+        assert torch.equal(less[name][:kept], shifts[:kept]) and not less[name][kept:].any() and shifts[kept:].any()
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "message"),
+    [
+        (MemControlConfig(method="bias"), {"pipeline": "demo"}, "changes no matrix"),
+        (MemControlConfig(method="norm"), {"pipeline": "demo"}, "changes no matrix"),
+        (peft.LoraConfig(r=1), {}, "of the channels of each matrix is less than one"),
+        (peft.LoraConfig(r=2), {"pipeline": "demo"}, "give the adapter's own base with --pipeline"),
+        (peft.LoraConfig(r=2, use_dora=True), {}, "of which no channels are known"),
+        (peft.LoraConfig(r=2), {"pipeline": None}, "nothing names here: give --pipeline"),
+    ],
+    ids=["bias", "norm", "rank 1", "other base", "dora", "no base"],
+)
+def test_what_has_no_channels_to_filter_is_said_and_writes_nothing(tmp_path, base, config, arguments, message):
+    folder = adapter_folder(tmp_path / "adapter", config)
+    if arguments.get("pipeline", base) is None:
+        (folder / "memorization_report.json").unlink()
+    with pytest.raises(ValueError, match=message):
+        filter_adapter(folder, tmp_path / "out", spectral=0.4, **{"pipeline": base, **arguments})
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "nothing to do: give --shrink, --drop or --screening"),
+        ([], "nothing to do: give --shrink, --drop, --screening or --spectral"),
         (["--shrink", "1"], "--shrink must lie between 0 and 1, but is 1"),
+        (["--spectral", "0"], "--spectral must lie between 0 and 1, but is 0"),
         (["--drop", "up_blocks.9"], "tunes nothing in a block 'up_blocks.9'"),
         (["--drop", "mid_block"], "nothing would be left of the adapter"),
     ],

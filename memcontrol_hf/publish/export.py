@@ -54,7 +54,8 @@ def export(folder: str | Path, output_dir: str | Path, to: str, pipeline: str | 
         _copy_adapter(folder, output_dir, parts, config)
         written = "the adapter, which PEFT reads without memcontrol_hf"
     else:
-        base = _base(pipeline) if pipeline else _base(report.base_model, report.card.get("base_revision"))
+        own = (report.base_model, report.card.get("base_revision"))
+        base = base_pipeline(*((pipeline, None) if pipeline else own))
         if to == "merged":
             _save_merged(base, folder, output_dir, parts)
             written = "a whole pipeline, which diffusers reads without memcontrol_hf"
@@ -134,7 +135,12 @@ def _save_lora(
     return metadata["r"], error
 
 
-def _base(name: str, revision: str | None = None) -> "DiffusionPipeline":
+def base_pipeline(name: str, revision: str | None = None) -> "DiffusionPipeline":
+    """The base of an adapter.
+
+    Raises:
+        ValueError: When it cannot be loaded; the message says to name it with `--pipeline`.
+    """
     try:
         return load_pipeline(name, revision)
     except ValueError as error:

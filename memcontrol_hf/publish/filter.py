@@ -1,4 +1,4 @@
-"""A remedy for an adapter that failed, without data and without training: a smaller effect, or fewer blocks."""
+"""A remedy for an adapter that failed, without data and without training: a smaller effect, or less of it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..adapter_folder import ADAPTER, CONFIG, adapter_parts
+from ..adapter_folder import ADAPTER, CONFIG, REPORT, adapter_parts
+from ..families import family_of
+from ..report import MemorizationReport
 from ..screening import Screening
 from ..whole_files import read_json, write_whole
+from .export import base_pipeline
+from .spectral import filter_channels
 
 _LINEAR = (
     "lora_B.weight",
@@ -31,8 +35,10 @@ def filter_adapter(
     shrink: float | None = None,
     drop: Sequence[str] = (),
     screening: str | Path | None = None,
+    spectral: float | None = None,
+    pipeline: str | None = None,
 ) -> str:
-    """Write an adapter whose effect is shrunk, or that lacks some blocks.
+    """Write an adapter whose effect is shrunk, or that lacks some blocks or some directions of its change.
 
     What was memorized fades with the effect, and what was learned fades with it, too. A filtered adapter is another
     adapter: its report is left behind, and it has to be audited anew. For SV-DIFF the shift of each singular value is
@@ -46,20 +52,27 @@ def filter_adapter(
         screening (`str`, *optional*):
             Screening of the same model and data, as `memcontrol screen` writes it: blocks that are off in its middle
             mask, which memorize much for what they learn, are left out, too.
+        spectral (`float`, *optional*):
+            Share of the spectral channels of each changed matrix that is removed, between 0 and 1: those that are
+            aligned least with the base's weight, see [`~memcontrol_hf.publish.spectral.filter_channels`].
+        pipeline (`str`, *optional*):
+            Base pipeline, whose weights `spectral` reads: Hub id, folder or `demo`. By default the base that the
+            adapter's report names, or else its configuration.
 
     Returns:
         `str`: What was written.
 
     Raises:
-        ValueError: When nothing is to be done, for a factor out of range, a folder without an adapter or with one of
-            another method, a block in which the adapter tunes nothing, an adapter of which nothing would be left, and
-            an output folder that is not empty.
+        ValueError: When nothing is to be done, for a factor or share out of range, a folder without an adapter or with
+            one of another method, a block in which the adapter tunes nothing, an adapter of which nothing would be
+            left, a base that is not known or does not fit, and an output folder that is not empty.
     """
     folder, output_dir = Path(folder), Path(output_dir)
-    if shrink is None and not drop and screening is None:
-        raise ValueError("nothing to do: give --shrink, --drop or --screening")
-    if shrink is not None and not 0 < shrink < 1:
-        raise ValueError(f"--shrink must lie between 0 and 1, but is {shrink:g}")
+    if shrink is None and not drop and screening is None and spectral is None:
+        raise ValueError("nothing to do: give --shrink, --drop, --screening or --spectral")
+    for name, share in (("shrink", shrink), ("spectral", spectral)):
+        if share is not None and not 0 < share < 1:
+            raise ValueError(f"--{name} must lie between 0 and 1, but is {share:g}")
     if adapter_parts(folder) != ("",):
         raise ValueError(
             f"{str(folder)!r} holds no {ADAPTER} with {CONFIG} of a denoiser alone: give the folder of an adapter "
@@ -80,14 +93,52 @@ def filter_adapter(
         raise ValueError("nothing would be left of the adapter: leave fewer blocks out")
     if left_out:
         config = _without(config, left_out, kept)
+    done = []
+    if spectral is not None:
+        weights = _BaseWeights(*((pipeline, None) if pipeline else _base_of(folder, config)))
+        kept, removed, channels = filter_channels(kept, weights, spectral)
+        done.append(f"without the {removed} of {channels} spectral channels that are aligned least with the base")
     if shrink is not None:
         kept = {name: _shrunk(name, tensor, shrink) for name, tensor in kept.items()}
     output_dir.mkdir(parents=True, exist_ok=True)
     save_file(kept, output_dir / ADAPTER, metadata={"format": "pt"})
     write_whole(output_dir / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
-    done = [f"effect times {shrink:g}"] if shrink is not None else []
+    done += [f"effect times {shrink:g}"] if shrink is not None else []
     done += [f"without {', '.join(left_out)}"] if left_out else []
     return f"{output_dir}: {'; '.join(done)}; {len(kept)} of {len(tensors)} tensors are left"
+
+
+def _base_of(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Name and revision of an adapter's base, by its report or else by its configuration."""
+    if (folder / REPORT).is_file():
+        report = MemorizationReport.from_json(folder / REPORT)
+        return report.base_model, report.card.get("base_revision")
+    return config.get("base_model_name_or_path"), config.get("revision")
+
+
+class _BaseWeights:
+    """The weights of a base's denoiser by the names of modules. The base is loaded when the first one is read.
+
+    Args:
+        name (`str`, *optional*): Hub id, folder or `demo`.
+        revision (`str`, *optional*): Revision on the Hub.
+    """
+
+    def __init__(self, name: str | None, revision: str | None) -> None:
+        self._name, self._revision = name, revision
+        self._state: dict[str, torch.Tensor] | None = None
+
+    def __call__(self, module: str) -> torch.Tensor:
+        """The weight of a module, `[out, ...]`."""
+        if self._state is None:
+            if not self._name:
+                raise ValueError("--spectral reads the weights of the base, which nothing names here: give --pipeline")
+            self._state = family_of(base_pipeline(self._name, self._revision)).denoiser.state_dict()
+        if f"{module}.weight" not in self._state:
+            raise ValueError(
+                f"{self._name!r} has no weight of {module!r}: give the adapter's own base with --pipeline"
+            )
+        return self._state[f"{module}.weight"]
 
 
 def _left_out(drop: Sequence[str], screening: str | Path | None, tensors: Mapping[str, torch.Tensor]) -> list[str]:
