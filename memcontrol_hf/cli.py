@@ -175,6 +175,13 @@ def _add_audit_amounts(amounts: argparse._ArgumentGroup) -> None:
     amounts.add_argument("--inference_steps", type=int, default=25, help="sampling steps of an image")
     amounts.add_argument("--guidance_scale", type=float, default=7.5, help="guidance scale of the sampling")
     amounts.add_argument("--num_timesteps", type=int, default=5, help="timesteps of the membership attacks")
+    amounts.add_argument(
+        "--embedding_attack",
+        type=int,
+        default=0,
+        help="number of images of each set whose text embedding is searched to bring them back; each costs as much as "
+        "400 images of a training, three times",
+    )
     amounts.add_argument("--batch_size", type=int, default=32, help="images at once; the figures do not depend on it")
     amounts.add_argument("--device", help="cuda, mps, cpu, ...; the accelerator by default, if there is one")
     amounts.add_argument("--seed", type=int, default=0, help="random seed of all draws")

@@ -34,6 +34,9 @@ METRICS = {
 SECMI_STRIDES = (5, 10, 20)
 """Timesteps of the attack SecMI, in strides of a hundredth of the schedule. The attack of the paper takes 10."""
 
+SEMANTIC_NOISE_STEPS = 5
+"""Steps of inversion and of sampling in the attack by semantic initial noise."""
+
 
 def check_objectives(objectives: Sequence[str]) -> None:
     """Raise `ValueError` for an objective that is not in `METRICS`, an objective named twice, and an empty list."""
@@ -121,7 +124,8 @@ class Evaluator:
         without the condition, so a family without conditions has no score of CLiD.
         """
         with_clid = "clid" not in self.family.not_applicable
-        names = ["loss", "secmi", "pia", *(["clid"] if with_clid else []), "secmi_several", "sima"]
+        names = ["loss", "secmi", "pia", *(["clid"] if with_clid else []), "secmi_several", "sima", "semantic_noise"]
+        guided = self.null if self.family.guided_passes > 1 else None
         # the papers' 10, 50, 100 and 200 of 1,000 timesteps, at the same shares of a shorter or longer schedule
         stride = max(1, round(self.family.noise.scheduler.config.num_train_timesteps / 100))
 
@@ -142,6 +146,8 @@ class Evaluator:
                 columns.append(metrics.clid(*images, self.null, timesteps, keys, self.batch_size, losses))
             columns.append(-errors.clamp(min=torch.finfo(errors.dtype).tiny).log().mean(1))
             columns.append(metrics.sima(*images, 10 * stride, batch_size=self.batch_size))
+            way = (guided, SEMANTIC_NOISE_STEPS, self.guidance_scale)
+            columns.append(metrics.semantic_noise(*images, *way, batch_size=self.batch_size))
             return torch.stack(columns, dim=1)
 
         return dict(zip(names, self._per_image(measure, data, purpose).unbind(1)))
@@ -175,7 +181,12 @@ class Evaluator:
     # ---- generated images ----
 
     def images(
-        self, data: EncodedImages, rows: Sequence[int], purpose: Purpose, per_caption: int | None = None
+        self,
+        data: EncodedImages,
+        rows: Sequence[int],
+        purpose: Purpose,
+        per_caption: int | None = None,
+        condition: Condition | None = None,
     ) -> torch.Tensor:
         """Images generated from the captions of some rows: `[len(rows) * per_caption, 3, H, W]` in [0, 1].
 
@@ -186,11 +197,14 @@ class Evaluator:
             per_caption (`int`, *optional*):
                 Number of images for each caption. The key of an image's noise then holds the image's number, too. By
                 default each caption gives one image, whose key holds no number.
+            condition (`Condition`, *optional*): embeddings in the place of the captions, a row for each of `rows`.
         """
         captions = [caption for caption in data.captions(rows) for _ in range(per_caption or 1)]
         keys = self._keys(data, rows, purpose)
         if per_caption is not None:
             keys = [(*key, i) for key in keys for i in range(per_caption)]
+        if condition is not None:
+            condition = {name: tensor.repeat_interleave(per_caption or 1, 0) for name, tensor in condition.items()}
         pipeline = self.family.pipeline
         with ExitStack() as stack:
             stack.enter_context(denoiser_in_place(pipeline, self.denoiser))
@@ -205,6 +219,7 @@ class Evaluator:
                 self.guidance_scale,
                 self.batch_size,
                 adjusters,
+                condition,
             )
 
     def training_latents_and_conditions(self) -> tuple[torch.Tensor, Condition]:

@@ -335,6 +335,13 @@ class ScriptArguments:
     audit_images_per_prompt: int | None = _by_pipeline(
         "audit_images_per_prompt", "Number of images that the audit generates for each caption.", study=False
     )
+    embedding_attack: int = _flag(
+        0,
+        "Number of images of each set whose text embedding the audit searches to bring them back. Each costs as much "
+        "as 400 images of a training, three times.",
+        study=False,
+        publish="yes",
+    )
     gate: str | None = _flag(
         None,
         "Gate file of the audit: limits for its measures. The package's own by default.",

@@ -196,6 +196,7 @@ def audit_settings(args: ScriptArguments) -> AuditSettings:
         num_quality_images=args.eval_num_images,
         inference_steps=args.eval_inference_steps,
         guidance_scale=args.eval_guidance_scale,
+        embedding_attack=args.embedding_attack,
         near_duplicates=args.near_duplicates,
         batch_size=args.eval_batch_size,
         seed=args.seed,

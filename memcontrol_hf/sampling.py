@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .families import family_of
+from .families import Condition, Family, family_of
 from .progress import bar
 from .randomness import seeded_generator
 
@@ -38,6 +38,7 @@ def generate(
     guidance_scale: float = 7.5,
     batch_size: int = 16,
     adjust_prompts: Sequence[Callable[..., dict[str, Any]]] = (),
+    condition: Condition | None = None,
 ) -> torch.Tensor:
     """Generate one image for each prompt.
 
@@ -51,6 +52,7 @@ def generate(
         batch_size (`int`): number of images sampled at once; only the speed depends on it.
         adjust_prompts (list of `Callable`): functions of `(family, prompts, generators, resolution,
             num_inference_steps)`, each of which returns what changes in the pipeline's call.
+        condition (`Condition`, *optional*): embeddings in the place of the prompts, `N` rows.
 
     Returns:
         `torch.Tensor`: `[N, 3, H, W]` in [0, 1] on the CPU.
@@ -67,5 +69,16 @@ def generate(
         changes: dict[str, Any] = {}
         for adjust in adjust_prompts:
             changes |= adjust(family, *sampled)
+        if condition is not None:
+            changes |= {"prompt": None, **_as_the_denoiser_reads(family, condition, batch)}
         images.append(family.sample(*sampled, guidance_scale, changes))
     return torch.cat(images) if images else torch.empty(0, 3, resolution, resolution)
+
+
+def _as_the_denoiser_reads(family: Family, condition: Condition, rows: slice) -> dict[str, torch.Tensor]:
+    """Some rows of a condition, on the denoiser's device and in its precision."""
+    denoiser = family.denoiser
+    return {
+        name: tensor[rows].to(denoiser.device, denoiser.dtype if tensor.is_floating_point() else None)
+        for name, tensor in condition.items()
+    }

@@ -189,6 +189,34 @@ def test_sima_follows_its_formula(family, inputs):
     torch.testing.assert_close(actual.double(), expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("guidance", [3.0, 1.0])
+def test_semantic_noise_follows_its_formula(family, inputs, guidance):
+    """Equations 4 to 6 and 10 of the paper, with the model itself for the inversion."""
+    latents, embeds, null = inputs
+    null = null.expand(5, -1, -1)
+    signals = np.cumprod(1 - family.noise.scheduler.betas.double().numpy())
+
+    def move(x, guided, t, to):
+        noise, a, s = epsilon_by_hand(family, x.float(), embeds, t)
+        if guided:
+            unconditional = epsilon_by_hand(family, x.float(), null, t)[0]
+            noise = unconditional + guidance * (noise - unconditional)
+        signal = signals[max(to, 0)]
+        return math.sqrt(signal) * (x - s * noise) / a + math.sqrt(1 - signal) * noise
+
+    x, last = latents.double(), [750, 500, 250, 0]
+    for t, to in ((0, 250), (250, 500), (500, 750)):
+        x = move(x, False, t, to)
+    for t in last[:3]:
+        x = move(x, True, t, t - 250)
+    noise, a, s = epsilon_by_hand(family, x.float(), embeds, 0)
+    unconditional = epsilon_by_hand(family, x.float(), null, 0)[0]
+    x = (x - s * (unconditional + guidance * (noise - unconditional))) / a  # DDIM's last step ends without noise
+    family.noise.scheduler.register_to_config(clip_sample=False, set_alpha_to_one=True, steps_offset=0)
+    actual = metrics.semantic_noise(family, family.pipeline.unet, latents, embeds, inputs[2], 4, guidance)
+    torch.testing.assert_close(actual.double(), -(x - latents).flatten(1).norm(dim=1), rtol=1e-2, atol=1e-4)
+
+
 def test_a_set_is_told_by_many_weak_scores_and_its_false_alarms_are_nominal():
     def p_value(shift: float, seed: int) -> float:
         members, others = draw(40, 5, seed=seed) + shift, draw(60, 5, seed=seed + 1000)
@@ -259,6 +287,7 @@ def test_no_score_depends_on_the_batch_size_or_on_the_other_images(batch_size):
                 metrics.secmi(family, unet, x, c, 20, 10, batch_size),
                 metrics.secmi_errors(family, unet, x, c, [20, 40], 20, batch_size)[:, 1],
                 metrics.sima(family, unet, x, c, batch_size=batch_size),
+                metrics.semantic_noise(family, unet, x, c, null, 3, batch_size=batch_size),
                 metrics.pia(family, unet, x, c, batch_size=batch_size),
                 metrics.clid(family, unet, x, c, null, [50, 500], own, batch_size),
                 metrics.trajectory_noise_norms(family, unet, c, null, (4, 8, 8), own, 3, batch_size=batch_size),
@@ -266,7 +295,7 @@ def test_no_score_depends_on_the_batch_size_or_on_the_other_images(batch_size):
         )
 
     whole = scores(torch.arange(9), 9)
-    assert whole.shape == (6, 9) and whole.device.type == "cpu"
+    assert whole.shape == (7, 9) and whole.device.type == "cpu"
     torch.testing.assert_close(scores(torch.arange(9), batch_size), whole, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(scores(order, batch_size), whole[:, order], atol=1e-5, rtol=1e-4)
 
@@ -619,6 +648,11 @@ def test_the_evaluate_modules_give_what_the_functions_give():
     actual = computed("membership", predictions=scores.tolist(), references=[1] * 200 + [0] * 1100)
     assert actual["tpr_at_1_percent_fpr"] < 0.1 and actual["tpr_at_0.1_percent_fpr"] < 0.05
     assert computed("membership", predictions=[0.1, 0.2], references=[1, 0])["tpr_at_0.1_percent_fpr"] is None
+
+    several = draw(30, 3, seed=5)
+    labels = [1] * 14 + [0] * 16
+    actual = computed("dataset_inference", predictions=several.tolist(), references=labels, splits=5)
+    assert actual["dataset_inference_p"] == metrics.dataset_inference(several[:14], several[14:], splits=5)
 
     images, originals = pictures(3, 4, seed=3), pictures(3, seed=1)
     images[0] = originals[0]

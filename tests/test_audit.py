@@ -63,6 +63,7 @@ def test_copies_are_found_among_images_and_fresh_ones_are_not():
     copies = audit(train=train, held_out=images_of(40, seed=2), generated=train.select_columns(["image"]))
     fresh = audit(train=train, held_out=images_of(40, seed=2), generated=images_of(60, seed=3))
     assert value(copies, "copy_share") == 1 and value(copies, "nearest_share") == 1
+    assert value(copies, "partial_copy_share") == 1 and value(fresh, "partial_copy_share") < 0.1
     assert value(copies, "amd") == pytest.approx(0, abs=1e-5) and value(copies, "auth_pct") == 0
     assert value(copies, "c_t") < -5
     assert value(fresh, "copy_share") < 0.1 and 0.25 < value(fresh, "nearest_share") < 0.75

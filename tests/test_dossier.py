@@ -51,6 +51,7 @@ def test_what_was_not_tested_is_said_and_what_was_is_not():
     missing = dict(not_tested(audit))
     assert missing["Persons as the unit, and the worst person beside the mean"] == "audit.persons"
     assert "Membership inference on the weights" not in missing
+    assert "audit.measures.embedding_attack_auc" in missing.values(), "a search that was not asked for"
     figure = {"model": {"value": None, "low": None, "high": None, "note": "too few images"}}
     audit["measures"]["membership_auc_loss"] = figure
     audit["epsilon"], audit["persons"] = {"lower": 0.1}, {"train": 3}

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -137,6 +138,8 @@ def test_an_audit_has_the_passes_that_are_planned(guidance):
     stage = audit_stage(family_of(pipeline), settings)
     assert stage.total(**{"training": 9, "held-out": 12}) == sum(counts)
     assert stage.generated == 3 * 4 * 3 + 2 * 5
+    searched = audit_stage(family_of(pipeline), replace(settings, embedding_attack=2))
+    assert searched.trained == 3 * 2 * 2 * 400 and searched.generated == stage.generated + 3 * 2 * 2 * 3
 
 
 @pytest.mark.parametrize("metrics", [["fid", "membership_auc"], ["loss"], list(METRICS)])

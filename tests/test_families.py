@@ -268,6 +268,36 @@ def test_steps_of_a_flow_undo_each_other_where_the_velocity_is_constant():
         torch.testing.assert_close(attack(family, Constant(1, 1), x, condition), torch.zeros(2), atol=1e-6, rtol=0)
 
 
+# --- attacks
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_family_is_attacked_by_semantic_noise_and_by_embeddings(name):
+    pipeline = PIPELINES[name]()
+    family = family_of(pipeline)
+    latents = torch.randn(2, *((3, 16, 16) if name == "ddpm" else (4, 8, 8)), generator=seeded_generator(0))
+    condition = family.encode_prompts(data_of(name, 2)["text"][:])
+    scores = metrics.semantic_noise(family, family.denoiser, latents, condition, family.null_condition(), 3, 2.0)
+    assert scores.shape == (2,) and scores.isfinite().all() and (scores < 0).all()
+
+    arguments = (family, family.denoiser, latents, condition, [(0, 1), (0, 2)], 2, 2)
+    if "embedding_attack" in family.not_applicable:
+        assert name in ("dit", "ddpm")
+        with pytest.raises(ValueError, match="has no embedding to search"):
+            metrics.search_embeddings(*arguments)
+        return
+    found = metrics.search_embeddings(*arguments)
+    for key, tensor in condition.items():
+        assert torch.equal(found[key], tensor) is not tensor.is_floating_point(), key
+    assert all(parameter.grad is None for parameter in family.denoiser.parameters())
+    settings = (RESOLUTION, 2, 3.0)
+    images = generate(pipeline, ["", ""], [(0,), (1,)], *settings, condition=found)
+    again = generate(pipeline, ["", ""], [(0,), (1,)], *settings, condition=condition)
+    captions = generate(pipeline, data_of(name, 2)["text"][:], [(0,), (1,)], *settings)
+    torch.testing.assert_close(again, captions, atol=1e-5, rtol=1e-4)
+    assert images.shape == captions.shape and not torch.allclose(images, captions, atol=1e-4)
+
+
 # --- conditions
 
 

@@ -1,5 +1,6 @@
 """The attacks of one audit. An attack compares a set that may be memorized with a set that cannot be memorized."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ from ..evaluation import Evaluator
 from ..families import family_of
 from ..images import tile_distances
 from ..randomness import Purpose
+from .copies import find_copies
+from .embedding import embedding_attack
 from .membership import MembershipScores, membership_figures, not_applicable, scores_of
 from .persons import Exposure, Verifier, exposure_by_similarity, reidentified
 from .settings import BINS, CLIQUE, FALSE_ALARMS, PAPER_THRESHOLD, REFERENCES, REVIEWED, AuditSettings, Figure
@@ -86,17 +89,16 @@ def attack_pipeline(
     own = [place[row] for row in rows]
     result = compare_with_training_images(images, features, per_prompt, members, others, settings, encoder, own)
     result.figures = figures | extracted | result.figures
-    result.caught = caught | found
+    result.caught = caught | found | result.caught
     result.exposure = exposure | result.exposure
     result.scores = scores
     if verifier is not None and members.by_person:
         result.figures |= reidentified(images, rows, per_prompt, members, others, verifier)
-    limit = result.figures["copy_threshold"].value
-    if limit is not None:
-        own_features = F.normalize(members.features(encoder)[own], dim=1)[:, None]
-        to_own = (F.normalize(features, dim=1).unflatten(0, (len(rows), per_prompt)) * own_features).sum(-1).amax(1)
-        result.caught["copy"] = ({row for row, similarity in zip(rows, to_own) if similarity > limit}, set(rows))
 
+    if settings.embedding_attack:
+        searched, found = embedding_attack(evaluator, members, others, settings)
+        result.figures |= searched
+        result.caught |= found
     if "noise_norm" in family.not_applicable:
         result.figures["trajectory_norm_auc"] = not_applicable(family, "noise_norm")
     else:
@@ -172,14 +174,10 @@ def compare_with_training_images(
         "c_t": Figure(metrics.c_t(features, member_features, other_features)),
         "auth_pct": Figure(metrics.auth_pct(features, member_features)),
     }
-    try:
-        copies = metrics.copy_similarity(features, member_features, other_features, FALSE_ALARMS, per_prompt, persons)
-        figures["copy_share"] = Figure(copies.share, *copies.interval)
-        figures["copy_similarity"] = Figure(copies.percentile_95)
-        figures["copy_threshold"] = Figure(copies.threshold)
-    except ValueError as error:
-        names = ("copy_share", "copy_similarity", "copy_threshold")
-        figures |= dict.fromkeys(names, Figure(None, note=f"not estimable: {error}"))
+    copies = find_copies(images, features, per_prompt, members, others, encoder, own)
+    figures |= copies.figures
+    rows = [members.distinct[place] for place in own]
+    caught = {name: (set(itertools.compress(rows, hits)), set(rows)) for name, hits in copies.caught.items()}
     largest = max(nearest.to_train.max().item(), nearest.to_held_out.max().item())
     edges = torch.linspace(0, largest or 1.0, BINS + 1, dtype=torch.double)
     distances = {
@@ -188,7 +186,8 @@ def compare_with_training_images(
         "held_out": torch.histogram(nearest.to_held_out, edges).hist.tolist(),
     }
     exposure = exposure_by_similarity(features, members, others, encoder)
-    return Attacked(figures, {}, _most_similar_pairs(images, features, members, member_features), distances, exposure)
+    pairs = _most_similar_pairs(images, features, members, member_features)
+    return Attacked(figures, caught, pairs, distances, exposure)
 
 
 # ---- single attacks ----

@@ -31,6 +31,8 @@ LEAST_IMAGES = {"train": 2, "held_out": 8}
 LEAST_PERSONS = {"train": 2, "held_out": 4}
 """Smallest number of persons in each set, where persons are known."""
 
+_MAY_BE_ZERO = ("guidance_scale", "embedding_attack", "near_duplicates", "seed")
+
 
 @dataclass(frozen=True)
 class AuditSettings:
@@ -51,6 +53,9 @@ class AuditSettings:
             Guidance scale of the sampling.
         num_timesteps (`int`):
             Number of fixed timesteps of the denoising-loss attack.
+        embedding_attack (`int`):
+            Number of training images, and of held-out images, for which an embedding is searched that brings them
+            back. The search trains 400 images for each of them, on the model and for each control; 0 leaves it out.
         fit (`str`), background (`str`):
             How an image becomes a square; see [`~memcontrol_hf.images.Framing`]. A model is attacked with images as it
             was trained on.
@@ -73,6 +78,7 @@ class AuditSettings:
     inference_steps: int = 25
     guidance_scale: float = 7.5
     num_timesteps: int = 5
+    embedding_attack: int = 0
     fit: str = "crop"
     background: str = "white"
     near_duplicates: float = 0.05
@@ -84,7 +90,7 @@ class AuditSettings:
         for name, value in vars(self).items():
             if name in ("fit", "background"):
                 continue
-            least = {"images_per_prompt": CLIQUE, "guidance_scale": 0, "near_duplicates": 0, "seed": 0}.get(name, 1)
+            least = {"images_per_prompt": CLIQUE, **dict.fromkeys(_MAY_BE_ZERO, 0)}.get(name, 1)
             if not value >= least:
                 raise ValueError(f"{name} must be at least {least}, but is {value}")
 

@@ -7,11 +7,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ..audit import AuditSettings
+from ..evaluation import SEMANTIC_NOISE_STEPS
 from ..families import Family
+from ..metrics.embedding_search import DRAWS, STEPS
 from ..report.report import aligned
 
 SECMI_PASSES, PIA_PASSES, SIMA_PASSES = 24, 2, 1
-"""Forward passes of an image: 10 steps of SecMI, one on and one back; two noise predictions of PIA."""
+"""Forward passes of an image: SecMI's way with a step on and back at three timesteps; two noise predictions of PIA."""
 
 NUM_TIMESTEPS = 5
 """Fixed timesteps of `loss`, `membership_auc` and `noise_norm`, as `eval_num_timesteps` has them by default."""
@@ -85,10 +87,15 @@ def audit_stage(family: Family, settings: AuditSettings, base: bool = True) -> S
     trajectories = 0 if "noise_norm" in family.not_applicable else 2 * settings.num_prompts * 2
     each = settings.num_timesteps * (1 if "clid" in family.not_applicable else 2)
     each += SECMI_PASSES + PIA_PASSES + SIMA_PASSES
+    to_noise = (family.noise.trajectory(SEMANTIC_NOISE_STEPS, tokens=1).timesteps > 0).sum().item()
+    each += to_noise + SEMANTIC_NOISE_STEPS * _of_a_step(family, settings.guidance_scale)
+    searched = 0 if "embedding_attack" in family.not_applicable else 2 * settings.embedding_attack * (subjects + 1)
+    generated += searched * settings.images_per_prompt
     calibration = settings.num_timesteps if base else 0  # losses of the base, with the noise of the control's halves
     passes = generated * of_a_step + (subjects + 1) * trajectories * settings.inference_steps
     for_each = (("training", subjects * each), ("held-out", (subjects + 1) * each + calibration))
-    return Stage("audit", generated=generated, passes=passes, for_each=for_each)
+    trained = searched * STEPS * DRAWS
+    return Stage("audit", trained=trained, generated=generated, passes=passes, for_each=for_each)
 
 
 def _of_a_step(family: Family, guidance_scale: float) -> int:

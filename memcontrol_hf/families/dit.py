@@ -18,6 +18,7 @@ class DiTFamily(Family):
     pipeline_classes = ("DiTPipeline",)
     encoders = ("vae",)
     conditions = ("class_labels",)
+    not_applicable = {"embedding_attack": "a class is a number, and no embedding that can be searched"}
 
     def __init__(self, pipeline):
         super().__init__(pipeline)

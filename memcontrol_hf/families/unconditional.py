@@ -28,7 +28,10 @@ class UnconditionalFamily(Family):
     encoders = ()
     conditions = ()
     guided_passes = 1
-    not_applicable = dict.fromkeys(("noise_norm", "clid"), "an unconditional model has no condition to leave out")
+    not_applicable = {
+        **dict.fromkeys(("noise_norm", "clid"), "an unconditional model has no condition to leave out"),
+        "embedding_attack": "an unconditional model has no embedding that can be searched",
+    }
     noise_class = UnconditionalNoise
     pixels_per_latent = 1
 

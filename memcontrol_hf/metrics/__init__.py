@@ -34,10 +34,12 @@ from .distances import (
     nearest_distances,
     nearest_share,
 )
+from .embedding_search import search_embeddings
 from .extraction_attack import ExtractionResult, extraction
 from .intervals import clopper_pearson
 from .measured_epsilon import MeasuredEpsilon, measured_epsilon
 from .membership_inference import MembershipResult, membership
+from .partial_copies import PartialCopiesResult, comparable, partial_copies
 from .persons import (
     ReidentificationResult,
     WorstCase,
@@ -47,6 +49,7 @@ from .persons import (
     worst_case,
 )
 from .quality import PrecisionRecall, clip_score, fid, kid, load_clip, precision_recall
+from .semantic_noise import semantic_noise
 
 __all__ = [
     "MODULES",
@@ -55,6 +58,7 @@ __all__ = [
     "MeasuredEpsilon",
     "MembershipResult",
     "NearestShareResult",
+    "PartialCopiesResult",
     "PrecisionRecall",
     "ReidentificationResult",
     "WorstCase",
@@ -64,6 +68,7 @@ __all__ = [
     "clid",
     "clip_score",
     "clopper_pearson",
+    "comparable",
     "copy_similarity",
     "dataset_inference",
     "denoising_losses",
@@ -79,13 +84,16 @@ __all__ = [
     "nearest_distances",
     "nearest_share",
     "noise_norm",
+    "partial_copies",
     "path",
     "person_distances",
     "pia",
     "precision_recall",
     "reidentification",
+    "search_embeddings",
     "secmi",
     "secmi_errors",
+    "semantic_noise",
     "sima",
     "steering_norms",
     "tile_distances",
@@ -97,11 +105,13 @@ MODULES = (
     "amd",
     "clip_score",
     "copy_similarity",
+    "dataset_inference",
     "extraction",
     "fid",
     "kid",
     "membership",
     "noise_norm",
+    "partial_copies",
     "precision_recall",
 )
 

@@ -4,14 +4,23 @@ All but [`noise_norm`] begin with `(family, denoiser, latents, condition, ...)`;
 image and has the null condition in the place of the latents: `(family, denoiser, condition, null, ...)`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from diffusers import SchedulerMixin
 from torch import nn
 
 from ..families import Condition, Family, StableDiffusionFamily, null_like
-from ..randomness import seeded_generator
+from .denoiser_calls import (
+    at_timesteps,
+    both_predictions,
+    check_seeds,
+    ddim_step,
+    draw_noise,
+    implied_noise,
+    in_batches,
+    null_condition,
+)
 
 
 @torch.no_grad()
@@ -48,7 +57,7 @@ def denoising_losses(
     def losses(x: torch.Tensor, c: Condition, steps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         return family.losses(denoiser, x, c, steps, noise)
 
-    return _at_timesteps(losses, denoiser, latents, family.named(condition), timesteps, seeds, batch_size)
+    return at_timesteps(losses, denoiser, latents, family.named(condition), timesteps, seeds, batch_size)
 
 
 def steering_norms(conditional: torch.Tensor, unconditional: torch.Tensor) -> torch.Tensor:
@@ -94,13 +103,13 @@ def noise_norm(
             without a null condition.
     """
     family = scheduler if isinstance(scheduler, Family) else StableDiffusionFamily.of_scheduler(scheduler)
-    null = _null_condition(family, null_embedding)
+    null = null_condition(family, null_embedding)
 
     def norms(x: torch.Tensor, c: Condition, steps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         noisy = family.noise.add_noise(x, noise, steps)
-        return steering_norms(*_both_predictions(family, unet, noisy, steps, c, null))
+        return steering_norms(*both_predictions(family, unet, noisy, steps, c, null))
 
-    return _at_timesteps(norms, unet, latents, family.named(embeddings), timesteps, seeds, batch_size)
+    return at_timesteps(norms, unet, latents, family.named(embeddings), timesteps, seeds, batch_size)
 
 
 @torch.no_grad()
@@ -176,22 +185,17 @@ def secmi_errors(
     last = max(timesteps)
     family.noise.check_timesteps(last + stride)
 
-    def step(x: torch.Tensor, c: Condition, start: int, stop: int) -> torch.Tensor:
-        noise = _implied_noise(family, denoiser, x, c, start)
-        (signal, amount), (next_signal, next_amount) = (family.noise.coefficients(t) for t in (start, stop))
-        return next_signal / signal * (x - amount * noise) + next_amount * noise
-
     def errors(x: torch.Tensor, c: Condition, _: slice) -> torch.Tensor:
         found = {}
         for start in range(0, last + stride, stride):
-            further = step(x, c, start, start + stride)
+            further = ddim_step(family, denoiser, x, c, start, start + stride)
             if start in timesteps:
-                back = step(further, c, start + stride, start)
+                back = ddim_step(family, denoiser, further, c, start + stride, start)
                 found[start] = (back - x).square().flatten(1).sum(1)
             x = further
         return torch.stack([found[timestep] for timestep in timesteps], dim=1)
 
-    return _in_batches(errors, denoiser, latents, family.named(condition), batch_size)
+    return in_batches(errors, denoiser, latents, family.named(condition), batch_size)
 
 
 @torch.no_grad()
@@ -228,9 +232,9 @@ def sima(
     family.noise.check_timesteps(timestep)
 
     def score(x: torch.Tensor, c: Condition, _: slice) -> torch.Tensor:
-        return -_implied_noise(family, denoiser, x, c, timestep).flatten(1).norm(p=p, dim=1)
+        return -implied_noise(family, denoiser, x, c, timestep).flatten(1).norm(p=p, dim=1)
 
-    return _in_batches(score, denoiser, latents, family.named(condition), batch_size)
+    return in_batches(score, denoiser, latents, family.named(condition), batch_size)
 
 
 @torch.no_grad()
@@ -268,11 +272,11 @@ def pia(
     signal, amount = family.noise.coefficients(timestep)
 
     def score(x: torch.Tensor, c: Condition, _: slice) -> torch.Tensor:
-        noise = _implied_noise(family, denoiser, x, c, 0)
-        again = _implied_noise(family, denoiser, signal * x + amount * noise, c, timestep)
+        noise = implied_noise(family, denoiser, x, c, 0)
+        again = implied_noise(family, denoiser, signal * x + amount * noise, c, timestep)
         return -(noise - again).flatten(1).norm(p=p, dim=1)
 
-    return _in_batches(score, denoiser, latents, family.named(condition), batch_size)
+    return in_batches(score, denoiser, latents, family.named(condition), batch_size)
 
 
 def clid(
@@ -314,7 +318,7 @@ def clid(
     """
     family.noise.check_timesteps(*timesteps)
     condition = family.named(condition)
-    without = null_like(_null_condition(family, null), condition)
+    without = null_like(null_condition(family, null), condition)
     if losses is None:
         losses = denoising_losses(family, denoiser, latents, condition, timesteps, seeds, batch_size)
     null_losses = denoising_losses(family, denoiser, latents, without, timesteps, seeds, batch_size)
@@ -367,101 +371,19 @@ def trajectory_noise_norms(
     first = num_inference_steps if first is None else first
     if not 1 <= first <= num_inference_steps:
         raise ValueError(f"first must lie between 1 and num_inference_steps {num_inference_steps}, but got {first}")
-    condition, null = family.named(condition), _null_condition(family, null)
-    _check_seeds(seeds, len(next(iter(condition.values()))))
-    start = torch.cat([_draw_noise(seed, (1, *shape)) for seed in seeds])
+    condition, null = family.named(condition), null_condition(family, null)
+    check_seeds(seeds, len(next(iter(condition.values()))))
+    start = torch.cat([draw_noise(seed, (1, *shape)) for seed in seeds])
 
     def score(x: torch.Tensor, c: Condition, _: slice) -> torch.Tensor:
         sampler = family.noise.trajectory(num_inference_steps, family.tokens(shape))
         norms = []
         for t in sampler.timesteps[:first]:
             steps = t.expand(len(x)).to(x.device)
-            conditional, unconditional = _both_predictions(family, denoiser, x, steps, c, null)
+            conditional, unconditional = both_predictions(family, denoiser, x, steps, c, null)
             norms.append(family.noise.epsilon_scale(t.item()) * steering_norms(conditional, unconditional))
             guided = unconditional + guidance_scale * (conditional - unconditional)
             x = sampler.step(guided, t, x).prev_sample
         return torch.stack(norms).mean(0)
 
-    return _in_batches(score, denoiser, start, condition, batch_size)
-
-
-# ---- what the attacks share ----
-
-
-def _draw_noise(seed: int | tuple[int, ...], shape: Sequence[int]) -> torch.Tensor:
-    key = (seed,) if isinstance(seed, int) else seed
-    return torch.randn(tuple(shape), generator=seeded_generator(*key))
-
-
-def _check_seeds(seeds: Sequence[int | tuple[int, ...]], images: int) -> None:
-    if len(seeds) != images:
-        raise ValueError(f"{images} images but {len(seeds)} seeds: give one for each image")
-
-
-def _null_condition(family: Family, null: Condition | torch.Tensor | None) -> Condition:
-    if null is None:
-        raise ValueError(f"{type(family).__name__} has no null condition, without which this has no meaning")
-    return family.named(null)
-
-
-def _implied_noise(
-    family: Family, denoiser: nn.Module, noisy: torch.Tensor, condition: Condition, timestep: int
-) -> torch.Tensor:
-    """The noise that the denoiser sees in `noisy` `[n, C, h, w]`, for every prediction type."""
-    steps = torch.full((len(noisy),), timestep, device=noisy.device)
-    return family.noise.to_epsilon(family.denoise(denoiser, noisy, steps, condition), noisy, timestep)
-
-
-def _both_predictions(
-    family: Family,
-    denoiser: nn.Module,
-    noisy: torch.Tensor,
-    timesteps: torch.Tensor,
-    condition: Condition,
-    null: Condition,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The predictions for `noisy` `[n, C, h, w]` under the condition and under the null condition, in one pass."""
-    without = null_like(null, condition)
-    both = {name: torch.cat([tensor, without[name]]) for name, tensor in condition.items()}
-    return family.denoise(denoiser, noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), both).chunk(2)
-
-
-def _at_timesteps(
-    measure: Callable[[torch.Tensor, Condition, torch.Tensor, torch.Tensor], torch.Tensor],
-    denoiser: nn.Module,
-    latents: torch.Tensor,
-    condition: Condition,
-    timesteps: Sequence[float],
-    seeds: Sequence[int | tuple[int, ...]],
-    batch_size: int,
-) -> torch.Tensor:
-    """`measure(latents, condition, steps, noise)` `[n]` at each timestep, under each image's own noise: `[N, T]`."""
-    _check_seeds(seeds, len(latents))
-
-    def score(x: torch.Tensor, c: Condition, rows: slice) -> torch.Tensor:
-        draws = [_draw_noise(seed, (len(timesteps), *x.shape[1:])) for seed in seeds[rows]]
-        noise = torch.stack(draws, dim=1).to(x.device)
-        steps = (torch.full((len(x),), t, device=x.device) for t in timesteps)
-        return torch.stack([measure(x, c, *pair) for pair in zip(steps, noise, strict=True)], dim=1)
-
-    return _in_batches(score, denoiser, latents, condition, batch_size)
-
-
-def _in_batches(
-    score: Callable[[torch.Tensor, Condition, slice], torch.Tensor],
-    denoiser: nn.Module,
-    latents: torch.Tensor,
-    condition: Condition,
-    batch_size: int,
-) -> torch.Tensor:
-    """`score(latents, condition, rows)` of `N` rows, in batches on the denoiser's device: `[N, ...]` on the CPU."""
-    lengths = [len(tensor) for tensor in (latents, *condition.values())]
-    if len(set(lengths)) > 1 or len(latents) == 0:
-        raise ValueError(f"give as many images as conditions, at least one, not {lengths}")
-    device = next(denoiser.parameters()).device
-    results = []
-    for start in range(0, len(latents), batch_size):
-        rows = slice(start, start + batch_size)
-        batch = {name: tensor[rows].to(device) for name, tensor in condition.items()}
-        results.append(score(latents[rows].to(device), batch, rows).cpu())
-    return torch.cat(results)
+    return in_batches(score, denoiser, start, condition, batch_size)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..randomness import seeded_generator
 from .intervals import clopper_pearson
-from .persons import mean_of_persons
+from .persons import mean_of_persons, share_of_draws
 
 
 def check_features(**sets: torch.Tensor) -> None:
@@ -93,8 +93,8 @@ def auth_pct(generated: torch.Tensor, train: torch.Tensor) -> float:
     train = torch.unique(train.double(), dim=0)
     if len(train) < 2:
         raise ValueError("train: the authentic share needs at least 2 different training images")
-    distance, nearest = _nearest_euclidean(generated.double(), train)
-    among, _ = _nearest_euclidean(train, train, exclude_self=True)
+    distance, nearest = nearest_euclidean(generated.double(), train)
+    among, _ = nearest_euclidean(train, train, exclude_self=True)
     return 100 * (distance > among[nearest]).double().mean().item()
 
 
@@ -116,8 +116,8 @@ def c_t(generated: torch.Tensor, train: torch.Tensor, held_out: torch.Tensor) ->
         moves the score.
     """
     check_features(generated=generated, train=train, held_out=held_out)
-    generated_distances, _ = _nearest_euclidean(generated.double(), train.double())
-    held_out_distances, _ = _nearest_euclidean(held_out.double(), train.double())
+    generated_distances, _ = nearest_euclidean(generated.double(), train.double())
+    held_out_distances, _ = nearest_euclidean(held_out.double(), train.double())
     m, n = len(generated), len(held_out)
     ordered = held_out_distances.sort().values
     below = torch.searchsorted(ordered, generated_distances, right=False)
@@ -126,7 +126,7 @@ def c_t(generated: torch.Tensor, train: torch.Tensor, held_out: torch.Tensor) ->
     return (u - m * n / 2) / math.sqrt(m * n * (m + n + 1) / 12)
 
 
-def _nearest_euclidean(
+def nearest_euclidean(
     queries: torch.Tensor, references: torch.Tensor, exclude_self: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Euclidean distance to the nearest reference, and its index: `[M]` each. About 2^24 distances fit in memory."""
@@ -331,10 +331,6 @@ def copy_similarity(
             f"{int((innocent > 1 - 1e-6).sum())} of {len(innocent)} held-out images are as near to a training image "
             "as a copy is: the sets overlap, or this detector cannot tell images apart, so that no copy can be told"
         )
-    copies, draws = (similarities > threshold).double(), len(similarities) / per_prompt
-    if persons:
-        copies = mean_of_persons(copies.view(-1, per_prompt).mean(1), persons)
-        draws = len(copies)
-    share = copies.mean().item()
+    share, interval = share_of_draws(similarities > threshold, per_prompt, persons)
     percentile = float(np.quantile(similarities.numpy(), 0.95))
-    return CopySimilarityResult(percentile, threshold, share, clopper_pearson(share * draws, draws), similarities)
+    return CopySimilarityResult(percentile, threshold, share, interval, similarities)

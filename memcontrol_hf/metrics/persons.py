@@ -31,6 +31,28 @@ def mean_of_persons(values: torch.Tensor, persons: Sequence[int]) -> torch.Tenso
     return sums / torch.bincount(places, minlength=len(numbers))
 
 
+def share_of_draws(
+    hits: torch.Tensor, per_prompt: int = 1, persons: Sequence[int] = ()
+) -> tuple[float, tuple[float, float]]:
+    """The share of generated images that an attack hits, with its interval over prompts or persons.
+
+    Args:
+        hits (`torch.Tensor`): whether each generated image is hit, bool `[M]`.
+        per_prompt (`int`): number of generated images in a row that belong to one prompt, which counts as one draw.
+        persons (list of `int`): number of the person of each prompt, where persons and not prompts are the draws: the
+            share is then the mean over persons.
+
+    Returns:
+        The share, and its Clopper-Pearson interval at 95 %.
+    """
+    values, draws = hits.double(), len(hits) / per_prompt
+    if persons:
+        values = mean_of_persons(values.view(-1, per_prompt).mean(1), persons)
+        draws = len(values)
+    share = values.mean().item()
+    return share, clopper_pearson(share * draws, draws)
+
+
 @dataclass(frozen=True)
 class WorstCase:
     """A figure of persons: its mean, and how it is for the persons who fare worst.

@@ -14,18 +14,28 @@ _ATTACKS = {
     "membership_auc_clid": "The same by the attack CLiD",
     "membership_auc_secmi_several": "The same by the attack SecMI at several noise levels",
     "membership_auc_sima": "The same by the attack SimA, one call of the model",
+    "membership_auc_semantic_noise": "The same by how well the model finds back to an image from the noise that the "
+    "image inverts to",
     "membership_auc_calibrated": "The same by how much better an image is denoised than by the base",
     "dataset_inference_p": "Tell the training set as a whole from other images, by all of these attacks together: a "
     "p-value, small where it can be told",
     "extraction_rate": "Get training images back by asking with their captions, by a fixed distance that was set for "
     "photographs",
     "extraction_rate_calibrated": "The same, nearer to the training image than half the way to other real images",
+    "embedding_attack_auc": "Get training images back sooner than held-out ones, by searching the text embedding that "
+    "brings each back. 0.5 is guessing",
+    "embedding_attack_rate": "Training images that come back by such a search, nearer than half the way to other real "
+    "images",
+    "embedding_attack_rate_held_out": "The same for held-out images: what the search alone brings back",
     "nearest_share": "Generated images that are nearer to a training image than to other real images",
     "reidentified_share": "Persons whom a verifier finds again in images that are generated from their captions",
     "reidentified_share_real": "Held-out persons whom the verifier finds again in another real image of theirs",
     "copy_share": "Generated images that could pass for a copy of a training image",
+    "partial_copy_share": "Generated images that hold a part, a quarter or more, of a training image",
 }
 """What the table of attacks says about a measure. A measure that is not here goes by its own name."""
+
+_PERCENT = ("_share", "_share_real", "_rate", "_rate_calibrated", "_rate_held_out")
 
 _LIMITS = {
     "max": "at most {}",
@@ -53,7 +63,7 @@ def attack_rows(report: MemorizationReport, unlimited: bool = False) -> list[dic
         shown = name == "extraction_rate" or (unlimited and name in _ATTACKS)
         if limits is None and not shown and (report.gate or not shown_without_gate):
             continue
-        percent = name.endswith(("_share", "_share_real", "_rate", "_rate_calibrated")) or "_tpr_" in name
+        percent = name.endswith(_PERCENT) or "_tpr_" in name
         texts = [_limit(kind, bound, percent) for kind, bound in (limits or {}).items()]
         false_alarms = _figure(figures["held_out_as_train"], percent)
         pairs = report.audit["measures"].get("extraction_false_alarms")

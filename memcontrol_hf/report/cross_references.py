@@ -11,7 +11,11 @@ EDPB = (
             "3, membership_*, extraction_*",
             "4: attacks trained for the purpose",
         ],
-        ["Personal data obtained by queries", "3, extraction_*, copy_share, nearest_share", "4: optimized queries"],
+        [
+            "Personal data obtained by queries",
+            "3, extraction_*, copy_share, partial_copy_share, nearest_share; embedding_attack_*, if it was asked for",
+            "4: optimized captions",
+        ],
         ["Selection of sources", "2, as people stated it", "whether the sources were lawful and necessary"],
         ["Preparation and minimisation of data", "2", "2: identifiers in pixels"],
         ["Methodological choices in training", "3, mitigations; summary, formal guarantee", "nothing named"],

@@ -281,7 +281,9 @@ def not_tested(audit: dict[str, Any]) -> Iterator[tuple[str, str]]:
     possible = [
         ("membership_auc_loss", "Membership inference on the weights"),
         ("extraction_rate_calibrated", "Extraction of training images by their captions"),
+        ("embedding_attack_auc", "Extraction by text embeddings that are optimized to give an image back"),
         ("copy_share", "Copies among generated images"),
+        ("partial_copy_share", "Parts of training images in generated images"),
         ("reidentified_share", "Re-identification of persons in generated images by a verifier"),
     ]
     for measure, label in possible:
@@ -295,7 +297,7 @@ def not_tested(audit: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "A lower bound of epsilon by coins of canaries", "audit.epsilon"
     yield "Attribute inference: what the model tells of a training person beyond membership", "no field"
     yield "Attacks that are trained for the purpose, such as shadow models", "no field"
-    yield "Queries that are optimized to make the model give an image back", "no field"
+    yield "Captions that are optimized to make the model give an image back", "no field"
     yield "Reconstruction of images from the weights by optimization (model inversion)", "no field"
     yield "Other training runs: the intervals are of images or persons, not of trainings", "no field"
     yield "Recognition of a person by people, or together with other sources", "no field"

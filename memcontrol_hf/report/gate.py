@@ -13,7 +13,7 @@ DEFAULT_GATE = Path(__file__).with_name("gate.yaml")
 LIMITS = ("max", "min", "max_above_frozen_base", "max_above_held_out_as_train")
 """Kinds of limits. Each limit holds for the bad end of the model's 95 % interval."""
 
-_ATTACKS = ("loss", "secmi", "pia", "clid", "secmi_several", "sima", "calibrated")
+_ATTACKS = ("loss", "secmi", "pia", "clid", "secmi_several", "sima", "semantic_noise", "calibrated")
 
 MEASURES = (
     *(f"membership_{kind}_{by}" for by in _ATTACKS for kind in ("auc", "tpr", "tpr_strict")),
@@ -21,10 +21,14 @@ MEASURES = (
     "extraction_rate",
     "extraction_rate_calibrated",
     "extraction_false_alarms",
+    "embedding_attack_auc",
+    "embedding_attack_rate",
+    "embedding_attack_rate_held_out",
     "nearest_share",
     "copy_share",
     "copy_similarity",
     "copy_threshold",
+    "partial_copy_share",
     "amd",
     "amd_held_out",
     "c_t",

@@ -12,7 +12,10 @@ GENERATED = "generated images"
 """Subject of an audit that had no weights to attack."""
 
 _QUALITY = ("fid", "kid", "precision", "recall", "clip_score")
-_OF_A_MODEL = ("membership_", "dataset_inference_", "extraction_", "trajectory_norm_", "reidentified_", *_QUALITY)
+_OF_A_MODEL = (
+    *("membership_", "dataset_inference_", "extraction_", "embedding_attack_", "trajectory_norm_", "reidentified_"),
+    *_QUALITY,
+)
 _ATTACKS = {"auc_loss": "loss", "auc_secmi": "SecMI", "auc_pia": "PIA", "auc_clid": "CLiD"}
 
 
