@@ -55,7 +55,8 @@ class AuditSettings:
             Number of fixed timesteps of the denoising-loss attack.
         embedding_attack (`int`):
             Number of training images, and of held-out images, for which an embedding is searched that brings them
-            back. The search trains 400 images for each of them, on the model and for each control; 0 leaves it out.
+            back; at most half of the held-out images, since the others calibrate the distances. The search trains 400
+            images for each of them, on the model and for each control; 0 leaves it out.
         fit (`str`), background (`str`):
             How an image becomes a square; see [`~memcontrol_hf.images.Framing`]. A model is attacked with images as it
             was trained on.

@@ -3,148 +3,121 @@
     python training_scripts/studies/later_attacks.py
 
 The models are those of `audit_controls.py`: the full fine-tune that memorized the demo's training images, and the
-frozen base. Each image is scored once by each model, under noise of its own. The positive control compares the
-training images with the held-out images by the scores of the fine-tune, the negative control by those of the base.
+frozen base.
+
+1. Membership. Each image is scored once by each model, under noise of its own. The positive control compares the
+   training images with the held-out images by the scores of the fine-tune, the negative control by those of the base.
+2. Embeddings. For 16 training and 32 held-out images (16 by the base) an embedding is searched, and the images that
+   come back are compared.
+3. Partial copies, in images that are generated from the captions of the training images, and in images of the base
+   into each of which a quarter of a training image was pasted.
+
 For the false alarms, the held-out images are divided in two halves in 20 draws, and one half stands in the place of
-the training images, by the scores of the fine-tune: there is nothing to find.
+the training images, by the scores and images of the fine-tune: there is nothing to find.
 
 Each finished part is a file in `--output_dir`, so the same command goes on where it stopped. Writes
 docs/results/later_attacks.json and .md. On a new machine the command takes up the finished parts from there.
 """
 
 import argparse
-import statistics
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import binom
 from transformers import logging as transformers_logging
 
-from audit_controls import BASE, HALF, MEMORIZING, adapter_folder, audit_settings, fine_tune
-from audit_controls import COMMAND as CONTROLS
-from common.pages import read_results, table, write_results
+from audit_controls import BASE, MEMORIZING, adapter_folder, audit_settings, fine_tune
+from common.pages import read_results, write_results
 from common.pieces import Job, Pieces, exit_if_missing
+from later.page import DRAWS, SEARCHED, halves, render
 from memcontrol_hf import demo_dataset, demo_pipeline
 from memcontrol_hf.adapters import load_adapter
 from memcontrol_hf.audit import FALSE_ALARMS
 from memcontrol_hf.audit.attacks import evaluator_of
+from memcontrol_hf.audit.embedding import nearest_found, one_of_each_unit
 from memcontrol_hf.audit.membership import scores_of
 from memcontrol_hf.data import EncodedImages
+from memcontrol_hf.encoders import load_encoder
+from memcontrol_hf.evaluation import Evaluator
 from memcontrol_hf.families import family_of
-from memcontrol_hf.metrics import clopper_pearson, dataset_inference, membership
+from memcontrol_hf.metrics import comparable, copy_similarity, extraction, partial_copies
+from memcontrol_hf.randomness import Purpose
 
 COMMAND = "python training_scripts/studies/later_attacks.py"
-DRAWS = 20
-EARLIER = ("loss", "secmi", "pia", "clid")
-"""Attacks of the table in audit_controls.md, which are shown for comparison."""
 
 # ---- the work ----
 
 
-def measure(args: argparse.Namespace, adapted: bool) -> dict[str, Any]:
-    """The scores of all images by a model: attack -> scores of the training and of the held-out images."""
+def attacked(args: argparse.Namespace, adapted: bool) -> tuple[Evaluator, EncodedImages, EncodedImages]:
+    """What measures a model, and the training and held-out images as the model encodes them."""
     data, pipeline = demo_dataset(), demo_pipeline()
     if adapted:
         load_adapter(pipeline, adapter_folder(args))
-    sets = [EncodedImages(data[name], 64).encoded_by(family_of(pipeline)) for name in ("train", "held_out")]
-    scores = scores_of(evaluator_of(pipeline, audit_settings(args.seed)), *sets)
+    sets = (EncodedImages(data[name], 64).encoded_by(family_of(pipeline)) for name in ("train", "held_out"))
+    return evaluator_of(pipeline, audit_settings(args.seed)), *sets
+
+
+def score(args: argparse.Namespace, adapted: bool) -> dict[str, Any]:
+    """The scores of all images by a model: attack -> scores of the training and of the held-out images."""
+    scores = scores_of(*attacked(args, adapted))
     return {attack: [of_set.tolist() for of_set in of_sets] for attack, of_sets in scores.items()}
 
 
-def with_calibrated(scores: dict[str, Any], base: dict[str, Any]) -> dict[str, list[torch.Tensor]]:
-    """The scores as tensors, with those of the loss calibrated by the frozen base."""
-    tensors = {attack: [torch.tensor(of_set).double() for of_set in of_sets] for attack, of_sets in scores.items()}
-    calibrated = [mine - torch.tensor(of_base).double() for mine, of_base in zip(tensors["loss"], base["loss"])]
-    return tensors | {"calibrated": calibrated}
-
-
-# ---- the page ----
-
-
-def figures_of(members: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """AUC and rate of each attack, and the p-value of all together."""
-    found: dict[str, Any] = {}
-    for attack, of_members in members.items():
-        outcome = membership(of_members, others[attack])
-        found[attack] = {"auc": outcome.auc, "interval": outcome.interval, "tpr": outcome.tpr_at_fpr(FALSE_ALARMS)}
-    columns = [torch.stack(list(scores.values()), dim=1) for scores in (members, others)]
-    found["p"] = dataset_inference(*columns)
-    return found
-
-
-def controls(content: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The figures of both models, and of each draw."""
-    scores = {name: with_calibrated(content[MEMORIZING], content[BASE]) for name in (MEMORIZING,)}
-    base = {attack: [torch.tensor(of).double() for of in of_sets] for attack, of_sets in content[BASE].items()}
-    scores[BASE] = base
-    models = {
-        name: figures_of(*({attack: of[side] for attack, of in of_model.items()} for side in (0, 1)))
-        for name, of_model in scores.items()
+def search(args: argparse.Namespace, adapted: bool) -> dict[str, Any]:
+    """The calibrated distances of what comes back by a search, of some training and held-out images."""
+    evaluator, train, held_out = attacked(args, adapted)
+    settings, searched = audit_settings(args.seed), 2 * SEARCHED if adapted else SEARCHED
+    rows, other_rows = (
+        one_of_each_unit(images, args.seed, count) for images, count in ((train, SEARCHED), (held_out, searched))
+    )
+    references = held_out.pixels([row for row in held_out.distinct if row not in other_rows])
+    return {
+        name: nearest_found(evaluator, images, of, references, settings).calibrated_distance.tolist()
+        for name, images, of in (("train", train, rows), ("held_out", held_out, other_rows))
     }
-    draws, held_out = [], {attack: of[1] for attack, of in scores[MEMORIZING].items()}
+
+
+def copies(args: argparse.Namespace, adapted: bool) -> dict[str, Any]:
+    """Partial copies in a model's images of the training captions; for the base also in images with a pasted part."""
+    evaluator, train, held_out = attacked(args, adapted)
+    rows = train.distinct
+    images = evaluator.images(train, rows, Purpose.AUDIT_SAMPLES, 4)
+    found = {"generated": whole_and_partial(images, train, held_out, rows)}
+    if not adapted:
+        pasted, half = images.clone(), images.shape[-1] // 2
+        originals = train.pixels(rows)
+        order = torch.randperm(len(pasted), generator=torch.Generator().manual_seed(args.seed)).tolist()
+        for image, place in zip(pasted, order):
+            y, x = half * (place % 2), half * (place // 2 % 2)
+            image[:, y : y + half, x : x + half] = originals[place % len(rows), :, y : y + half, x : x + half]
+        return found | {"pasted": whole_and_partial(pasted, train, held_out, rows)}
+    alarms, reals = [], held_out.features(comparable)
+    fresh = comparable(evaluator.images(held_out, held_out.distinct, Purpose.AUDIT_SAMPLES))
     for number in range(DRAWS):
-        order = torch.randperm(len(held_out["loss"]), generator=torch.Generator().manual_seed(number))
-        halves = [{attack: of[part] for attack, of in held_out.items()} for part in (order[:HALF], order[HALF:])]
-        draws.append(figures_of(*halves))
-    return models, draws
+        half, other = halves(len(reals), number)
+        alarms.append(partial_copies(fresh[half], reals[half], reals[other], FALSE_ALARMS).share)
+    return found | {"alarms": alarms}
 
 
-def render(content: dict[str, Any]) -> str:
-    """The page."""
-    models, draws = controls(content)
-    attacks = [name for name in models[MEMORIZING] if name != "p"]
-    allowed, nominal = int(binom.ppf(0.99, DRAWS, 0.05)), (int(HALF * FALSE_ALARMS) + 1) / (HALF + 1)
-    fires = [
-        [attack, *(_auc(of[attack]) if attack in of else "no meaning" for of in models.values())] for attack in attacks
-    ]
-    fires.append(["all together, p-value", *(f"{of['p']:.2g}" for of in models.values())])
-    alarms = []
-    for attack in attacks:
-        outside = sum(not of[attack]["interval"][0] <= 0.5 <= of[attack]["interval"][1] for of in draws)
-        rate, tried = statistics.fmean(of[attack]["tpr"] for of in draws), HALF * DRAWS
-        low, high = clopper_pearson(rate * tried, tried)
-        alarms.append(
-            [
-                attack,
-                f"{statistics.fmean(of[attack]['auc'] for of in draws):.3f}",
-                f"{outside} of {DRAWS}",
-                f"{rate:.4f} ({low:.4f} to {high:.4f})",
-            ]
-        )
-    small = sum(of["p"] < 0.05 for of in draws)
-    lines = [
-        "# The controls of later attacks",
-        "",
-        f"`{content['settings']['command']}`",
-        "",
-        f"The models of [the audit's controls](../audit_controls.md) (`{CONTROLS}`), and the attacks that joined the "
-        "audit after these were measured: `secmi_several` (SecMI at three timesteps of one trajectory, fixed "
-        "beforehand), `sima` (SimA, one call of the denoiser), `calibrated` (the loss of the frozen base minus the "
-        "loss), and the test of all scores together (`dataset_inference_p`, after CDI). The earlier attacks stand "
-        "beside them. No limit of the gate names the later attacks.",
-        "",
-        "## Positive and negative control",
-        "",
-        *table(["membership AUC by", *(f"{name} (95 %)" for name in models)], fires),
-        f"## False alarms: held-out images as training images, {DRAWS} draws",
-        "",
-        f"One half of the held-out images, {HALF}, against the other, by the scores of the memorizing model. All "
-        "draws divide the same scores, so they are not independent; the nominal figures treat them as independent. At "
-        f"a nominal level, at most {allowed} of {DRAWS} intervals leave .5 out in 99 of 100 such studies, and the "
-        f"rate is {nominal:.4f}.",
-        "",
-        *table(["attack", "mean AUC", "draws whose 95 % interval leaves .5 out", "rate at 1 % false alarms"], alarms),
-        f"The test of all scores together has a p-value below .05 in {small} of {DRAWS} draws; the smallest is "
-        f"{min(of['p'] for of in draws):.2g}.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _auc(of: dict[str, Any]) -> str:
-    low, high = of["interval"]
-    return f"{of['auc']:.3f} ({low:.3f} to {high:.3f})"
+def whole_and_partial(
+    images: torch.Tensor, train: EncodedImages, held_out: EncodedImages, rows: list[int]
+) -> dict[str, Any]:
+    """The shares of partial and of whole copies among 4 images of each row, and of extracted rows."""
+    encoder = load_encoder("demo")
+    parts = partial_copies(
+        comparable(images), train.features(comparable), held_out.features(comparable), FALSE_ALARMS, per_prompt=4
+    )
+    wholes = copy_similarity(
+        encoder(images), train.features(encoder), held_out.features(encoder), FALSE_ALARMS, per_prompt=4
+    )
+    references = held_out.pixels(held_out.distinct)
+    taken = extraction(images.unflatten(0, (len(rows), 4)), train.pixels(rows), held_out=references)
+    return {
+        "partial_copy_share": [parts.share, *parts.interval],
+        "copy_share": [wholes.share, *wholes.interval],
+        "extraction_rate_calibrated": [taken.calibrated_rate, *taken.calibrated_interval],
+    }
 
 
 # ---- the command ----
@@ -170,18 +143,30 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     committed = read_results(results)
-    names = {MEMORIZING: "later/memorizing", BASE: "later/base"}
-    pieces.restore({names[name]: committed[name] for name in names if name in committed})
+    parts = {"scores": score, "search": search, "copies": copies}
+    pieces.restore(
+        {
+            _piece(name, part): committed[name][part]
+            for name in (MEMORIZING, BASE)
+            for part in parts
+            if part in committed.get(name, {})
+        }
+    )
     tune = Job("fine_tune", "fine-tune", partial(fine_tune, args))
     jobs = [
-        Job(names[BASE], f"scores, {BASE}", partial(measure, args, False)),
-        Job(names[MEMORIZING], f"scores, {MEMORIZING}", partial(measure, args, True), (tune.piece,)),
+        Job(_piece(name, part), f"{part}, {name}", partial(make, args, adapted), (tune.piece,) if adapted else ())
+        for name, adapted in ((BASE, False), (MEMORIZING, True))
+        for part, make in parts.items()
     ]
     missing = [job for job in jobs if job.piece not in pieces]
     exit_if_missing(pieces.work([tune, *missing] if any(job.needs for job in missing) else missing))
     content = {"settings": fine_tuned | {"command": COMMAND}}
-    content |= {name: pieces.read(piece) for name, piece in names.items()}
+    content |= {name: {part: pieces.read(_piece(name, part)) for part in parts} for name in (MEMORIZING, BASE)}
     write_results(results, content, render(content))
+
+
+def _piece(name: str, part: str) -> str:
+    return f"later/{part}-{'memorizing' if name == MEMORIZING else 'base'}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""The page of `later_attacks.py`."""
