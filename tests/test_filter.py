@@ -156,6 +156,7 @@ def test_what_has_no_channels_to_filter_is_said_and_writes_nothing(tmp_path, bas
         ([], "nothing to do: give --shrink, --drop, --screening or --spectral"),
         (["--shrink", "1"], "--shrink must lie between 0 and 1, but is 1"),
         (["--spectral", "0"], "--spectral must lie between 0 and 1, but is 0"),
+        (["--shrink", "0.5", "--pipeline", "demo"], "--pipeline 'demo' is for --spectral alone"),
         (["--drop", "up_blocks.9"], "tunes nothing in a block 'up_blocks.9'"),
         (["--drop", "mid_block"], "nothing would be left of the adapter"),
     ],

@@ -70,6 +70,10 @@ def filter_adapter(
     folder, output_dir = Path(folder), Path(output_dir)
     if shrink is None and not drop and screening is None and spectral is None:
         raise ValueError("nothing to do: give --shrink, --drop, --screening or --spectral")
+    if pipeline is not None and spectral is None:
+        raise ValueError(
+            f"--pipeline {pipeline!r} is for --spectral alone, which reads the base: give both or neither"
+        )
     for name, share in (("shrink", shrink), ("spectral", spectral)):
         if share is not None and not 0 < share < 1:
             raise ValueError(f"--{name} must lie between 0 and 1, but is {share:g}")

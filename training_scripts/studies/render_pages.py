@@ -16,6 +16,7 @@ import benchmark_workers
 import compare_mitigations
 import copy_detection
 import duplicate_scan
+import filter_remedy
 import later_attacks
 import measured_epsilon
 import paper_table.page
@@ -44,6 +45,7 @@ PAGES: dict[str, Callable[[dict], str]] = {
     "results/screened_replay": screened_replay.render,
     "results/copy_detection": copy_detection.render,
     "results/duplicate_scan": duplicate_scan.render,
+    "results/filter_remedy": filter_remedy.render,
     "results/later_attacks": later_attacks.render,
     "results/measured_epsilon": measured_epsilon.render,
     "results/person_intervals": person_intervals.render,

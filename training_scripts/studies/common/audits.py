@@ -2,13 +2,21 @@
 
 from typing import Any
 
+import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
+from torch import nn
 
-from memcontrol_hf import MemControlTrainer, audit_memorization
+from memcontrol_hf import MemControlTrainer, audit_memorization, metrics
 from memcontrol_hf.audit import AuditSettings
 from memcontrol_hf.audit.coins import canary_losses, epsilon_from_coins
+from memcontrol_hf.data import EncodedImages
+from memcontrol_hf.families import Family
+from memcontrol_hf.randomness import Purpose, row_keys
 from memcontrol_hf.sampling import denoiser_in_place
+
+PIA_TIMESTEP = 200
+"""Timestep of PIA, of the demo's 1,000, as in the audit."""
 
 
 def audit_trainer(
@@ -45,6 +53,31 @@ def canary_epsilon(
     with denoiser_in_place(trainer.pipeline, trainer.model):
         losses = canary_losses(trainer.pipeline, images, settings)
     return epsilon_from_coins(losses, base_losses, canaries, delta)
+
+
+def attack_scores(
+    family: Family,
+    denoiser: nn.Module,
+    images: EncodedImages,
+    purpose: Purpose,
+    seed: int,
+    num_timesteps: int = 5,
+    batch_size: int = 32,
+) -> dict[str, torch.Tensor]:
+    """Scores of the attacks on each distinct image, higher for members: name of the attack -> `[N]`.
+
+    The scores are those of the audit. SecMI, which costs as much as the other attacks together, is left out.
+    """
+    rows, timesteps = images.distinct, family.noise.timesteps(num_timesteps)
+    keys = row_keys(seed, purpose, (images.numbers[row] for row in rows))
+    inputs = (family, denoiser, images.encoded[rows]["latents"], images.condition(family.conditions, rows))
+    losses = metrics.denoising_losses(*inputs, timesteps, keys, batch_size)
+    null = family.null_condition()
+    return {
+        "loss": -losses.mean(1),
+        "clid": metrics.clid(*inputs, null, timesteps, keys, batch_size, losses),
+        "pia": metrics.pia(*inputs, PIA_TIMESTEP, batch_size=batch_size),
+    }
 
 
 LATER_ATTACKS = {"trajectory_norm_low"}

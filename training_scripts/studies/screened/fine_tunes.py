@@ -5,15 +5,12 @@ from pathlib import Path
 import torch
 from datasets import DatasetDict
 
+from common.audits import attack_scores
 from memcontrol_hf import MemControlTrainer, metrics
 from memcontrol_hf.adapters import merged
-from memcontrol_hf.data import EncodedImages
-from memcontrol_hf.randomness import Purpose, row_keys
+from memcontrol_hf.randomness import Purpose
 
 from .choice import Mask
-
-ATTACKS = ("loss", "clid", "pia")
-PIA_TIMESTEP = 200  # of the demo's 1,000, as in the audit
 
 Figures = dict[str, float | int]
 
@@ -32,33 +29,17 @@ def measure(trainer: MemControlTrainer, data: DatasetDict, seed: int) -> Figures
     """The size of the present model, its loss on held-out images, and the AUC of three membership attacks."""
     held_out = trainer.encode(data["held_out"])
     with torch.no_grad(), merged(trainer.adapters.adapted.values()):
-        members = scores(trainer, trainer.train_dataset, Purpose.AUDIT_MEMBERS, seed)
-        others = scores(trainer, held_out, Purpose.AUDIT_NONMEMBERS, seed)
+        measured = (trainer.family, trainer.model.eval())
+        settings = (seed, trainer.args.eval_num_timesteps, trainer.args.per_device_eval_batch_size)
+        members = attack_scores(*measured, trainer.train_dataset, Purpose.AUDIT_MEMBERS, *settings)
+        others = attack_scores(*measured, held_out, Purpose.AUDIT_NONMEMBERS, *settings)
     return {
         "blocks": sum(trainer.mask.values()),
         "parameters": trainer.trainable_parameters,
         "percent": trainer.trainable_percent,
         "loss": -others["loss"].mean().item(),
         "loss_train": -members["loss"].mean().item(),
-        **{f"auc_{name}": metrics.membership(members[name], others[name]).auc for name in ATTACKS},
-    }
-
-
-def scores(trainer: MemControlTrainer, images: EncodedImages, purpose: Purpose, seed: int) -> dict[str, torch.Tensor]:
-    """Scores of the attacks on each distinct image, higher for members: name of the attack -> `[N]`.
-
-    The scores are those of the audit. SecMI, which costs as much as the other attacks together, is left out.
-    """
-    family, rows, batch = trainer.family, images.distinct, trainer.args.per_device_eval_batch_size
-    timesteps = family.noise.timesteps(trainer.args.eval_num_timesteps)
-    keys = row_keys(seed, purpose, (images.numbers[row] for row in rows))
-    inputs = (family, trainer.model.eval(), images.encoded[rows]["latents"], images.condition(family.conditions, rows))
-    losses = metrics.denoising_losses(*inputs, timesteps, keys, batch)
-    null = family.null_condition()
-    return {
-        "loss": -losses.mean(1),
-        "clid": metrics.clid(*inputs, null, timesteps, keys, batch, losses),
-        "pia": metrics.pia(*inputs, PIA_TIMESTEP, batch_size=batch),
+        **{f"auc_{name}": metrics.membership(members[name], others[name]).auc for name in members},
     }
 
 
