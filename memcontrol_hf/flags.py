@@ -16,8 +16,8 @@ from huggingface_hub import HfApi
 Method = Literal["svdiff", "difffit", "attention", "weights", "norm", "bias", "lora"]
 Objective = Literal["fid", "amd", "membership_auc", "noise_norm", "loss"]
 MITIGATIONS = (
-    *("multiple_captions", "rwa", "gaussian_noise", "caption_dropout", "threshold", "early_stop", "dp_sgd"),
-    *("prompt_embedding", "anti_memorization_guidance"),
+    *("multiple_captions", "rwa", "gaussian_noise", "caption_dropout", "timestep_range", "skip_low_loss"),
+    *("threshold", "early_stop", "dp_sgd", "prompt_embedding", "anti_memorization_guidance"),
 )
 
 DEMO = {

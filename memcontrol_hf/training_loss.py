@@ -62,7 +62,7 @@ class TrainingLoss:
         noise, drawn, dropped = [], [], []
         for number in numbers:
             generator = seeded_generator(seed, purpose, turn, number)
-            drawn.append(self._family.noise.sample_timestep(generator))
+            drawn.append(self._timestep(generator))
             dropped.append(torch.rand((), generator=generator) < caption_dropout)
             noise.append(torch.randn(latents.shape[1:], generator=generator))
         condition = {name: inputs[name] for name in self._family.conditions}
@@ -81,6 +81,13 @@ class TrainingLoss:
             "noise": _moved(torch.stack(noise), latents.device),
             "weights": self._family.noise.loss_weights(timesteps, snr_gamma),
         }
+
+    def _timestep(self, generator: torch.Generator) -> torch.Tensor:
+        """The timestep of a row, as the mitigations leave it."""
+        timestep = self._family.noise.sample_timestep(generator)
+        for mitigation in self._mitigations:
+            timestep = mitigation.timestep(timestep, self._family.noise, generator)
+        return timestep
 
     def __call__(
         self, denoiser: nn.Module, batch: Mapping[str, Any], null: Callable[[], Condition | None]

@@ -47,7 +47,8 @@ def test_each_mitigation_has_a_row_beside_none_full_and_the_selected_mask(rows):
     assert list(rows)[:3] == ["SV-DIFF, all blocks", "full fine-tune", "SV-DIFF, selected mask"]
     first, *others = rows.values()
     assert [row.mask for row in (first, *others[:2])] == [None, None, {"mid_block.attentions.0": True}]
-    assert set(parse_mitigations(row.mitigation[0] for row in others[2:])) == set(MITIGATIONS)
+    later = {"timestep_range", "skip_low_loss"}  # docs/mitigations.md says that they are not in the comparison
+    assert set(parse_mitigations(row.mitigation[0] for row in others[2:])) == set(MITIGATIONS) - later
     assert all(row._replace(mitigation=()) == first for row in others[2:])
 
 

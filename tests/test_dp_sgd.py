@@ -262,6 +262,7 @@ def test_a_report_says_what_epsilon_covers_and_what_not():
         ({"mitigations": ["dp_sgd:noise_multiplier=inf"]}, "noise_multiplier is inf; use dp_sgd"),
         ({"mitigations": ["dp_sgd:noise_multiplier=0.001"]}, "noise_multiplier is 0.001, which is no noise; use"),
         ({"mitigations": ["dp_sgd", "threshold:2"]}, "cannot be combined with the mitigation threshold"),
+        ({"mitigations": ["dp_sgd", "skip_low_loss"]}, "cannot be combined with the mitigation skip_low_loss"),
         ({"mitigations": ["dp_sgd", "early_stop"]}, "cannot be combined with the mitigation early_stop"),
         (
             {"mitigations": [DP], "activation_checkpointing": True},

@@ -31,6 +31,13 @@ def imports_stay_uncollected():
     gc.unfreeze()
 
 
+@pytest.fixture
+def short_memory(monkeypatch):
+    """The mean of `skip_low_loss` is that of the step before, of all timesteps: rows are left out from step 2 on."""
+    monkeypatch.setattr("memcontrol_hf.mitigations.skip_low_loss.BINS", 1)
+    monkeypatch.setattr("memcontrol_hf.mitigations.skip_low_loss.DECAY", 0.0)
+
+
 def several_captions(count: int = 8):
     """Images with three captions each, which say their row: `a b`, `a c`, `a d` for the first."""
     images = images_of(count)
@@ -72,7 +79,7 @@ def plain(tmp_path_factory) -> dict[str, torch.Tensor]:
     return trained(tmp_path_factory.mktemp("plain"), train=several_captions())
 
 
-@pytest.mark.parametrize("mitigation", ["rwa", "multiple_captions", "gaussian_noise", "threshold"])
+@pytest.mark.parametrize("mitigation", ["rwa", "multiple_captions", "gaussian_noise", "timestep_range", "threshold"])
 def test_it_changes_the_training(plain, tmp_path, mitigation):
     changed = trained(tmp_path, train=several_captions(), mitigations=[mitigation])
     assert any(not torch.equal(plain[name], changed[name]) for name in plain)
@@ -125,8 +132,11 @@ def test_one_of_a_rows_own_captions_is_read(tmp_path):
         assert {captions[row] for captions in drawn} == set(train[row]["captions"])
 
 
-@pytest.mark.parametrize("mitigations", [["multiple_captions", "rwa", "gaussian_noise"], ["threshold:2.0"]])
-def test_one_batch_and_its_parts_train_the_same(tmp_path, mitigations):
+@pytest.mark.parametrize(
+    "mitigations",
+    [["multiple_captions", "rwa", "gaussian_noise", "timestep_range"], ["threshold:2.0"], ["skip_low_loss:0.99"]],
+)
+def test_one_batch_and_its_parts_train_the_same(tmp_path, mitigations, short_memory):
     runs = [
         trained(
             tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
@@ -256,6 +266,45 @@ def test_dropped_samples_are_counted_and_logged(tmp_path):
     assert [(log["step"], log["dropped_samples"]) for log in logs] == [(2, 4), (4, 4), (5, 2)]  # 2 of each batch of 4
 
 
+@pytest.mark.parametrize(
+    ("arguments", "low", "high"), [("", 0, 500), (":0.2,0.3", 200, 300), (":low=0.9,high=1", 900, 1000)]
+)
+def test_timesteps_are_drawn_from_all_of_the_range_and_nowhere_else(tmp_path, arguments, low, high):
+    trainer = tiny_trainer(tmp_path, mitigations=[f"timestep_range{arguments}"])
+    drawn = [
+        trainer._loss.draw(batch_of(trainer, range(8)), trainer.args.seed, epoch, trainer._null)["timesteps"]
+        for epoch in range(60)
+    ]
+    timesteps = torch.cat(drawn).float()
+    assert low <= timesteps.min() < low + (high - low) / 20 and high - (high - low) / 20 < timesteps.max() < high
+    assert timesteps.mean().item() == pytest.approx((low + high) / 2, abs=(high - low) / 12)
+    alone = trainer._loss.draw(batch_of(trainer, [3]), trainer.args.seed, 0, trainer._null)["timesteps"]
+    assert alone == drawn[0][3], "a row draws by itself"
+
+
+def test_samples_with_a_low_loss_give_no_gradient(tmp_path):
+    plain = tiny_trainer(tmp_path)
+    batch = batch_of(plain)
+    drawn = plain._draws(batch)
+    losses = plain._loss(plain.model, drawn, plain._null).detach()
+    trainer = tiny_trainer(tmp_path, mitigations=["skip_low_loss:0.5"])
+    mitigation = trainer._mitigations["skip_low_loss"]
+    mitigation.begin(None)
+    equal(gradients(trainer, batch), gradients(plain, batch))  # nothing is known yet
+    assert int(mitigation.counts()["low_loss_samples"]) == 0
+    bins = (drawn["timesteps"] * 50 / 1000).long()
+    assert len(set(bins.tolist())) == 4
+    means = torch.zeros(50)
+    means[bins] = losses * torch.tensor([1.9, 2.1, 1.9, 2.1])
+    mitigation.begin(means.tolist())
+    expected = gradients(plain, batch_of(plain, [0, 2]))
+    equal(gradients(trainer, batch), {name: g / 2 for name, g in expected.items()}, atol=1e-6, rtol=1e-4)
+    assert int(mitigation.counts()["low_loss_samples"]) == 2
+    mitigation.end_step(losses.device)
+    means[bins] = 0.8 * means[bins] + 0.2 * losses
+    torch.testing.assert_close(mitigation.means, means)
+
+
 @pytest.mark.parametrize("metric", ["membership_auc", "amd"])
 def test_training_stops_when_the_metric_passes_the_limit(tmp_path, metric):
     worse = 1e9 if metric == "amd" else 0.0
@@ -279,7 +328,7 @@ def test_looking_at_the_metric_changes_no_weight(tmp_path):
 
 ALL = [
     "early_stop:limit=1,every=3", "threshold:q=0.5", "caption_dropout:0.3", "gaussian_noise:0.2", "rwa:1",
-    "multiple_captions",
+    "multiple_captions", "skip_low_loss", "timestep_range",
 ]  # fmt: skip
 
 
@@ -302,14 +351,19 @@ def test_all_of_them_combine_with_a_mask_whatever_their_order(tmp_path):
     equal(*runs)
 
 
-@pytest.mark.parametrize("mitigations", [ALL[2:], ["threshold"], ["early_stop:limit=1,every=3"], ALL])
-def test_an_interrupted_and_resumed_run_ends_with_the_same_weights(tmp_path, mitigations):
+@pytest.mark.parametrize(
+    "mitigations", [ALL[2:], ["threshold"], ["early_stop:limit=1,every=3"], ["skip_low_loss:0.99"], ALL]
+)
+def test_an_interrupted_and_resumed_run_ends_with_the_same_weights(tmp_path, mitigations, short_memory):
     settings = {
         "save_strategy": "steps", "save_steps": 2, "max_steps": 4, "mitigations": mitigations,
-        "train": several_captions(10),
+        "train": several_captions(10), "logging_steps": 1,
     }  # fmt: skip
     whole = tiny_trainer(tmp_path / "whole", **settings)
     whole.train()
+    if mitigations == ["skip_low_loss:0.99"]:
+        skipped = [log["low_loss_samples"] for log in whole.state.log_history if "low_loss_samples" in log]
+        assert skipped[0] == 0 < skipped[2], "by the mean in the checkpoint"
     resumed = tiny_trainer(tmp_path / "resumed", **settings)
     torch.manual_seed(123)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
@@ -380,6 +434,11 @@ def test_a_trainer_has_one_early_stop_however_often_it_trains(tmp_path):
         (["gaussian_noise:-1"], "std is -1.0; use gaussian_noise"),
         (["gaussian_noise:nan"], "std is nan; use gaussian_noise"),
         (["caption_dropout:1.5"], "p is 1.5; use caption_dropout.*between 0 and 1"),
+        (["timestep_range:0.5,0.2"], "low is 0.5 and high is 0.2; use timestep_range.*low below high"),
+        (["timestep_range:high=1.5"], "low is 0.0 and high is 1.5; use timestep_range"),
+        (["timestep_range:0,1"], "which is the whole schedule; use timestep_range"),
+        (["skip_low_loss:1"], "ratio is 1.0; use skip_low_loss.*between 0 and 1"),
+        (["skip_low_loss:nan"], "ratio is nan; use skip_low_loss"),
         (["threshold:q=1.5"], "'threshold:q=1.5': q is 1.5; use threshold.*quantile between 0 and 1"),
         (["threshold:q=1"], "q is 1.0; use threshold"),
         (["threshold:q=0"], "q is 0.0; use threshold"),

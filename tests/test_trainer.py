@@ -1,6 +1,7 @@
 import math
 import subprocess
 import sys
+from unittest.mock import patch
 
 import peft
 import pytest
@@ -17,6 +18,7 @@ from memcontrol_hf.adapters import _count
 from memcontrol_hf.encoders import load_encoder
 from memcontrol_hf.evaluation import METRICS
 from memcontrol_hf.families import family_of
+from memcontrol_hf.mitigations import skip_low_loss
 from memcontrol_hf.randomness import Purpose, seeded_generator
 from memcontrol_hf.trainer import MemControlTrainer
 
@@ -223,15 +225,18 @@ def test_the_saved_adapter_is_the_selection_and_loads_with_peft(tmp_path):
 
 
 def runs(folder: str, **arguments) -> dict:
-    """Adapter and figures of a short run, without and with blocks of the text encoder."""
+    """Adapter and figures of short runs: plain, with blocks of the text encoder, and with rows left out by a mean."""
     results = {}
-    for text in (False, True):
+    for name in ("plain", "text encoder", "skip_low_loss"):
         pipeline = tiny_pipeline()
-        space = family_of(pipeline).search_space(text_encoder_blocks=text)
+        space = family_of(pipeline).search_space(text_encoder_blocks=name == "text encoder")
+        arguments["mitigations"] = ["skip_low_loss:0.99", "timestep_range"] if name == "skip_low_loss" else []
         trainer = tiny_trainer(folder, pipeline, space=space, train=images_of(8), max_steps=3, **arguments)
-        trainer.train()
+        with patch.multiple(skip_low_loss, BINS=1, DECAY=0.0):  # the mean of the step before, of all timesteps
+            trainer.train()
         figures = trainer.evaluate(metrics=list(METRICS))
-        results[text] = {"adapter": adapter_of(trainer.accelerator.unwrap_model(trainer.model)), **figures}
+        results[name] = {"adapter": adapter_of(trainer.accelerator.unwrap_model(trainer.model)), **figures}
+        results[name]["left out"] = sum(log.get("low_loss_samples", 0) for log in trainer.state.log_history)
     return results
 
 
@@ -249,9 +254,10 @@ def test_two_processes_train_and_measure_as_one(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([*launch, __file__, str(tmp_path)], check=True, timeout=300)
     two = torch.load(tmp_path / "2")
-    for text, figures in one.items():
-        equal(figures.pop("adapter"), two[text].pop("adapter"), atol=2e-4, rtol=1e-3)
-        assert two[text] == pytest.approx(figures, rel=1e-3)
+    for name, figures in one.items():
+        equal(figures.pop("adapter"), two[name].pop("adapter"), atol=2e-4, rtol=1e-3)
+        assert two[name] == pytest.approx(figures, rel=1e-3)
+    assert one["skip_low_loss"]["left out"] > 0
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,9 @@ from .conditions import TrainingConditions
 from .dp_sgd import DPSGD, PrivateGradients, per_sample_gradients
 from .early_stop import EarlyStop, EarlyStopCallback
 from .prompt_embedding import PromptEmbedding
+from .skip_low_loss import SkipLowLoss
 from .threshold import Threshold
+from .timestep_range import TimestepRange
 
 __all__ = [
     "DPSGD",
@@ -36,7 +38,9 @@ __all__ = [
     "PrivateTraining",
     "PromptEmbedding",
     "RandomWordAddition",
+    "SkipLowLoss",
     "Threshold",
+    "TimestepRange",
     "TrainingConditions",
     "parse_mitigations",
     "per_sample_gradients",
@@ -47,6 +51,8 @@ MITIGATIONS: dict[str, type[Mitigation]] = {
     "rwa": RandomWordAddition,
     "gaussian_noise": GaussianNoise,
     "caption_dropout": CaptionDropout,
+    "timestep_range": TimestepRange,
+    "skip_low_loss": SkipLowLoss,
     "threshold": Threshold,
     "early_stop": EarlyStop,
     "dp_sgd": DPSGD,

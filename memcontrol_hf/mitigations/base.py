@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
 
+    from ..families.noise import DDPMNoise
+
 
 class PrivateTraining(Protocol):
     """An object that replaces the Trainer's batches and gradients. It is the batch sampler, too.
@@ -54,8 +56,8 @@ class Mitigation:
 
     Every hook does nothing by default; a mitigation overrides the hooks that it needs. The hooks are called in this
     order: [`check_arguments`] when the training arguments are made; [`check`] when the trainer is made; [`callback`]
-    and [`private_training`] before the first step; [`caption`], then [`embedding`] for each row that a step reads;
-    [`losses`] for each batch. Every image that an evaluation generates is sampled within [`sampling`].
+    and [`private_training`] before the first step; [`timestep`], [`caption`], then [`embedding`] for each row that a
+    step reads; [`losses`] for each batch. Every image that an evaluation generates is sampled within [`sampling`].
 
     Attributes:
         usage (`str`): text that says how the arguments are written.
@@ -94,6 +96,16 @@ class Mitigation:
         Raises:
             ValueError: names what the mitigation cannot be combined with.
         """
+
+    def timestep(self, timestep: torch.Tensor, noise: "DDPMNoise", generator: torch.Generator) -> torch.Tensor:
+        """The timestep, of shape `[]`, that a training step takes instead of `timestep`.
+
+        Args:
+            timestep (`torch.Tensor`): timestep, as earlier mitigations have changed it.
+            noise ([`~memcontrol_hf.families.noise.DDPMNoise`]): noise process of the family.
+            generator (`torch.Generator`): generator of all draws for this row and epoch; the noise is drawn after.
+        """
+        return timestep
 
     def caption(
         self,

@@ -89,6 +89,7 @@ class DPSGD(Mitigation):
             raise ValueError("dp_sgd needs Opacus, which is not installed: pip install 'memcontrol_hf[dp]'")
         wrong = {
             "the mitigation threshold, with which rows influence each other": "threshold" in others,
+            "the mitigation skip_low_loss, with which rows influence each other": "skip_low_loss" in others,
             "the mitigation early_stop, which measures the training images": "early_stop" in others,
             "load_best_model_at_end, which may choose by the training images": args.load_best_model_at_end,
             "a schedule that goes by evaluations": args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"),
