@@ -120,6 +120,11 @@ def _add_audit(commands: argparse._SubParsersAction) -> None:
         help="column with the person of each image, such as a patient's id: rates and intervals are of persons then",
     )
     images.add_argument(
+        "--attribute_column",
+        help="column with an attribute that the captions name, such as a diagnosis: whether the model tells it of "
+        "training persons more often than of held-out persons",
+    )
+    images.add_argument(
         "--fit",
         choices=("crop", "pad"),
         default="crop",
@@ -379,6 +384,8 @@ def _audit(args: argparse.Namespace) -> int:
         raise ValueError("--generated takes a folder of images that a model generated: the demo has no such folder")
     if args.verifier and not args.group_column:
         raise ValueError(f"--verifier {args.verifier!r} tells persons apart: give their column with --group_column")
+    if args.attribute_column and not (args.pipeline and args.caption_column):
+        raise ValueError("--attribute_column is inferred by a model that takes captions: give --pipeline and captions")
     if args.base_pipeline and (args.adapter or not args.pipeline):
         raise ValueError("--base_pipeline is for a whole fine-tuned --pipeline: an adapter's base is the pipeline")
 
@@ -413,7 +420,8 @@ def _attack(args: argparse.Namespace) -> "MemorizationReport":
     _check_framing(args.adapter, framing)
     captions = (args.caption_column or None) if args.pipeline else None
     train, held_out = (
-        _images(getattr(args, name), name, captions, args.group_column) for name in ("train", "held_out")
+        _images(getattr(args, name), name, captions, args.group_column, args.attribute_column)
+        for name in ("train", "held_out")
     )
     warn_of_crops(train, framing, "training")
     generated = None if args.generated is None else _images(args.generated, "generated", None)
@@ -442,6 +450,7 @@ def _attack(args: argparse.Namespace) -> "MemorizationReport":
     )
     words = [word for name, value in amounts.items() for word in (f"--{name}", str(value))]
     words += ["--group_column", "YOUR_GROUP_COLUMN"] if args.group_column else []
+    words += ["--attribute_column", "YOUR_ATTRIBUTE_COLUMN"] if args.attribute_column else []
     report.command = f"memcontrol audit {shlex.join(words)}"
     return report
 
@@ -462,7 +471,13 @@ def _check_framing(adapter: str | None, framing: "Framing") -> None:
         )
 
 
-def _images(source: str, flag: str, caption_column: str | None, group_column: str | None = None) -> "Dataset":
+def _images(
+    source: str,
+    flag: str,
+    caption_column: str | None,
+    group_column: str | None = None,
+    attribute_column: str | None = None,
+) -> "Dataset":
     """The images that a flag names: a folder, or `demo` for the demo's split of the flag's name."""
     from .data import load_image_folder
     from .demo import demo_dataset
@@ -470,9 +485,11 @@ def _images(source: str, flag: str, caption_column: str | None, group_column: st
     if source == "demo":
         if group_column:
             raise ValueError(f"--group_column {group_column!r}: the demo's images show no persons, so leave it out")
+        if attribute_column:
+            raise ValueError(f"--attribute_column {attribute_column!r}: the demo's images have none, so leave it out")
         return demo_dataset()[flag]
     try:
-        return load_image_folder(source, flag, caption_column, group_column)
+        return load_image_folder(source, flag, caption_column, group_column, attribute_column)
     except ValueError as error:
         raise ValueError(f"--{flag}: {error}") from None
 

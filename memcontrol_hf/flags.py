@@ -130,6 +130,13 @@ class ScriptArguments:
         study=True,
         publish="placeholder",
     )
+    attribute_column: str | None = _flag(
+        None,
+        "Column with an attribute that the captions name, such as a diagnosis: the audit measures whether the model "
+        "tells it of training persons more often than of held-out persons.",
+        study=False,
+        publish="placeholder",
+    )
     fit: Literal["crop", "pad"] = _flag(
         "crop",
         "How images that are not square become square. crop: the ends of the longer side are cut away. pad: the whole "

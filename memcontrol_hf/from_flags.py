@@ -15,7 +15,7 @@ from datasets import DatasetDict
 from peft import LoraConfig, PeftConfig
 
 from .adapter_folder import CONFIG, read_mask
-from .audit import LEAST_IMAGES, AuditSettings, cannot_pass, least_images
+from .audit import LEAST_IMAGES, AuditSettings, cannot_pass, check_attribute, least_images
 from .checkpoints import newest_whole
 from .data import INCLUDED, check_near_duplicates, flip_canaries, images_digest, load_images, plant_canaries
 from .demo import demo_dataset
@@ -95,6 +95,8 @@ def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[
         raise ValueError(f"--train_data_dir {args.train_data_dir!r} is no folder")
     if args.train_data_dir is not None and args.dataset_name != "demo":
         raise ValueError("give --dataset_name or --train_data_dir, not both")
+    if args.attribute_column is not None and (on_demo_data(args) or not args.caption_column):
+        raise ValueError(f"--attribute_column {args.attribute_column!r} needs images of your own with captions")
     mask = mask_from(args.mask_from) if args.mask_from else None
     if args.n_trials:
         check_own_study(args, settings(args), later=SEEN_LATER)
@@ -226,14 +228,15 @@ def load(args: ScriptArguments) -> tuple[Any, DatasetDict]:
             args.group_column,
             args.seed,
             several.column if several else None,
+            args.attribute_column,
         )
+        check_attribute(data["train"], data["held_out"])
     counts = ", ".join(f"{len(images)} {name}" for name, images in data.items())
     logger.info(f"{type(pipeline).__name__} {model_name(args)}; images: {counts}")
     check_near_duplicates(data, args.near_duplicates, Framing(args.fit, args.background))
     if args.flip_canaries:
-        flipped = flip_canaries(data["train"], args.canaries, args.canary_repeats, args.seed)
-        data["train"], data["canaries"] = flipped
-        logger.info(f"canaries: {sum(flipped[1][INCLUDED])} of {args.canaries} are trained on, by their coins")
+        data["train"], data["canaries"] = flip_canaries(data["train"], args.canaries, args.canary_repeats, args.seed)
+        logger.info(f"canaries: {sum(data['canaries'][INCLUDED])} of {args.canaries} are trained on, by their coins")
     else:
         data["train"] = plant_canaries(data["train"], args.canaries, args.canary_repeats, args.seed)
     return pipeline, data

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import RESOLUTION, images_of, small_report, tiny_pipeline, tiny_trainer
 from datasets import DatasetDict
-from scipy.stats import binom
+from scipy.stats import binom, norm
 
 from memcontrol_hf import audit_memorization, metrics
 from memcontrol_hf.audit import AuditSettings, write_split
@@ -60,6 +60,43 @@ def test_the_bound_stays_below_the_epsilon_of_randomized_response():
     assert above <= 200 * 0.05
 
 
+def test_without_privacy_or_with_a_mu_of_zero_the_chance_is_that_of_coins():
+    """All guesses right: the recursion of the theorem is exact, a chance of 2^-m."""
+    assert metrics.refuted_mu(10, 10, 10, 2**-10 * 1.01) > 0
+    assert metrics.refuted_mu(10, 10, 10, 2**-10 * 0.99) == 0
+    assert metrics.refuted_mu(40, 40, 40, 0.05) > metrics.refuted_mu(40, 40, 39, 0.05) > 0
+    assert metrics.refuted_mu(40, 40, 20, 0.05) == 0
+
+
+def test_one_canary_is_an_ordinary_test_of_two_distributions():
+    """A guess at one coin is right with a probability of at most Φ(µ / 2)."""
+    for error in (0.6, 0.8, 0.95):
+        assert metrics.refuted_mu(1, 1, 1, error) == pytest.approx(2 * norm.ppf(error), abs=2e-3)
+
+
+def test_the_epsilon_of_a_mu_is_that_of_its_trade_off():
+    for mu in (0.3, 1.0, 2.5):
+        epsilon = metrics.epsilon_of_mu(mu, 1e-3)
+        noise = np.linspace(-12, 12, 200_001)  # delta is the mass of one density above e^epsilon times the other
+        excess = norm.pdf(noise, mu) - math.exp(epsilon) * norm.pdf(noise)
+        assert np.clip(excess, 0, None).sum() * (noise[1] - noise[0]) == pytest.approx(1e-3, rel=1e-3)
+    assert metrics.epsilon_of_mu(0, 0) == 0 and metrics.epsilon_of_mu(1, 0) is None
+
+
+def test_the_bound_of_mu_stays_below_the_mu_of_a_gaussian_mechanism():
+    mu, rng, above, estimates = 1.0, np.random.default_rng(0), 0, []
+    for _ in range(100):
+        coins = rng.random(100) < 0.5
+        found = metrics.measured_mu(torch.from_numpy(coins * mu + rng.normal(size=100)), coins, delta=1e-3)
+        above += found.lower > mu
+        estimates.append(found.estimate)
+    assert above <= 100 * 0.05 and np.mean(estimates) == pytest.approx(mu, abs=0.1)
+    perfect = metrics.measured_mu(torch.from_numpy(coins).double(), coins, delta=1e-3)
+    assert perfect.lower > 1 and math.isfinite(perfect.estimate)
+    assert perfect.epsilon > metrics.measured_epsilon(torch.from_numpy(coins).double(), coins, delta=1e-3).lower
+    assert metrics.measured_mu(torch.tensor([1.0, 2.0]), [True, True]).estimate == 0
+
+
 @pytest.mark.parametrize(
     ("scores", "coins", "arguments", "message"),
     [
@@ -72,6 +109,8 @@ def test_the_bound_stays_below_the_epsilon_of_randomized_response():
 def test_scores_that_prove_nothing_are_refused(scores, coins, arguments, message):
     with pytest.raises(ValueError, match=message):
         metrics.measured_epsilon(torch.tensor(scores), coins, **arguments)
+    with pytest.raises(ValueError, match=message):
+        metrics.measured_mu(torch.tensor(scores), coins, **arguments)
 
 
 def test_a_coin_decides_which_canaries_are_trained_on():
@@ -105,7 +144,8 @@ def test_the_measured_epsilon_is_below_that_of_dp_sgd_at_three_noise_levels(tmp_
         with denoiser_in_place(trainer.pipeline, trainer.model):
             losses = canary_losses(trainer.pipeline, images, settings)
         assert not torch.equal(base, losses), "the adapter is what is measured"
-        assert epsilon_from_coins(losses, base, canaries, 0.01)["lower"] <= trainer.privacy["epsilon"]
+        measured = epsilon_from_coins(losses, base, canaries, 0.01)
+        assert max(measured["lower"], measured["mu"]["epsilon"]) <= trainer.privacy["epsilon"]
 
 
 def test_the_frozen_base_tells_how_hard_an_image_is():
@@ -156,6 +196,9 @@ def test_the_report_says_what_neither_bound_covers():
         },
     }
     said = report.measured_epsilon()
+    assert "µ of" not in said
+    report.audit["epsilon"]["mu"] = {"lower": 0.2, "epsilon": 0.61, "estimate": 0.9, "guesses": 40, "correct": 30}
+    assert "is at least 0.20, which is an epsilon of 0.61 if the training" in report.measured_epsilon()
     assert "at least 0.50 (delta 0.0001, confidence 95%)" in said and "each in 2 rows" in said
     assert "The upper bound by DP-SGD is 3.00." in said and "LOWER" not in said
     assert "search's own choice of blocks and learning rate" in said and said in report.summary()

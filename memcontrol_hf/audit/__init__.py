@@ -1,5 +1,6 @@
 """The audit: every attack on a model or on generated images, beside the controls of the attack."""
 
+from .attributes import check_attribute
 from .audit import audit_memorization
 from .captions import MARKERS, caption_identifiers, caption_markers
 from .least_data import cannot_pass, least_images
@@ -16,6 +17,7 @@ __all__ = [
     "cannot_pass",
     "caption_identifiers",
     "caption_markers",
+    "check_attribute",
     "least_images",
     "write_split",
 ]

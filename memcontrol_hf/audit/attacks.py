@@ -9,12 +9,13 @@ import torch
 from torch.nn import functional as F
 
 from .. import metrics
-from ..data import EncodedImages
+from ..data import ATTRIBUTE, EncodedImages
 from ..encoders import Encoder
 from ..evaluation import Evaluator
 from ..families import family_of
 from ..images import tile_distances
 from ..randomness import Purpose
+from .attributes import attribute_figures
 from .copies import find_copies
 from .embedding import embedding_attack
 from .membership import MembershipScores, membership_figures, not_applicable, scores_of
@@ -80,6 +81,8 @@ def attack_pipeline(
     figures, caught, exposure = membership_figures(
         evaluator.family, scores, members, others, settings.seed, base_losses
     )
+    if ATTRIBUTE in members.images.column_names:
+        figures |= attribute_figures(evaluator, members, others)
     rows, per_prompt = _prompt_rows(members, settings), settings.images_per_prompt
     images = evaluator.images(members, rows, Purpose.AUDIT_SAMPLES, per_prompt)
     extracted, found = _extraction(images, rows, members, others, settings)

@@ -25,13 +25,14 @@ from datasets import Dataset
 
 from .. import metrics
 from ..adapters import adapter_in_place, load_adapter, unload_adapter
-from ..data import EncodedImages, weights_digest, without_captions
+from ..data import ATTRIBUTE, EncodedImages, weights_digest, without_captions
 from ..encoders import Encoder, encoder_name, load_encoder, named_encoder
 from ..families import family_of
 from ..images import near_duplicates
 from ..randomness import Purpose, row_keys
 from ..report import MemorizationReport
 from .attacks import Attacked, attack_images, attack_pipeline, evaluator_of
+from .attributes import check_attribute
 from .captions import caption_identifiers, caption_markers
 from .coins import canary_losses, check_canaries, epsilon_from_coins
 from .membership import losses_of
@@ -67,7 +68,8 @@ def audit_memorization(
         train (`Dataset`):
             Images that the model was fine-tuned on: column `image`, and column `text` if a pipeline with conditions is
             attacked. A column `group` in both sets names the person of each image; rates and intervals are of persons
-            then.
+            then. A column `attribute` in both sets is inferred by the model; see
+            [`~memcontrol_hf.audit.attributes.attribute_figures`].
         held_out (`Dataset`):
             Images of the same domain that the model never saw, with the same columns.
         pipeline (`DiffusionPipeline`, *optional*):
@@ -108,13 +110,15 @@ def audit_memorization(
         ValueError: for sets that are too small or share an image or a person, for neither or both of `pipeline` and
             `generated`, and for images other than the demo's without an encoder; before the long work, for an adapter
             that cannot be loaded whole or changes nothing, a CLIP model that cannot be loaded, a folder that cannot be
-            written to, and canaries that do not belong to the training images.
+            written to, an attribute that cannot be asked for, and canaries that do not belong to the training images.
     """
     settings = settings or AuditSettings()
     if (pipeline is None) == (generated is None):
         raise ValueError("give either a pipeline or generated images")
     if pipeline is not None and not family_of(pipeline).conditions:
         train, held_out = (without_captions(data) for data in (train, held_out))
+    if ATTRIBUTE in train.column_names and (pipeline is None or not family_of(pipeline).conditions):
+        raise ValueError("an attribute is inferred by a model that takes captions: leave --attribute_column out")
     if canaries is not None and pipeline is None:
         raise ValueError("canaries are guessed at by a model's losses: give a pipeline, not generated images")
     columns = ["image"] if pipeline is None else ["image", "text"]
@@ -132,6 +136,7 @@ def audit_memorization(
     encoder = load_encoder(encoder, "cpu" if pipeline is None else pipeline.device)
     members, others = (_framed(data, settings) for data in (train, held_out))
     check_persons(members, others)
+    values = check_attribute(train, held_out)
     verifier, verifier_name = _verifier(verifier, encoder, name)
     coins = None if canaries is None else _framed(canaries, settings)
     if coins is not None:
@@ -184,6 +189,8 @@ def audit_memorization(
     if members.by_person:
         exposures = {who: result and result.exposure for who, result in results.items()}
         content["persons"] = published_persons(exposures, members, others, verifier_name)
+    if values:
+        content["attribute"] = {"values": len(values)}
     if coins is not None:
         content["epsilon"] = epsilon_from_coins(losses["model"], losses["frozen_base"], canaries, delta)
     captions = train["text"][:] if "text" in train.column_names else []

@@ -65,5 +65,9 @@ def epsilon_from_coins(
         delta (`float`): delta of the statement.
     """
     scores = -losses if base_losses is None else base_losses - losses
-    measured = asdict(metrics.measured_epsilon(scores, canaries[INCLUDED][:], delta))
-    return {**measured, "score": "loss" if base_losses is None else "loss of the frozen base minus loss"}
+    coins = canaries[INCLUDED][:]
+    return {
+        **asdict(metrics.measured_epsilon(scores, coins, delta)),
+        "score": "loss" if base_losses is None else "loss of the frozen base minus loss",
+        "mu": asdict(metrics.measured_mu(scores, coins, delta)),
+    }

@@ -6,6 +6,7 @@ from .folders import read_folder
 from .shapes import cropped_shares, warn_of_crops
 from .split_names import SPLITS
 from .splits import (
+    ATTRIBUTE,
     check_groups,
     check_images,
     check_near_duplicates,
@@ -17,6 +18,7 @@ from .splits import (
 )
 
 __all__ = [
+    "ATTRIBUTE",
     "INCLUDED",
     "SPLITS",
     "EncodedImages",

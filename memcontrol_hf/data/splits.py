@@ -21,6 +21,9 @@ from ..randomness import seeded_generator
 from .folders import read_folder, renamed_splits
 from .split_names import SPLITS
 
+ATTRIBUTE = "attribute"
+"""Column of the attribute that an audit tries to infer, as text."""
+
 
 def load_images(
     dataset_name: str | None = None,
@@ -30,6 +33,7 @@ def load_images(
     group_column: str | None = None,
     seed: int = 0,
     captions_column: str | None = None,
+    attribute_column: str | None = None,
 ) -> DatasetDict:
     """Load images with captions and split them.
 
@@ -51,10 +55,13 @@ def load_images(
             Random seed of the split.
         captions_column (`str`, *optional*):
             Column of the training images that holds a list of further captions in each row.
+        attribute_column (`str`, *optional*):
+            Column of an attribute of the persons, which an audit tries to infer. It can be the caption column, too.
 
     Returns:
-        `DatasetDict`: [`SPLITS`] with the columns `image`, `text`, and `group` if a group column is given. The column
-        of further captions keeps its name and is in `train` only.
+        `DatasetDict`: [`SPLITS`] with the columns `image`, `text`, `group` if a group column is given, and `attribute`
+        (as text) if an attribute column is given. The column of further captions keeps its name and is in `train`
+        only.
 
     Raises:
         ValueError: for a missing folder, column or image, an image that cannot be read, a caption that is not a text,
@@ -71,14 +78,19 @@ def load_images(
     splits = {}
     for name, dataset in loaded.items():
         further = captions_column if name == "train" else None
-        splits[name] = _columns(dataset, name, image_column, caption_column, group_column, further)
+        columns = _columns(dataset, name, image_column, caption_column, group_column, further)
+        splits[name] = _with_attribute(columns, dataset, name, attribute_column)
     if "train" not in splits:
         raise ValueError(f"the data has no train split, only {', '.join(splits)}")
     return split(DatasetDict(splits), seed)
 
 
 def load_image_folder(
-    folder: str, split_name: str, caption_column: str | None = None, group_column: str | None = None
+    folder: str,
+    split_name: str,
+    caption_column: str | None = None,
+    group_column: str | None = None,
+    attribute_column: str | None = None,
 ) -> Dataset:
     """Load all images of a folder and its subfolders as one set, whatever their names are.
 
@@ -87,9 +99,11 @@ def load_image_folder(
         split_name (`str`): Name of the set, for messages.
         caption_column (`str`, *optional*): Column of the metadata with the captions.
         group_column (`str`, *optional*): Column of the metadata with the groups, for example patients.
+        attribute_column (`str`, *optional*): Column of the metadata with an attribute that an audit tries to infer.
 
     Returns:
-        `Dataset`: Column `image`, `text` if a caption column is given, and `group` if a group column is given.
+        `Dataset`: Column `image`, `text` if a caption column is given, `group` if a group column is given, and
+        `attribute` if an attribute column is given.
 
     Raises:
         ValueError: For a missing folder, a folder without images, an image that cannot be read, and a missing column.
@@ -105,8 +119,24 @@ def load_image_folder(
                 f"{folder!r} has no column {column!r}; it has: {', '.join(data.column_names)}. "
                 f"{what} are read from a metadata.jsonl beside the images; choose their column with {flag}"
             )
-    data = data.select_columns(["image", *wanted.values()])
-    return data.rename_columns({column: name for name, column in wanted.items() if column != name})
+    columns = data.select_columns(["image", *wanted.values()])
+    columns = columns.rename_columns({column: name for name, column in wanted.items() if column != name})
+    return _with_attribute(columns, data, split_name, attribute_column)
+
+
+def _with_attribute(columns: Dataset, data: Dataset, split_name: str, attribute_column: str | None) -> Dataset:
+    """The columns of some data, and beside them an attribute of the data, as text."""
+    if attribute_column is None:
+        return columns
+    if attribute_column not in data.column_names:
+        raise ValueError(
+            f"the {split_name} split has no column {attribute_column!r}; it has: {', '.join(data.column_names)}. "
+            "Choose the column of the attribute with --attribute_column"
+        )
+    values, classes = data[attribute_column][:], data.features[attribute_column]
+    if isinstance(classes, ClassLabel):
+        values = classes.int2str(values)
+    return columns.add_column(ATTRIBUTE, [None if value is None else str(value) for value in values])
 
 
 def _columns(

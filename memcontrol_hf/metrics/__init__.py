@@ -11,6 +11,7 @@ evaluate.load(metrics.path("amd"))  # the module
 from pathlib import Path
 
 from ..images import near_duplicates, tile_distances
+from .attribute_inference import AttributeInferenceResult, attribute_inference
 from .dataset_inference import dataset_inference
 from .denoiser_attacks import (
     clid,
@@ -38,6 +39,7 @@ from .embedding_search import search_embeddings
 from .extraction_attack import ExtractionResult, extraction
 from .intervals import clopper_pearson
 from .measured_epsilon import MeasuredEpsilon, measured_epsilon
+from .measured_mu import MeasuredMu, epsilon_of_mu, measured_mu, refuted_mu
 from .membership_inference import MembershipResult, membership
 from .partial_copies import PartialCopiesResult, comparable, partial_copies
 from .persons import (
@@ -53,9 +55,11 @@ from .semantic_noise import semantic_noise
 
 __all__ = [
     "MODULES",
+    "AttributeInferenceResult",
     "CopySimilarityResult",
     "ExtractionResult",
     "MeasuredEpsilon",
+    "MeasuredMu",
     "MembershipResult",
     "NearestShareResult",
     "PartialCopiesResult",
@@ -63,6 +67,7 @@ __all__ = [
     "ReidentificationResult",
     "WorstCase",
     "amd",
+    "attribute_inference",
     "auth_pct",
     "c_t",
     "clid",
@@ -73,12 +78,14 @@ __all__ = [
     "dataset_inference",
     "denoising_losses",
     "distances_to_both",
+    "epsilon_of_mu",
     "extraction",
     "fid",
     "kid",
     "load_clip",
     "mean_of_persons",
     "measured_epsilon",
+    "measured_mu",
     "membership",
     "near_duplicates",
     "nearest_distances",
@@ -89,6 +96,7 @@ __all__ = [
     "person_distances",
     "pia",
     "precision_recall",
+    "refuted_mu",
     "reidentification",
     "search_embeddings",
     "secmi",

@@ -64,6 +64,17 @@ def measured_epsilon(
     Raises:
         ValueError: for fewer than 2 canaries, scores that are not finite, and a delta or confidence out of range.
     """
+    scores, coins = checked(scores, included, delta, confidence)
+    error = (1 - confidence) / len(GUESSED_SHARES)
+    found = [(_refuted(len(coins), *of, delta, error), *of) for of in guesses_at(scores, coins)]
+    lower, guesses, correct = max(found, key=lambda of: of[0])
+    return MeasuredEpsilon(lower, confidence, delta, len(coins), int(coins.sum()), guesses, correct)
+
+
+def checked(
+    scores: torch.Tensor, included: Sequence[bool], delta: float, confidence: float
+) -> tuple[torch.Tensor, np.ndarray]:
+    """The scores `[m]` in double precision and the coins `[m]`, once they and the numbers are known to be right."""
     scores, coins = torch.as_tensor(scores).double().cpu(), np.asarray(included, dtype=bool)
     if scores.ndim != 1 or len(scores) < 2 or len(scores) != len(coins) or not scores.isfinite().all():
         raise ValueError(
@@ -71,16 +82,16 @@ def measured_epsilon(
         )
     if not (0 <= delta < 1 and 0 < confidence < 1):
         raise ValueError(f"delta must lie in [0, 1) and confidence in (0, 1), but are {delta} and {confidence}")
-    count = len(coins)
-    ordered = coins[torch.argsort(scores, stable=True).numpy()]
-    found = []
+    return scores, coins
+
+
+def guesses_at(scores: torch.Tensor, coins: np.ndarray) -> list[tuple[int, int]]:
+    """For each of `GUESSED_SHARES` the number of guesses, and how many of them are right."""
+    ordered, found = coins[torch.argsort(scores, stable=True).numpy()], []
     for share in GUESSED_SHARES:
-        half = max(1, int(count * share) // 2)
-        correct = int((~ordered[:half]).sum() + ordered[-half:].sum())
-        error = (1 - confidence) / len(GUESSED_SHARES)
-        found.append((_refuted(count, 2 * half, correct, delta, error), 2 * half, correct))
-    lower, guesses, correct = max(found, key=lambda of: of[0])
-    return MeasuredEpsilon(lower, confidence, delta, count, int(coins.sum()), guesses, correct)
+        half = max(1, int(len(coins) * share) // 2)
+        found.append((2 * half, int((~ordered[:half]).sum() + ordered[-half:].sum())))
+    return found
 
 
 def chance_of_guesses(canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:

@@ -30,6 +30,8 @@ _ATTACKS = {
     "nearest_share": "Generated images that are nearer to a training image than to other real images",
     "reidentified_share": "Persons whom a verifier finds again in images that are generated from their captions",
     "reidentified_share_real": "Held-out persons whom the verifier finds again in another real image of theirs",
+    "attribute_advantage": "Guess an attribute in a caption by the image, more often right for training persons than "
+    "for held-out persons by so much: 0 is no more often",
     "copy_share": "Generated images that could pass for a copy of a training image",
     "partial_copy_share": "Generated images that hold a part, a quarter or more, of a training image",
 }
@@ -48,7 +50,8 @@ _LIMITS = {
 def attack_rows(report: MemorizationReport, unlimited: bool = False) -> list[dict[str, str]]:
     """Rows of the table: the measures that the gate limits, or without a gate those with an interval.
 
-    The extraction by an absolute distance is shown beside what it calls extracted among pairs of real images.
+    The extraction by an absolute distance is shown beside what it calls extracted among pairs of real images. The
+    attribute advantage is shown where somebody asked for it.
 
     Args:
         report ([`MemorizationReport`]): Report with an audit.
@@ -60,7 +63,7 @@ def attack_rows(report: MemorizationReport, unlimited: bool = False) -> list[dic
     for name, figures in report.audit["measures"].items():
         limits = gate["limits"].get(name) if asked_of(name, report.audit.get("subject")) else None
         shown_without_gate = figures["model"]["low"] is not None and not name.startswith("membership_tpr")
-        shown = name == "extraction_rate" or (unlimited and name in _ATTACKS)
+        shown = name in ("extraction_rate", "attribute_advantage") or (unlimited and name in _ATTACKS)
         if limits is None and not shown and (report.gate or not shown_without_gate):
             continue
         percent = name.endswith(_PERCENT) or "_tpr_" in name

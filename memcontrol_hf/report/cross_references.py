@@ -21,7 +21,11 @@ EDPB = (
         ["Methodological choices in training", "3, mitigations; summary, formal guarantee", "nothing named"],
         ["Measures on outputs", "1, safeguards, as people stated them", "whether the safeguards work"],
         ["Audits of the measures", "3; 5, the command that repeats the measurement", "an audit by somebody else"],
-        ["Resistance to membership and attribute inference", "3, membership_*", "4: attribute inference"],
+        [
+            "Resistance to membership and attribute inference",
+            "3, membership_*, attribute_advantage",
+            "4: attribute inference, unless an attribute was named",
+        ],
         ["Resistance to exfiltration and regurgitation", "3, extraction_*", "nothing named"],
         ["Resistance to model inversion and reconstruction", "nothing", "4: reconstruction from the weights"],
         ["Documentation", "5, and the report itself", "impact assessment, advice of the officer"],

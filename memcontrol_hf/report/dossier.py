@@ -284,6 +284,7 @@ def not_tested(audit: dict[str, Any]) -> Iterator[tuple[str, str]]:
         ("embedding_attack_auc", "Extraction by text embeddings that are optimized to give an image back"),
         ("copy_share", "Copies among generated images"),
         ("partial_copy_share", "Parts of training images in generated images"),
+        ("attribute_advantage", "Attribute inference: an attribute of a training person, by the captions that fit"),
         ("reidentified_share", "Re-identification of persons in generated images by a verifier"),
     ]
     for measure, label in possible:
@@ -295,7 +296,6 @@ def not_tested(audit: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "Persons as the unit, and the worst person beside the mean", "audit.persons"
     if not audit.get("epsilon"):
         yield "A lower bound of epsilon by coins of canaries", "audit.epsilon"
-    yield "Attribute inference: what the model tells of a training person beyond membership", "no field"
     yield "Attacks that are trained for the purpose, such as shadow models", "no field"
     yield "Captions that are optimized to make the model give an image back", "no field"
     yield "Reconstruction of images from the weights by optimization (model inversion)", "no field"

@@ -217,6 +217,11 @@ class MemorizationReport:
             f"be trained on{f', each in {repeats} rows' if (repeats or 1) > 1 else ''}; of {measured['guesses']} "
             f"guesses at the coins {measured['correct']} were right."
         )
+        if mu := measured.get("mu"):
+            said += f" By the same guesses, µ of Gaussian differential privacy is at least {mu['lower']:.2f}"
+            if mu["epsilon"] is not None:
+                said += f", which is an epsilon of {mu['epsilon']:.2f} if the training is as private as its µ says"
+            said += f"; the scores look like a µ of {mu['estimate']:.2f}, an estimate without confidence."
         said += " A lower bound near 0 is no proof of privacy: a stronger attack can raise it."
         spent = self.training.get("dp_sgd")
         if spent:

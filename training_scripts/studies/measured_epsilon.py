@@ -26,7 +26,8 @@ from common.trainers import demo_trainer
 from memcontrol_hf import MemControlTrainingArguments, demo_dataset, demo_pipeline
 from memcontrol_hf.data import first_rows, flip_canaries
 from memcontrol_hf.images import pixel_digest
-from memcontrol_hf.metrics import measured_epsilon
+from memcontrol_hf.metrics import epsilon_of_mu, measured_epsilon, refuted_mu
+from memcontrol_hf.metrics.measured_epsilon import GUESSED_SHARES
 
 COMMAND = "python training_scripts/studies/measured_epsilon.py"
 DELTA = 1e-4
@@ -69,6 +70,8 @@ def render(content: dict[str, Any]) -> str:
         of = list(runs.values())
         noisy = of[0]["upper"] is not None
         lower = [run["lower"] for run in of]
+        mu = [mu_of(run) for run in of]
+        of_mu = [epsilon_of_mu(value, DELTA) for value in mu]
         upper = [run["upper"] for run in of]
         rows.append(
             [
@@ -77,7 +80,9 @@ def render(content: dict[str, Any]) -> str:
                 f"{statistics.fmean(lower):.2f}",
                 f"{max(lower):.2f}",
                 f"{100 * statistics.fmean(run['correct'] / run['guesses'] for run in of):.0f} %",
-                f"{sum(low > high for low, high in zip(lower, upper))} of {len(of)}" if noisy else "",
+                f"{statistics.fmean(mu):.2f}",
+                f"{max(of_mu):.2f}",
+                f"{sum(max(low) > high for *low, high in zip(lower, of_mu, upper))} of {len(of)}" if noisy else "",
             ]
         )
     seeds = len(next(iter(content["runs"].values())))
@@ -94,15 +99,27 @@ def render(content: dict[str, Any]) -> str:
         f"{content['most']:.2f}, however much was memorized.",
         "",
         *table(
-            ["noise multiplier", "upper", "lower, mean", "lower, largest", "right guesses, mean", "lower above upper"],
+            [
+                *("noise multiplier", "upper", "lower, mean", "lower, largest", "right guesses, mean", "µ, mean"),
+                *("lower by µ, largest", "a lower one above upper"),
+            ],
             rows,
             numbers=True,
         ),
+        "*µ* is what the same guesses prove of µ of Gaussian differential privacy, with the same confidence, and "
+        "*lower by µ* is its epsilon: a lower bound only as far as the training is Gaussian, as DP-SGD nearly is. "
+        "Both are computed from the number of guesses that gave *lower*, and how many of them were right.",
+        "",
         "*Upper* differs between seeds by the number of images that the coins choose. An upper bound holds for the "
         "worst image and for an attacker who sees every step; the guesses are made from the final weights, and from "
         "few canaries. A lower bound of 0 does not say that nothing was memorized.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def mu_of(run: dict[str, Any]) -> float:
+    """The lower bound of µ by the guesses of a run. One of three numbers of guesses gave them (Bonferroni)."""
+    return refuted_mu(CANARIES, run["guesses"], run["correct"], (1 - run["confidence"]) / len(GUESSED_SHARES))
 
 
 def main(argv: list[str] | None = None) -> None:
