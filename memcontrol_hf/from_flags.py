@@ -123,14 +123,8 @@ def _check_numbers(args: ScriptArguments) -> None:
     for flag in ("max_trainable_percent", "trial_timeout"):
         if (value := getattr(args, flag)) is not None and value <= 0:
             raise ValueError(f"--{flag} must be positive, but is {value:g}")
-    for flag, least in (
-        ("n_finalists", 0),
-        ("finalist_repeats", 1),
-        ("max_train_steps", 1),
-        ("search_max_steps", 1),
-        ("screen_steps", 4),
-        ("eval_num_images", 2),
-    ):
+    steps = {"max_train_steps": 1, "search_max_steps": 1, "screen_steps": 4}
+    for flag, least in {"n_finalists": 0, "finalist_repeats": 1, **steps, "eval_num_images": 2}.items():
         if (value := getattr(args, flag)) is not None and value < least:
             raise ValueError(f"--{flag} must be at least {least}, but is {value}")
     if args.flip_canaries and args.canaries < 2:
