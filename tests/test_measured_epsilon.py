@@ -195,10 +195,10 @@ def test_the_report_says_what_neither_bound_covers():
             "epsilon_limit": 10,
         },
     }
-    said = report.measured_epsilon()
-    assert "µ of" not in said
+    assert "µ of" not in report.measured_epsilon(), "in reports of before"
     report.audit["epsilon"]["mu"] = {"lower": 0.2, "epsilon": 0.61, "estimate": 0.9, "guesses": 40, "correct": 30}
-    assert "is at least 0.20, which is an epsilon of 0.61 if the training" in report.measured_epsilon()
+    said = report.measured_epsilon()
+    assert "is at least 0.20, which is an epsilon of 0.61 if the training" in said
     assert "at least 0.50 (delta 0.0001, confidence 95%)" in said and "each in 2 rows" in said
     assert "The upper bound by DP-SGD is 3.00." in said and "LOWER" not in said
     assert "search's own choice of blocks and learning rate" in said and said in report.summary()
