@@ -119,6 +119,8 @@ def test_a_memorizing_fine_tune_is_caught_and_its_base_is_not(tmp_path):
     auc = report.audit["measures"]["membership_auc_loss"]
     assert auc["model"]["value"] > 0.9 and auc["model"]["low"] > 0.75
     assert auc["frozen_base"]["value"] < 0.7 and 0.25 < auc["held_out_as_train"]["value"] < 0.75
+    by_noise = report.audit["measures"]["membership_auc_semantic_noise"]
+    assert by_noise["model"]["value"] > 0.8 and by_noise["frozen_base"]["low"] < 0.5
     canaries = report.audit["canaries"]
     assert canaries["planted"] == 2 and canaries["caught"]["membership_loss"] == {"caught": 2, "of": 2}
     assert canaries["caught"]["extraction"]["of"] == 2, "canaries come first among the prompts"

@@ -9,7 +9,7 @@ from ..families import Condition, Family
 from ..randomness import seeded_generator
 
 STEPS, DRAWS = 50, 8
-"""Steps of a search, and draws of noise and timestep in each step, as in the paper."""
+"""Steps of a search, and draws of noise and timestep in each step: those of the paper."""
 
 
 def search_embeddings(
@@ -25,11 +25,12 @@ def search_embeddings(
 ) -> dict[str, torch.Tensor]:
     """The embeddings under which a model denoises each image best, after Kowalczuk et al. (DoRI).
 
-    The search of https://huggingface.co/papers/2507.16880: from the caption's embedding, `steps` steps of Adam along
-    the gradient of the denoising loss of the image, under `draws` new draws of noise and timestep in each step. The
-    embedding that is found therefore brings the image back from any noise. A model that does not hold the image needs
-    many more steps than 50, but in the end a search writes any image into the embedding itself: compare with the same
-    search for images that were not trained on, and on a model that was not trained on the images.
+    The search of https://huggingface.co/papers/2507.16880, by the paper's abstract and a summary of its method: from
+    the caption's embedding, `steps` steps of Adam along the gradient of the denoising loss of the image, under `draws`
+    new draws of noise and timestep in each step. The embedding that is found therefore brings the image back from any
+    noise. A model that does not hold the image needs many more steps than 50, but in the end a search writes any image
+    into the embedding itself: compare with the same search for images that were not trained on, and on a model that
+    was not trained on the images.
 
     The rate is in units of the root mean square of each image's embedding. For Stable Diffusion's text encoder that is
     about 1, and the rate is the paper's; for others it is this package's reading. Tensors of whole numbers, such as
