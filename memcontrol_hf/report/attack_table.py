@@ -30,8 +30,8 @@ _ATTACKS = {
     "nearest_share": "Generated images that are nearer to a training image than to other real images",
     "reidentified_share": "Persons whom a verifier finds again in images that are generated from their captions",
     "reidentified_share_real": "Held-out persons whom the verifier finds again in another real image of theirs",
-    "attribute_advantage": "Guess an attribute in a caption by the image, more often right for training persons than "
-    "for held-out persons by so much: 0 is no more often",
+    "attribute_advantage": "How much more often an attribute is guessed right of training persons than of held-out "
+    "persons, by the caption that fits the image best: 0 is no more often",
     "copy_share": "Generated images that could pass for a copy of a training image",
     "partial_copy_share": "Generated images that hold a part, a quarter or more, of a training image",
 }
