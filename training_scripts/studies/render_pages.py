@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+import attribute_controls
 import audit_controls
 import benchmark_attacks
 import benchmark_screening
@@ -45,6 +46,7 @@ PAGES: dict[str, Callable[[dict], str]] = {
     "results/screened_replay": screened_replay.render,
     "results/copy_detection": copy_detection.render,
     "results/duplicate_scan": duplicate_scan.render,
+    "results/attribute_controls": attribute_controls.render,
     "results/filter_remedy": filter_remedy.render,
     "results/later_attacks": later_attacks.render,
     "results/measured_epsilon": measured_epsilon.render,
