@@ -15,7 +15,8 @@ class TimestepRange(Mitigation):
     training is shifted towards the later steps of sampling, which have little noise. The paper's abstract was read,
     not its formulas: it draws timesteps from a distribution whose width it changes, while here every timestep in the
     range has the probability that it has in the whole schedule, and no other is drawn. Which part memorizes most is
-    not settled: https://huggingface.co/papers/2602.17846 finds it at medium noise.
+    not settled: https://huggingface.co/papers/2602.17846 finds it at medium noise. No range is the default, therefore:
+    try several, and audit the result.
 
     A row draws its timestep by its own generator, so that batch size, number of processes and an interruption change
     nothing. Evaluation and attacks measure the whole schedule.
@@ -32,9 +33,9 @@ class TimestepRange(Mitigation):
             Upper end of the range, above `low`.
     """
 
-    usage = "timestep_range[:low=0,high=0.5], two shares of the schedule between 0 and 1, low below high"
+    usage = "timestep_range:low=0.2,high=0.8 or one of both, shares of the schedule between 0 and 1, low below high"
     low: float = 0.0
-    high: float = 0.5
+    high: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.low < self.high <= 1:
