@@ -18,7 +18,7 @@ from transformers import logging as transformers_logging
 
 from common.pages import read_results, write_results
 
-from . import encoding, evaluation, factors, loading, startup, training_step
+from . import audit, encoding, evaluation, factors, loading, memory, startup, training_step
 from .page import render
 
 COMMAND = "make bench"
@@ -28,7 +28,9 @@ MODULES = {
     "loading": loading,
     "encoding": encoding,
     "evaluation": evaluation,
+    "audit": audit,
     "startup": startup,
+    "memory": memory,
 }
 
 

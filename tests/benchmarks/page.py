@@ -49,6 +49,11 @@ def seconds(value: float) -> str:
     return f"{value:.1f} s" if value >= 10 else f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
 
 
+def amount(value: float, row: Row) -> str:
+    """What was measured, in its unit: seconds unless the row names another."""
+    return f"{value:.0f} {row['unit']}" if "unit" in row else seconds(value)
+
+
 def render(content: dict[str, Any]) -> str:
     """The page: a table for each machine."""
     lines = [
@@ -74,7 +79,7 @@ def render(content: dict[str, Any]) -> str:
         for row in measured:
             (us, ours), (them, theirs) = row["medians"].items()
             ratio = f"{row['ratio']:.3g} ({row['low']:.3g} to {row['high']:.3g})"
-            sides = [f"{us}: {seconds(ours)}", f"{them}: {seconds(theirs)}"]
+            sides = [f"{us}: {amount(ours, row)}", f"{them}: {amount(theirs, row)}"]
             cells.append([row["name"], *sides, str(row["pairs"]), ratio, f"at most {row['goal']:g}", verdict(row)])
         lines += table(["what", "this package", "beside", "pairs", "ratio (95 %)", "goal", ""], cells)
         missed = [row["name"] for row in measured if verdict(row) in ("missed", "open")]
