@@ -18,7 +18,7 @@ from transformers import logging as transformers_logging
 
 from common.pages import read_results, write_results
 
-from . import audit, encoding, evaluation, factors, loading, memory, startup, training_step
+from . import audit, encoding, evaluation, factors, loading, memory, peers, startup, training_step
 from .page import render
 
 COMMAND = "make bench"
@@ -31,6 +31,7 @@ MODULES = {
     "audit": audit,
     "startup": startup,
     "memory": memory,
+    "peers": peers,
 }
 
 
