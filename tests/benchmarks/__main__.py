@@ -18,7 +18,7 @@ from transformers import logging as transformers_logging
 
 from common.pages import read_results, write_results
 
-from . import audit, encoding, evaluation, factors, loading, memory, peers, startup, training_step
+from . import audit, encoding, evaluation, factors, loading, memory, peers, published_order, startup, training_step
 from .page import render
 
 COMMAND = "make bench"
@@ -28,6 +28,7 @@ MODULES = {
     "loading": loading,
     "encoding": encoding,
     "evaluation": evaluation,
+    "published_order": published_order,
     "audit": audit,
     "startup": startup,
     "memory": memory,
