@@ -219,8 +219,9 @@ class ScriptArguments:
         publish="yes",
     )
     objectives: list[str] = _flag(
-        ["fid", "membership_auc"],
-        "Objectives, the quality first and the memorization second.",
+        ["loss", "membership_auc"],
+        "Objectives, the quality first and the memorization second: loss is that on the validation images; fid needs "
+        "generated images in each trial.",
         study=True,
         publish="yes",
         choices=get_args(Objective),

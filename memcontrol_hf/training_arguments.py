@@ -142,7 +142,7 @@ class MemControlTrainingArguments(TrainingArguments):
     search_fraction: float = field(default=1.0, metadata={"help": "Share of the training rows used in a trial."})
     search_max_steps: int | None = field(default=None, metadata={"help": "Number of training steps of a trial."})
     objectives: list[str] = field(
-        default_factory=lambda: ["fid", "membership_auc"],
+        default_factory=lambda: ["loss", "membership_auc"],
         metadata={"help": "Objectives of the search, quality first."},
     )
     eval_num_images: int = field(default=128, metadata={"help": "Number of images generated for fid and for amd."})

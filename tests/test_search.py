@@ -51,7 +51,7 @@ def test_the_front_comes_back_as_runs_with_the_study(searched):
     assert all(isinstance(run, BestRun) for run in runs)
     study = runs[0].run_summary
     assert {run.run_id for run in runs} == {str(t.number) for t in study.best_trials}
-    assert study.metric_names == ["fid", "membership_auc"]
+    assert study.metric_names == ["loss", "membership_auc"]
     assert len(study_in(folder).trials) == 4
     for run in runs:
         assert set(run.hyperparameters) == {"mask", "learning_rate"}
@@ -61,7 +61,7 @@ def test_the_front_comes_back_as_runs_with_the_study(searched):
 def test_a_trial_holds_its_figures_and_its_size(searched):
     trial = searched[2][0].run_summary.trials[0]
     assert trial.user_attrs["trainable_parameters"] == 464
-    assert trial.user_attrs["figures"]["eval_fid"] == trial.values[0]
+    assert trial.user_attrs["figures"]["eval_loss"] == trial.values[0]
     assert trial.user_attrs["figures"]["eval_membership_auc_low"] < trial.values[1]
 
 
@@ -84,7 +84,7 @@ def test_a_trial_is_the_same_by_itself(searched, tmp_path):
     trainer = tiny_trainer(tmp_path)
     trainer.apply_hyperparameters(trial.user_attrs["hyperparameters"])
     figures = trainer.train_and_evaluate()
-    assert [figures["eval_fid"], figures["eval_membership_auc"]] == pytest.approx(trial.values, rel=1e-5)
+    assert [figures["eval_loss"], figures["eval_membership_auc"]] == pytest.approx(trial.values, rel=1e-5)
 
 
 def test_the_same_seed_searches_the_same_masks(searched, tmp_path):
@@ -189,13 +189,13 @@ def test_a_trial_that_diverges_is_recorded_and_the_search_goes_on(tmp_path):
     alone = tiny_trainer(tmp_path / "alone", config=MemControlConfig(method="weights"), max_steps=3)
     alone.apply_hyperparameters(trials[1].user_attrs["hyperparameters"])
     figures = alone.train_and_evaluate()
-    assert trials[1].values == [figures["eval_fid"], figures["eval_membership_auc"]], "nothing of the failure is left"
+    assert trials[1].values == [figures["eval_loss"], figures["eval_membership_auc"]], "nothing of the failure is left"
 
 
 def fake_figures(trainer):
     """Figures that depend on the mask and the learning rate alone, at no cost."""
     trainer.train_and_evaluate = lambda: {
-        "eval_fid": 4.0 - sum(trainer.mask.values()) + trainer.args.learning_rate,
+        "eval_loss": 4.0 - sum(trainer.mask.values()) + trainer.args.learning_rate,
         "eval_membership_auc": 0.5 + sum(trainer.mask.values()) / 10,
     }
     return trainer
@@ -330,7 +330,7 @@ from memcontrol_hf.search import claim_final
 trainer = tiny_trainer({folder!r})
 def figures():
     time.sleep(0.3)
-    return {{"eval_fid": trainer.args.learning_rate, "eval_membership_auc": sum(trainer.mask.values()) / 4}}
+    return {{"eval_loss": trainer.args.learning_rate, "eval_membership_auc": sum(trainer.mask.values()) / 4}}
 trainer.train_and_evaluate = figures
 runs = trainer.hyperparameter_search(n_trials=20, storage={storage!r})
 print("final" if claim_final(trainer, runs, poll_seconds=0.1) else "left", flush=True)
@@ -437,13 +437,13 @@ def test_an_interrupted_trial_is_repeated_and_the_others_are_as_without(tmp_path
 
 def test_an_objective_of_ones_own_needs_no_others(tmp_path):
     trainer = fake_figures(tiny_trainer(tmp_path))
-    with pytest.raises(ValueError, match=r"direction has 1 value\(s\) for the 2 objectives fid, membership_auc: give"):
+    with pytest.raises(ValueError, match=r"direction has 1 value\(s\) for the 2 objectives loss, membership_auc: give"):
         trainer.hyperparameter_search(n_trials=2, direction="minimize")
     run = trainer.hyperparameter_search(
-        compute_objective=lambda figures: 2 * figures["eval_fid"], n_trials=2, direction="minimize"
+        compute_objective=lambda figures: 2 * figures["eval_loss"], n_trials=2, direction="minimize"
     )
-    assert run.run_id == "0" and run.objective == 2 * run.run_summary.trials[0].user_attrs["figures"]["eval_fid"]
-    (again,) = repeat_runs(trainer, [run], 1, lambda figures: 3 * figures["eval_fid"])
+    assert run.run_id == "0" and run.objective == 2 * run.run_summary.trials[0].user_attrs["figures"]["eval_loss"]
+    (again,) = repeat_runs(trainer, [run], 1, lambda figures: 3 * figures["eval_loss"])
     assert again.objective == pytest.approx(1.5 * run.objective)
 
 
@@ -456,7 +456,7 @@ def test_a_finalist_that_fails_is_left_out(tmp_path):
         calls.append(1)
         if len(calls) == 2:
             raise ValueError("member_scores: 10 of 10 are not finite")
-        return {**measure(), "eval_fid": math.nan} if len(calls) in bad else measure()
+        return {**measure(), "eval_loss": math.nan} if len(calls) in bad else measure()
 
     trainer.train_and_evaluate, bad = failing, {3}
     assert [run.run_id for run in repeat_runs(trainer, runs, 2)] == [runs[2].run_id]
@@ -523,7 +523,7 @@ def test_a_fixed_learning_rate_is_not_searched(tmp_path):
 def test_every_sampler_searches_two_objectives(tmp_path, sampler):
     trainer = tiny_trainer(tmp_path)
     trainer.train_and_evaluate = lambda: {
-        "eval_fid": sum(trainer.mask.values()) * 1.0,
+        "eval_loss": sum(trainer.mask.values()) * 1.0,
         "eval_membership_auc": 1.0 - sum(trainer.mask.values()) / 4,
     }
     runs = trainer.hyperparameter_search(n_trials=12, sampler=sampler)

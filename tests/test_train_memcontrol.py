@@ -604,9 +604,9 @@ def test_wandb_offline_has_a_group_a_study_and_a_run_a_trial(published):
     report = MemorizationReport.from_json(published.folder / "memorization_report.json")
     for trial in report.search["trials"]:
         run = runs[f"trial-{trial['number']}"]
-        assert [run["summary"]["eval/fid"], run["summary"]["eval/membership_auc"]] == trial["values"]
+        assert [run["summary"]["eval/loss"], run["summary"]["eval/membership_auc"]] == trial["values"]
         assert run["config"]["learning_rate"] == trial["learning_rate"]
-        assert run["config"]["objectives"] == ["fid", "membership_auc"]
+        assert run["config"]["objectives"] == ["loss", "membership_auc"]
     final = runs["selected mask"]
     assert final["config"]["mask"] == report.mask
     assert final["summary"]["eval/amd"] == report.figures["selected mask"]["amd"]

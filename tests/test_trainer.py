@@ -192,7 +192,7 @@ def test_the_all_off_mask_is_the_frozen_base(tmp_path):
     x, c = torch.randn(1, 4, 8, 8), torch.randn(1, 8, 8)
     with torch.no_grad():
         assert torch.equal(trainer.model(x, 5, c).sample, base(x, 5, c).sample)
-    assert "eval_fid" in trainer.evaluate()
+    assert "eval_loss" in trainer.evaluate()
     with pytest.raises(ValueError, match="selects no block"):
         trainer.train()
 

@@ -37,7 +37,8 @@ def work(folder: str, trials: int) -> None:
     transformers_logging.set_verbosity_error()
     logging.disable(logging.WARNING)
     low, high = METHODS[METHOD][1]
-    trainer = demo_trainer(demo_dataset(), METHOD, training_arguments(ScriptArguments(output_dir=folder)))
+    flags = ScriptArguments(output_dir=folder, objectives=["fid", "membership_auc"])
+    trainer = demo_trainer(demo_dataset(), METHOD, training_arguments(flags))
     all_blocks = trainer.search_space.mask(True)
     trainer.hyperparameter_search(
         lambda trial: {"mask": all_blocks, "learning_rate": trial.suggest_float("learning_rate", low, high)},

@@ -54,6 +54,7 @@ def script_arguments(task: Task, settings: Settings, pieces: Pieces, seed: int, 
     values = {
         "output_dir": str(pieces.folder / task.piece),
         "dataset_name": task.data,
+        "objectives": ["fid", "membership_auc"],
         "max_train_steps": settings.max_train_steps,
         "search_max_steps": settings.search_max_steps,
         "eval_num_images": settings.eval_num_images,
