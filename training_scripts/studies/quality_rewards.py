@@ -122,7 +122,8 @@ def render(content: Figures) -> str:
         "",
         f"{MASKS} masks of the demo's attention blocks, the frozen base among them, with {len(SEEDS)} seeds each, "
         f"learning rate {RATE:g}, {STEPS} steps. Reliability is the variance between masks over the variance between "
-        "the seeds of a mask. Validity is Spearman's rank correlation over masks, with its 95 % bootstrap interval.",
+        "the seeds of a mask: at 1, masks differ no more than the seeds of one mask. Validity is Spearman's rank "
+        "correlation over masks, with its 95 % bootstrap interval.",
         "",
     ]
     if content["verdicts"]:

@@ -18,11 +18,13 @@ import compare_mitigations
 import copy_detection
 import duplicate_scan
 import filter_remedy
+import growth
 import later_attacks
 import measured_epsilon
 import paper_table.page
 import person_intervals
 import power
+import quality_rewards
 import real_searches
 import screened.paired_page
 import screened_replay
@@ -57,6 +59,8 @@ PAGES: dict[str, Callable[[dict], str]] = {
     "results/real_searches": real_searches.render,
     "results/selection": selection.render,
     "results/power": power.render,
+    "results/growth": growth.render,
+    "results/quality_rewards": quality_rewards.render,
 }
 
 
