@@ -107,9 +107,9 @@ def rows(pairs: int) -> Iterator[dict[str, Any]]:
     """The rows of the page.
 
     Args:
-        pairs: At most so many processes of each side; three do, since they differ little.
+        pairs: At most so many processes of each side; two do, since they differ little.
     """
-    pairs = min(pairs, 3)
+    pairs = min(pairs, 2)
 
     def row(name: str, sides: dict[str, Callable[[], None]]) -> dict[str, Any]:
         return compared(f"peak memory, {name}", 1.1, in_processes(sides, pairs), unit="MiB")

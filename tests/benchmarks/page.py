@@ -63,7 +63,8 @@ def render(content: dict[str, Any]) -> str:
         "",
         "Both sides run in one process and take turns, so that what else runs on the machine slows both. Medians, and "
         "their ratio with its 95 % interval, for which pairs are resampled. On a CPU, seconds are those that the "
-        "process computed, with one thread; on a GPU, those on the wall once the GPU has finished.",
+        "process computed, with one thread; on a GPU, those on the wall once the GPU has finished. Memory is the peak "
+        "beyond what a process held when it had loaded its libraries, each side in processes of its own.",
         "",
         "The demo has batches of 32. Stable Diffusion 1.5's layout is its denoiser with random weights: on a GPU at "
         "its own size with batches of 8, on a CPU with a fifth of its channels, latents of 32 x 32 and batches of 1.",
@@ -85,7 +86,5 @@ def render(content: dict[str, Any]) -> str:
         missed = [row["name"] for row in measured if verdict(row) in ("missed", "open")]
         reasons = [text for start, text in REASONS.items() if any(name.startswith(start) for name in missed)]
         lines += [line for text in reasons for line in (text, "")]
-    lines += [
-        "Not measured here: an audit and a whole search beside their bare passes, memory, and how all this grows.",
-    ]
+    lines += ["How time and memory grow with images, blocks and trials: [growth.md](results/growth.md)."]
     return "\n".join(lines).rstrip() + "\n"

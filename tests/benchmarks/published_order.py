@@ -103,7 +103,7 @@ def rows(pairs: int) -> Iterator[dict[str, Any]]:
     """The rows of the page: a trial with the default objectives, and one with the paper's two rewards.
 
     Args:
-        pairs: At most so many turns of each side; each takes half a minute on a CPU, so four do there.
+        pairs: At most so many turns of each side; each takes half a minute on a CPU, so three do there.
     """
     data = demo_dataset()
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +112,7 @@ def rows(pairs: int) -> Iterator[dict[str, Any]]:
         args.search_max_steps = STEPS
         run = {"mask": every_second_block(trainer.search_space), "learning_rate": RATE}
         trainer.encode(trainer.eval_dataset)
-        pairs = pairs if device.type == "cuda" else min(pairs, 4)
+        pairs = pairs if device.type == "cuda" else min(pairs, 3)
 
         def trial(objectives: list[str]) -> None:
             args.objectives = objectives
