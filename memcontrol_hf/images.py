@@ -133,23 +133,27 @@ def near_duplicates(
     Returns:
         list of `tuple[int, int]`: rows of `a` and `b`; without `b`, each pair once.
     """
-    thumbnails = [F.interpolate(x.float(), (32, 32), mode="area") for x in (a, a if b is None else b)]
-    limit = threshold * math.sqrt(thumbnails[0][0].numel() / TILES**2)
-    views = [(*thumbnails, limit)]
-    if altered and threshold > 0:
-        one, other = (_same_contrast(x) for x in thumbnails)
-        views += [(one, mirrored, _ALTERED * limit) for mirrored in (other, other.flip(3), other.flip(2))]
+    ones, others = (F.interpolate(x.float(), (32, 32), mode="area") for x in (a, a if b is None else b))
+    limit, exact = threshold * math.sqrt(ones[0].numel() / TILES**2), threshold < 0.01
     pairs = []
-    for start in range(0, len(a), 512):
-        near = torch.zeros(len(thumbnails[0][start : start + 512]), len(thumbnails[1]), dtype=torch.bool)
-        for one, other, limit in views:
-            near |= (tile_distances(one[start : start + 512], other, exact=threshold < 0.01) <= limit).cpu()
+    for start in range(0, len(ones), _AT_ONCE):
+        one = ones[start : start + _AT_ONCE]
+        near = torch.zeros(len(one), len(others), dtype=torch.bool)
+        for begin in range(start if b is None else 0, len(others), _AT_ONCE):
+            other = others[begin : begin + _AT_ONCE]
+            found = tile_distances(one, other, exact) <= limit
+            if altered and threshold > 0:
+                plain, of_other = _same_contrast(one), _same_contrast(other)
+                for mirrored in (of_other, of_other.flip(3), of_other.flip(2)):
+                    found |= tile_distances(plain, mirrored, exact) <= _ALTERED * limit
+            near[:, begin : begin + _AT_ONCE] = found.cpu()
         if b is None:
             near = near.triu(start + 1)
         pairs += [(row + start, other) for row, other in near.nonzero().tolist()]
     return pairs
 
 
+_AT_ONCE = 1024  # images of each side that are compared at once, so that memory holds the thumbnails and little more
 _ALTERED = 0.6  # of the threshold: docs/results/duplicate_scan.md has what it finds, and its false alarms
 _CONTRAST, _LEAST_CONTRAST = 0.2, 0.05  # of a usual picture; noise in a flat one is not to look like a picture
 

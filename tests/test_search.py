@@ -437,7 +437,9 @@ def test_an_interrupted_trial_is_repeated_and_the_others_are_as_without(tmp_path
 
 def test_an_objective_of_ones_own_needs_no_others(tmp_path):
     trainer = fake_figures(tiny_trainer(tmp_path))
-    with pytest.raises(ValueError, match=r"direction has 1 value\(s\) for the 2 objectives loss, membership_auc: give"):
+    with pytest.raises(
+        ValueError, match=r"direction has 1 value\(s\) for the 2 objectives loss, membership_auc: give"
+    ):
         trainer.hyperparameter_search(n_trials=2, direction="minimize")
     run = trainer.hyperparameter_search(
         compute_objective=lambda figures: 2 * figures["eval_loss"], n_trials=2, direction="minimize"

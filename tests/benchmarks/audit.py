@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from memcontrol_hf import AuditSettings, audit_memorization, demo_dataset, demo_pipeline
+from memcontrol_hf import audit_memorization, demo_dataset, demo_pipeline
+from memcontrol_hf.audit import AuditSettings
 from memcontrol_hf.encoders import load_encoder
 
 from .timing import alternate, clock, compared
