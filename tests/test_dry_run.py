@@ -24,6 +24,7 @@ from memcontrol_hf.sampling import denoiser_in_place, generate
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
 LORA = peft.LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+SVDIFF = MemControlConfig(method="svdiff")
 
 
 def without_weights(pipeline, folder: Path) -> Path:
@@ -121,6 +122,13 @@ def counted_passes(pipeline) -> list[int]:
     counts = []
     pipeline.unet.register_forward_hook(lambda module, given, output: counts.append(len(output[0])))
     return counts
+
+
+def test_the_time_and_the_room_of_the_decompositions_are_said():
+    pipeline = load_architecture("demo")
+    text = plan(pipeline, SVDIFF).text()
+    assert re.search(r"SV-DIFF decomposes 192 weights, once on a machine: about \d+ s here, and \d.* MB in /", text)
+    assert "decomposes" not in plan(pipeline, LORA).text()
 
 
 @pytest.mark.parametrize("guidance", [3.0, 1.0])

@@ -22,6 +22,7 @@ from ..demo import DEMO_PIPELINE
 from ..families import Family, family_of
 from ..report.escaping import readable_bytes
 from ..tuners import MemControlConfig
+from ..tuners.svd import decomposition_seconds, factors_folder
 
 CONFIGS = ("model_index.json", "*/config.json", "*/scheduler_config.json")
 """The files that are read."""
@@ -92,6 +93,7 @@ class Plan:
         trainable (`int`): Number of trainable parameters with every block on.
         adapter_bytes (`int`): Size on disk of the tensors of an adapter with every block on.
         memory (`dict[str, int]`): Bytes in a training step with every block on, by what takes them.
+        decomposed (list of pairs of `int`): Shapes of the weights that SV-DIFF decomposes.
     """
 
     denoiser: str
@@ -101,6 +103,7 @@ class Plan:
     trainable: int
     adapter_bytes: int
     memory: dict[str, int]
+    decomposed: tuple[tuple[int, int], ...] = ()
 
     def text(self) -> str:
         """The plan to print."""
@@ -118,6 +121,12 @@ class Plan:
             f"memory of a training step, about: {readable_bytes(sum(self.memory.values()))}",
             *(f"  {name}: {readable_bytes(size)}" for name, size in self.memory.items()),
         ]
+        if self.decomposed:
+            lines.append(
+                f"SV-DIFF decomposes {len(self.decomposed)} weights, once on a machine: about "
+                f"{_readable_seconds(decomposition_seconds(self.decomposed))} here, and "
+                f"{readable_bytes(_svd_bytes(self.decomposed))} in {factors_folder()}"
+            )
         return "\n".join(lines)
 
 
@@ -158,7 +167,7 @@ def plan(
     family.check_resolution(resolution)
     space = family.search_space(granularity, text_encoder_blocks)
     owners = {module: block for block, names in space.blocks.items() for module in names}
-    blocks, sizes, factors = dict.fromkeys(space.blocks, 0), {}, 0
+    blocks, sizes, decomposed = dict.fromkeys(space.blocks, 0), {}, []
     for folder in ("", *space.text_encoders):
         part, restricted = family.parts[folder], space.apply(config, space.mask(True), folder)
         modules = {name: part.get_submodule(name) for name in restricted.target_modules}
@@ -166,7 +175,7 @@ def plan(
         if not folder:
             activations = _activation_bytes(family, modules.values(), resolution, text_encoder_blocks)
         if isinstance(config, MemControlConfig) and config.method == "svdiff":
-            factors += _svd_bytes(modules.values())
+            decomposed += [(len(m.weight), m.weight[0].numel()) for m in modules.values()]
         for module, count in _trainable(part, restricted, modules).items():
             blocks[owners[f"{folder}.{module}".lstrip(".")]] += count
     trainable = sum(blocks.values())
@@ -176,7 +185,7 @@ def plan(
         "autoencoder and text encoders": sum(p.numel() * p.element_size() for p in encoders),
         "adapter and gradients": 8 * trainable,
         "optimizer": optimizer_bytes * trainable,
-        "singular value decompositions": factors,
+        "singular value decompositions": _svd_bytes(decomposed),
         f"activations of {batch_size} images": batch_size * activations // (2 if low_precision else 1),
     }
     return Plan(
@@ -187,6 +196,7 @@ def plan(
         trainable=trainable,
         adapter_bytes=4 * trainable,
         memory={name: size for name, size in memory.items() if size},
+        decomposed=tuple(decomposed),
     )
 
 
@@ -204,10 +214,14 @@ def _trainable(part: nn.Module, config: PeftConfig, modules: Collection[str]) ->
     return counts
 
 
-def _svd_bytes(modules: Iterable[nn.Module]) -> int:
-    """Bytes of the float32 singular vectors and values of the modules' weights, which SV-DIFF keeps."""
-    shapes = [(len(module.weight), module.weight[0].numel()) for module in modules]
+def _svd_bytes(shapes: Iterable[tuple[int, int]]) -> int:
+    """Bytes of the float32 singular vectors and values of weights of these shapes, which SV-DIFF keeps."""
     return sum(min(shape) * (sum(shape) + 1) * 4 for shape in shapes)
+
+
+def _readable_seconds(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
 
 
 def _activation_bytes(family: Family, tuned: Iterable[nn.Module], resolution: int, through: bool) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -106,6 +107,21 @@ def _decomposed(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         u, s, vh = torch.linalg.svd(matrix.T if wide else matrix, full_matrices=False)
         u, vh = (vh.T, u.T) if wide else (u, vh)
         return tuple(factor.float().contiguous() for factor in (u, s, vh))
+
+
+def decomposition_seconds(shapes: Iterable[tuple[int, int]]) -> float:
+    """About how long the decomposition of matrices takes here, from the time of one of 512 x 512.
+
+    LAPACK's time grows as the product of both sides and the smaller side. For the weights of Stable Diffusion 1.5 this
+    is right to a third; docs/performance.md has their times.
+    """
+    side = 512
+    matrix = torch.randn(side, side, generator=torch.Generator().manual_seed(0))
+    _decomposed(matrix[:64, :64])  # the first call starts LAPACK
+    started = time.perf_counter()
+    _decomposed(matrix)
+    of_one = time.perf_counter() - started
+    return of_one * sum(rows * columns * min(rows, columns) for rows, columns in shapes) / side**3
 
 
 # ---- on disk ----
