@@ -29,9 +29,9 @@ REASONS: dict[str, str] = {
         "of weights with fewer than 128 rows or columns are computed."
     ),
     "a trial by": (
-        "*A trial.* The demo's autoencoder and text encoder are so small that encoding each batch anew costs little, and "
-        "four fifths of a trial by the default objectives are its training steps, which both sides make. Beside "
-        "Stable Diffusion's encoders and 256 images of 25 guided steps for fid, it would save more."
+        "*A trial.* The demo's autoencoder and text encoder are so small that encoding each batch anew costs little. "
+        "Most of a trial by the default objectives are its training steps, which both sides make. Beside Stable "
+        "Diffusion's encoders, and 256 images of 25 guided steps for fid, there is more to save."
     ),
     "training step": (
         "*The training step.* Beside forward, backward and AdamW, the trainer reads the rows of the batch, draws "
