@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from datasets import Dataset
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import linregress
@@ -30,7 +31,7 @@ from transformers import logging as transformers_logging
 from common.pages import read_results, table, write_results
 from common.pieces import Job, Pieces, add_piece_flags, exit_if_missing
 from common.trainers import demo_trainer
-from memcontrol_hf import demo_dataset, demo_pipeline
+from memcontrol_hf import MemControlTrainer, demo_dataset, demo_pipeline
 from memcontrol_hf.data import EncodedImages, check_near_duplicates, load_images
 from memcontrol_hf.families import family_of
 from memcontrol_hf.flags import ScriptArguments
@@ -59,9 +60,8 @@ def listed(count: int, folder: Path) -> Work:
     return partial(load_images, train_data_dir=str(folder / "images"))
 
 
-def _noise(count: int, folder: Path):
+def _noise(count: int, folder: Path) -> Dataset:
     """A data set of `count` images of noise, each with a caption, whose pixels lie on the disk."""
-    from datasets import Dataset
 
     def rows():
         random = np.random.default_rng(0)
@@ -85,7 +85,7 @@ def compared(count: int, folder: Path) -> Work:
     return lambda: check_near_duplicates(sets, 0.05)
 
 
-def _trainer(folder: Path, blocks: str):
+def _trainer(folder: Path, blocks: str) -> MemControlTrainer:
     flags = ScriptArguments(output_dir=str(folder), method="attention", max_train_steps=4)
     arguments = training_arguments(flags)
     arguments.objectives = ["loss", "membership_auc"]
