@@ -177,7 +177,7 @@ def compare_with_training_images(
         "c_t": Figure(metrics.c_t(features, member_features, other_features)),
         "auth_pct": Figure(metrics.auth_pct(features, member_features)),
     }
-    copies = find_copies(images, features, per_prompt, members, others, encoder, own)
+    copies = find_copies(images, features, per_prompt, members, others, encoder, own, persons)
     figures |= copies.figures
     rows = [members.distinct[place] for place in own]
     caught = {name: (set(itertools.compress(rows, hits)), set(rows)) for name, hits in copies.caught.items()}

@@ -34,6 +34,7 @@ def find_copies(
     others: EncodedImages,
     encoder: Encoder,
     own: Sequence[int] = (),
+    persons: Sequence[int] = (),
 ) -> Copies:
     """Find generated images that are more like a training image, or like a part of one, than held-out images are.
 
@@ -45,8 +46,8 @@ def find_copies(
         others ([`~memcontrol_hf.data.EncodedImages`]): images that cannot be memorized.
         encoder ([`~memcontrol_hf.encoders.Encoder`]): image encoder.
         own (list of `int`): positions of the captions' own images among the distinct images of `members`.
+        persons (list of `int`): the person of each caption, where persons are known.
     """
-    persons = members.units_of([members.distinct[place] for place in own]) if members.by_person else ()
     result, rows = Copies({}, {}), torch.tensor(own)[:, None]
     try:
         sets = members.features(encoder), others.features(encoder)

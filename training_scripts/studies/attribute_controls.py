@@ -22,7 +22,7 @@ from scipy.stats import binom
 from transformers import logging as transformers_logging
 
 from common.pages import read_results, table, write_results
-from common.pieces import Job, Pieces, add_piece_flags, exit_if_missing
+from common.pieces import Job, add_piece_flags, exit_if_missing, open_pieces
 from common.trainers import demo_trainer
 from memcontrol_hf import MemControlTrainingArguments, demo_dataset, demo_pipeline
 from memcontrol_hf.audit import AuditSettings
@@ -171,10 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     transformers_logging.set_verbosity_error()
     results = args.docs_dir / "attribute_controls.json"
-    try:
-        pieces = Pieces(args.output_dir, TRAINED)
-    except ValueError as error:
-        parser.error(str(error))
+    pieces = open_pieces(parser, args.output_dir, TRAINED)
     committed = read_results(results).get("seeds", {})
     pieces.restore({f"seeds/{seed}": found for seed, found in committed.items()})
     if not args.collect:

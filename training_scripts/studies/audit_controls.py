@@ -25,7 +25,7 @@ from scipy.stats import binom
 from transformers import logging as transformers_logging
 
 from common.pages import read_results, table, write_results
-from common.pieces import Job, Pieces, exit_if_missing
+from common.pieces import Job, Pieces, exit_if_missing, open_pieces
 from common.trainers import demo_trainer
 from memcontrol_hf import (
     MemControlTrainingArguments,
@@ -252,10 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     committed = read_results(args.results)
     if committed and committed["settings"] != settings:
         parser.error(f"{args.results} was made with other settings; give another --results")
-    try:
-        pieces = Pieces(args.output_dir, fine_tuned)
-    except ValueError as error:
-        parser.error(str(error))
+    pieces = open_pieces(parser, args.output_dir, fine_tuned)
     pieces.restore({name: committed[name] for name in (MEMORIZING, BASE) if name in committed})
     pieces.restore({f"draws/{number}": figures for number, figures in committed.get("draws", {}).items()})
     work(args, pieces)

@@ -21,7 +21,7 @@ from transformers import logging as transformers_logging
 from common.audits import audit_trainer, best_attack
 from common.intervals import paired_difference, t_interval
 from common.pages import read_results, table, write_results
-from common.pieces import Job, Pieces, exit_if_missing
+from common.pieces import Job, Pieces, exit_if_missing, open_pieces
 from common.trainers import DP_SGD, demo_trainer
 from memcontrol_hf import demo_dataset
 from memcontrol_hf.audit import AuditSettings
@@ -230,10 +230,7 @@ def main(argv: list[str] | None = None) -> None:
     committed = read_results(args.results)
     if committed and committed["settings"] != settings:
         parser.error(f"{args.results} was made with other settings; give another --results")
-    try:
-        pieces = Pieces(args.output_dir, settings)
-    except ValueError as error:
-        parser.error(str(error))
+    pieces = open_pieces(parser, args.output_dir, settings)
     for name, by_seed in committed.get("runs", {}).items():
         pieces.restore({f"{name}-{seed}": figures for seed, figures in by_seed.items()})
     results = {"settings": settings, "runs": run_missing(pieces, planned, args)}

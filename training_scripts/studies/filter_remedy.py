@@ -22,7 +22,7 @@ from transformers import logging as transformers_logging
 from common.audits import attack_scores
 from common.intervals import paired_difference, t_interval
 from common.pages import read_results, table, write_results
-from common.pieces import Job, Pieces, add_piece_flags, exit_if_missing
+from common.pieces import Job, add_piece_flags, exit_if_missing, open_pieces
 from common.trainers import demo_trainer
 from memcontrol_hf import MemControlTrainingArguments, demo_dataset, demo_pipeline, metrics
 from memcontrol_hf.adapters import load_adapter
@@ -208,10 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers_logging.set_verbosity_error()
     results = args.docs_dir / "filter_remedy.json"
     settings = {**TRAINED, "command": COMMAND}
-    try:
-        pieces = Pieces(args.output_dir, TRAINED)
-    except ValueError as error:
-        parser.error(str(error))
+    pieces = open_pieces(parser, args.output_dir, TRAINED)
     committed = read_results(results)
     for name, runs in committed.get("measured", {}).items():
         pieces.restore({f"{name}/{seed}": run for seed, run in runs.items()})

@@ -29,7 +29,7 @@ from scipy.stats import linregress
 from transformers import logging as transformers_logging
 
 from common.pages import read_results, table, write_results
-from common.pieces import Job, Pieces, add_piece_flags, exit_if_missing
+from common.pieces import Job, add_piece_flags, exit_if_missing, open_pieces
 from common.trainers import demo_trainer
 from memcontrol_hf import MemControlTrainer, demo_dataset, demo_pipeline
 from memcontrol_hf.data import EncodedImages, check_near_duplicates, load_images
@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     add_piece_flags(parser, "growth")
     args = parser.parse_args(argv)
     file, failed = args.docs_dir / "growth.json", []
-    pieces = Pieces(args.output_dir, {"side": SIDE})
+    pieces = open_pieces(parser, args.output_dir, {"side": SIDE})
     pieces.restore(read_results(file).get("pieces", {}))
     if not args.collect:
         failed = pieces.work(

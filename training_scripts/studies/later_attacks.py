@@ -29,7 +29,7 @@ from transformers import logging as transformers_logging
 
 from audit_controls import BASE, MEMORIZING, adapter_folder, audit_settings, fine_tune
 from common.pages import read_results, write_results
-from common.pieces import Job, Pieces, exit_if_missing
+from common.pieces import Job, exit_if_missing, open_pieces
 from later.page import DRAWS, SEARCHED, halves, render
 from memcontrol_hf import demo_dataset, demo_pipeline
 from memcontrol_hf.adapters import load_adapter
@@ -138,10 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers_logging.set_verbosity_error()
     results = args.docs_dir / "later_attacks.json"
     fine_tuned = {name: getattr(args, name) for name in ("max_train_steps", "learning_rate", "seed")}
-    try:
-        pieces = Pieces(args.output_dir, fine_tuned)
-    except ValueError as error:
-        parser.error(str(error))
+    pieces = open_pieces(parser, args.output_dir, fine_tuned)
     committed = read_results(results)
     parts = {"scores": score, "search": search, "copies": copies}
     pieces.restore(

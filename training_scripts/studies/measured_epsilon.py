@@ -21,7 +21,7 @@ from transformers import logging as transformers_logging
 
 from common.audits import canary_epsilon
 from common.pages import read_results, table, write_results
-from common.pieces import Job, Pieces, exit_if_missing
+from common.pieces import Job, exit_if_missing, open_pieces
 from common.trainers import demo_trainer
 from memcontrol_hf import MemControlTrainingArguments, demo_dataset, demo_pipeline
 from memcontrol_hf.data import first_rows, flip_canaries
@@ -140,10 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     committed = read_results(results)
     if committed and committed["settings"] != settings:
         parser.error(f"{results} was made with other settings; give another --docs_dir")
-    try:
-        pieces = Pieces(args.output_dir, trained)
-    except ValueError as error:
-        parser.error(str(error))
+    pieces = open_pieces(parser, args.output_dir, trained)
     for name, runs in committed.get("runs", {}).items():
         pieces.restore({f"{name}/{seed}": run for seed, run in runs.items()})
     jobs = []

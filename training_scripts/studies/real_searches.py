@@ -24,7 +24,7 @@ from transformers import logging as transformers_logging
 
 from common.intervals import bootstrap_median
 from common.pages import read_results, table, write_results
-from common.pieces import Job, Pieces, add_piece_flags, exit_if_missing
+from common.pieces import Job, add_piece_flags, exit_if_missing, open_pieces
 from common.trainers import demo_trainer
 from memcontrol_hf import demo_dataset
 from memcontrol_hf.flags import ScriptArguments
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     add_piece_flags(parser, "real_searches")
     args = parser.parse_args(argv)
     file, failed = args.docs_dir / "real_searches.json", []
-    pieces = Pieces(args.output_dir, {"method": METHOD, "steps": STEPS})
+    pieces = open_pieces(parser, args.output_dir, {"method": METHOD, "steps": STEPS})
     pieces.restore(read_results(file).get("pieces", {}))
     if not args.collect:
         transformers_logging.set_verbosity_error()

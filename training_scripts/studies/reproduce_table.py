@@ -41,7 +41,7 @@ import torch
 from transformers import logging as transformers_logging
 
 from common.pages import read_results, write_results
-from common.pieces import Pieces, add_part_flag, exit_if_missing
+from common.pieces import Pieces, add_part_flag, exit_if_missing, open_pieces
 from memcontrol_hf.adapter_folder import REPORT
 from memcontrol_hf.report import MemorizationReport
 from memcontrol_hf.report.card import write_card
@@ -149,9 +149,9 @@ def main(argv: list[str] | None = None) -> None:
     settings = Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
     try:
         rows = row_names(args.rows)
-        pieces = Pieces(args.output_dir, dataclasses.asdict(settings))
     except ValueError as error:
         parser.error(str(error))
+    pieces = open_pieces(parser, args.output_dir, dataclasses.asdict(settings))
     restore(pieces, settings, args.docs_dir)
     failed = []
     if not args.collect:

@@ -33,7 +33,7 @@ from scipy.stats import bootstrap, spearmanr
 from transformers import logging as transformers_logging
 
 from common.pages import read_results, table, write_results
-from common.pieces import Job, Pieces, add_part_flag, exit_if_missing
+from common.pieces import Job, Pieces, add_part_flag, exit_if_missing, open_pieces
 from common.trainers import demo_trainer
 from memcontrol_hf import MemControlTrainer
 from memcontrol_hf.data import EncodedImages
@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     args.output_dir = args.output_dir or Path("outputs", f"screening_{args.data}")
     file = args.docs_dir / f"screening_{args.data}.json"
     settings = {name: getattr(args, name) for name in ("data", "method", "learning_rate", "steps", "every")}
-    pieces, failed = Pieces(args.output_dir, settings), []
+    pieces, failed = open_pieces(parser, args.output_dir, settings), []
     pieces.restore(read_results(file).get("screenings", {}))
     if not args.collect:
         transformers_logging.set_verbosity_error()

@@ -22,7 +22,7 @@ import torch
 from transformers import logging as transformers_logging
 
 from common.pages import read_results, table, write_results
-from common.pieces import Job, Pieces, add_piece_flags, exit_if_missing
+from common.pieces import Job, Pieces, add_piece_flags, exit_if_missing, open_pieces
 from common.trainers import demo_trainer
 from memcontrol_hf import demo_dataset
 from memcontrol_hf.flags import ScriptArguments
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     add_piece_flags(parser, "screening_smallest")
     args = parser.parse_args(argv)
     file, failed = args.docs_dir / "screening_smallest.json", []
-    pieces = Pieces(args.output_dir, {"rates": RATES, "steps": STEPS, "masks": MASKS})
+    pieces = open_pieces(parser, args.output_dir, {"rates": RATES, "steps": STEPS, "masks": MASKS})
     pieces.restore(read_results(file).get("pieces", {}))
     if not args.collect:
         transformers_logging.set_verbosity_error()

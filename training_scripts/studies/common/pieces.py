@@ -139,6 +139,14 @@ class Pieces:
         return True
 
 
+def open_pieces(parser: argparse.ArgumentParser, folder: Path, settings: Mapping[str, Any]) -> Pieces:
+    """The pieces in a folder; a folder of other settings ends the command with what differs, and exit code 2."""
+    try:
+        return Pieces(folder, settings)
+    except ValueError as error:
+        parser.error(str(error))
+
+
 def exit_if_missing(failed: Sequence[Job]) -> None:
     """End the command with exit code 1 and the names of the jobs that failed, if there are any."""
     if failed:
