@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from common.intervals import paired_difference, t_interval
+from common.memory import peak_memory
 from common.pieces import Job, Part, Pieces, add_part_flag, exit_if_missing
 
 STUDIES = Path(__file__).parents[1] / "training_scripts" / "studies"
@@ -29,6 +30,7 @@ def test_a_lock_ends_with_the_process_that_holds_it(tmp_path):
     code = """
 import os
 from pathlib import Path
+from common.memory import peak_memory
 from common.pieces import Pieces
 with Pieces(Path()).claim("a") as mine:
     os._exit(7 + mine)
@@ -115,3 +117,11 @@ def test_a_study_runs_by_its_path_from_any_folder(tmp_path):
 @pytest.mark.parametrize("script", sorted(STUDIES.glob("*.py")), ids=lambda script: script.name)
 def test_each_study_names_its_command(script):
     assert f"python training_scripts/studies/{script.name}" in ast.get_docstring(ast.parse(script.read_text()))
+
+
+def test_peak_memory_is_that_of_the_work_alone():
+    size = 64
+    before, peak = peak_memory(lambda: bytes(bytearray(size * 2**20)))  # twice at a time
+    assert 2 * size - 2 < peak - before < 2 * size + 32
+    before, peak = peak_memory(lambda: None)
+    assert peak - before < 2

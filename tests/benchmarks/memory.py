@@ -1,16 +1,15 @@
 """Peak memory beside a bare loop, each side in a process of its own."""
 
 import multiprocessing
-import resource
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import psutil
 import torch
 from peft import get_peft_model
 
+from common.memory import peak_memory
 from memcontrol_hf import SearchSpace, demo_dataset, demo_pipeline
 from memcontrol_hf.from_flags import METHODS
 
@@ -30,9 +29,8 @@ def peak(work: Callable[[], None]) -> float:
         work()
         return torch.cuda.max_memory_allocated() / MIB
     torch.set_num_threads(1)
-    before = psutil.Process().memory_info().rss
-    work()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / MIB
+    before, most = peak_memory(work)
+    return most - before
 
 
 def bare_loop(shape: str, method: str) -> None:

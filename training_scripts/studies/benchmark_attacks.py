@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from common.memory import peak_memory
 from common.pages import table, write_results
 from memcontrol_hf import metrics
 
@@ -121,16 +122,9 @@ WORK = {
 
 def measured(work: Callable[[], Any]) -> dict[str, float]:
     """Seconds and peak memory of some work, in this process. Linux only."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before, start = memory_mib("VmRSS"), time.perf_counter()
-    work()
-    return {"seconds": time.perf_counter() - start, "input_mib": before, "peak_mib": memory_mib("VmHWM") - before}
-
-
-def memory_mib(field: str) -> float:
-    """A field of /proc/self/status in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+    start = time.perf_counter()
+    before, peak = peak_memory(work)
+    return {"seconds": time.perf_counter() - start, "input_mib": before, "peak_mib": peak - before}
 
 
 def in_own_process(work: Callable[[argparse.Namespace], dict[str, float]], args: argparse.Namespace) -> dict:

@@ -12,15 +12,16 @@ import argparse
 import itertools
 import multiprocessing
 import os
-import resource
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import logging as transformers_logging
 
+from common.memory import peak_memory
 from common.pages import read_results, table, write_results
 from common.trainers import demo_trainer
 from memcontrol_hf import demo_dataset
@@ -52,12 +53,9 @@ def work(method: str, side: str, steps: int) -> dict[str, float]:
         trainer = demo_trainer(demo_dataset(), method, arguments)
         trainer.encode(trainer.eval_dataset)
         started = time.process_time()
-        if side == "screening":
-            trainer.screen(steps)
-        else:
-            trainer.train()
+        _, peak = peak_memory(partial(trainer.screen, steps) if side == "screening" else trainer.train)
         seconds = time.process_time() - started
-    return {"seconds": seconds, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return {"seconds": seconds, "peak_mib": peak}
 
 
 def values_of(runs: list[Run], method: str, side: str, steps: int, quantity: str) -> list[float]:

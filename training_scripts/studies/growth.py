@@ -11,7 +11,6 @@ docs/results/growth.json, .md and .png.
 
 import argparse
 import multiprocessing
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
@@ -28,6 +26,7 @@ from PIL import Image
 from scipy.stats import linregress
 from transformers import logging as transformers_logging
 
+from common.memory import peak_memory
 from common.pages import read_results, table, write_results
 from common.pieces import Job, add_piece_flags, exit_if_missing, open_pieces
 from common.trainers import demo_trainer
@@ -38,7 +37,6 @@ from memcontrol_hf.flags import ScriptArguments
 from memcontrol_hf.from_flags import training_arguments
 
 COMMAND = "python training_scripts/studies/growth.py"
-MIB = 2**20
 SIDE = 64
 GRANULARITIES = {16: "block", 48: "site", 192: "module"}
 """Granularities by the number of blocks that they give the demo."""
@@ -144,11 +142,10 @@ def measure(name: str, count: int) -> dict[str, float]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         work = MEASURED[name][0](count, Path(folder))
-        before, started = psutil.Process().memory_info().rss, time.process_time()
-        work()
+        started = time.process_time()
+        before, peak = peak_memory(work)
         seconds = time.process_time() - started
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": seconds, "peak_mib": max(0, peak - before) / MIB}
+    return {"seconds": seconds, "peak_mib": peak - before}
 
 
 def in_its_own_process(name: str, count: int) -> dict[str, float]:
