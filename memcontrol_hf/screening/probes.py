@@ -150,7 +150,8 @@ class BlockProbes(TrainerCallback):
         # The Trainer begins anew with smaller batches when `auto_find_batch_size` ran out of memory.
         owned = parameters_by_block(self._family, self._space)
         self._parameters = [parameter for parameter, _ in owned]
-        self._owners = torch.tensor([block for _, block in owned], dtype=torch.int64)
+        owners = [block for _, block in owned]
+        self._owners = torch.tensor(owners, dtype=torch.int64, device=self._accelerator.device)
         self.sizes = [0] * len(self._space.blocks)
         for parameter, block in owned:
             self.sizes[block] += parameter.numel()
@@ -191,21 +192,30 @@ class BlockProbes(TrainerCallback):
     def _products(
         self, images: ProbeImages, model: nn.Module, step: int, ends: Sequence[torch.Tensor]
     ) -> torch.Tensor:
-        """This process's part of the sum over rows of gradient times update, for each block: `[blocks]`."""
+        """This process's part of the sum over rows of gradient times update: as many numbers as `_count`."""
         rows, state = images.rows(step), self._accelerator
         own_rows = rows[state.process_index :: state.num_processes]
-        total = torch.zeros(len(self.sizes), device=state.device)
-        owners = self._owners.to(state.device)
+        total = torch.zeros(self._count(), device=state.device)
         for start in range(0, len(own_rows), self._batch_size):
             batch = own_rows[start : start + self._batch_size]
             gradients = self._gradients(lambda batch=batch: images.losses(model, batch, step).sum() / len(rows))
             with torch.no_grad():
-                values = [
-                    total.new_zeros(()) if gradient is None else 2 * (gradient * (end - parameter)).sum()
-                    for gradient, end, parameter in zip(gradients, ends, self._parameters)
-                ]
-            total.index_add_(0, owners, torch.stack(values).to(total))
+                self._add(total, gradients, ends)
         return total
+
+    def _count(self) -> int:
+        """The number of figures that a fall is allocated to: the blocks."""
+        return len(self.sizes)
+
+    def _add(
+        self, total: torch.Tensor, gradients: Sequence[torch.Tensor | None], ends: Sequence[torch.Tensor]
+    ) -> None:
+        """Add gradient times update to the totals of the blocks, for each parameter in the middle of its update."""
+        values = [
+            total.new_zeros(()) if gradient is None else 2 * (gradient * (end - parameter)).sum()
+            for gradient, end, parameter in zip(gradients, ends, self._parameters)
+        ]
+        total.index_add_(0, self._owners, torch.stack(values).to(total))
 
     def _gradients(self, loss: Callable[[], torch.Tensor]) -> list[torch.Tensor | None]:
         """The gradient of a loss by each parameter; `None` where the loss does not depend on the parameter.

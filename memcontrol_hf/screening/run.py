@@ -84,6 +84,7 @@ def train_and_probe(
     seen: EncodedImages,
     unseen: EncodedImages,
     probe_images: type[ProbeImages] = ProbeImages,
+    probes_of: type[BlockProbes] = BlockProbes,
 ) -> BlockProbes:
     """The probes of one training within [`all_blocks_aside`].
 
@@ -93,9 +94,10 @@ def train_and_probe(
         seen ([`~memcontrol_hf.data.EncodedImages`]): images to train on.
         unseen ([`~memcontrol_hf.data.EncodedImages`]): images to compare with.
         probe_images (`type`): how a probe draws from either of them.
+        probes_of (`type`): what the probes allocate the falls to; the blocks by default.
     """
     trainer.args.seed, trainer.train_dataset = seed, seen
-    probes = _probes(trainer, settings, seen, unseen, probe_images)
+    probes = _probes(trainer, settings, seen, unseen, probe_images, probes_of)
     trainer.add_callback(probes)
     trainer.train()
     trainer.remove_callback(probes)
@@ -108,6 +110,7 @@ def _probes(
     seen: EncodedImages,
     unseen: EncodedImages,
     probe_images: type[ProbeImages],
+    probes_of: type[BlockProbes],
 ) -> BlockProbes:
     args, text = trainer.args, bool(trainer.search_space.text_encoders)
     read = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * settings.every
@@ -118,7 +121,7 @@ def _probes(
     ]
     # Few images, and the same ones before and after: what this costs shall not grow with the data.
     measured = [data.select(images.rows(settings.steps)) for data, images in zip((seen, unseen), sets)]
-    return BlockProbes(
+    return probes_of(
         sets,
         trainer.family,
         trainer.search_space,

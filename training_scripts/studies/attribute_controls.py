@@ -21,7 +21,7 @@ from datasets import Dataset
 from scipy.stats import binom
 from transformers import logging as transformers_logging
 
-from common.pages import read_results, table, write_results
+from common.pages import publish_results, read_results, table
 from common.pieces import Job, add_piece_flags, exit_if_missing, open_pieces
 from common.trainers import demo_trainer
 from memcontrol_hf import MemControlTrainingArguments, demo_dataset, demo_pipeline
@@ -183,8 +183,7 @@ def main(argv: list[str] | None = None) -> None:
         "settings": {**TRAINED, "command": COMMAND},
         "seeds": {Path(piece).name: pieces.read(piece) for piece in pieces.names("seeds")},
     }
-    write_results(results, content, render(content))
-    print(render(content))
+    publish_results(results, content, render)
 
 
 if __name__ == "__main__":

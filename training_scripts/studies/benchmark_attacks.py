@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional as F
 
 from common.memory import peak_memory
-from common.pages import table, write_results
+from common.pages import publish_results, table
 from memcontrol_hf import metrics
 
 COMMAND = "python training_scripts/studies/benchmark_attacks.py --output_dir docs"
@@ -200,8 +200,7 @@ def main() -> None:
         "extraction_speedup_all_memorized": seconds["extraction, pair by pair"] / seconds["extraction, all memorized"],
         "neighbours_over_product": seconds["nearest neighbours"] / seconds["matrix product"],
     }
-    write_results(args.output_dir / "attack_cost.json", results, render(results))
-    print(render(results))
+    publish_results(args.output_dir / "attack_cost.json", results, render)
 
 
 if __name__ == "__main__":

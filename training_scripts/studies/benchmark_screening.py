@@ -22,7 +22,7 @@ from typing import Any
 from transformers import logging as transformers_logging
 
 from common.memory import peak_memory
-from common.pages import read_results, table, write_results
+from common.pages import publish_results, read_results, table
 from common.trainers import demo_trainer
 from memcontrol_hf import demo_dataset
 from memcontrol_hf.flags import ScriptArguments
@@ -102,8 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     for repeat, method, steps in itertools.product(range(args.repeats), METHODS, args.steps):
         if len(values_of(content["runs"], method, SIDES[-1], steps, "seconds")) <= repeat:
             content["runs"] += [run(method, side, steps) for side in SIDES]
-            write_results(file, content, render(content))
-    print(render(content))
+            publish_results(file, content, render)
 
 
 if __name__ == "__main__":

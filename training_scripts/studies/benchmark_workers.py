@@ -21,7 +21,7 @@ import optuna
 import torch
 from transformers import logging as transformers_logging
 
-from common.pages import table, write_results
+from common.pages import publish_results, table
 from common.trainers import demo_trainer
 from memcontrol_hf import demo_dataset
 from memcontrol_hf.flags import ScriptArguments
@@ -121,8 +121,7 @@ def main() -> None:
         "trials": args.trials,
         "trials_per_hour": speeds,
     }
-    write_results(args.output_dir / "workers.json", results, render(results))
-    print(render(results))
+    publish_results(args.output_dir / "workers.json", results, render)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from scipy.stats import bootstrap
 from torch import nn
 from torch.nn import functional as F
 
-from common.pages import table, write_results
+from common.pages import publish_results, table
 from memcontrol_hf.data import EncodedImages
 from memcontrol_hf.encoders import Encoder, load_encoder
 from memcontrol_hf.images import to_pixels, to_rgb
@@ -229,8 +229,7 @@ def main(argv: list[str] | None = None) -> None:
         content["data"][name] = {
             detector: measure(images, encoder, args.seed) for detector, encoder in detectors.items()
         }
-    write_results(args.docs_dir / "copy_detection.json", content, render(content))
-    print(render(content))
+    publish_results(args.docs_dir / "copy_detection.json", content, render)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 
 from datasets import DatasetDict
 
-from common.pages import table, write_results
+from common.pages import publish_results, table
 from copy_detection import COPIES
 from memcontrol_hf.images import near_duplicates, thumbnails, to_pixels, to_rgb
 from memcontrol_hf.metrics import clopper_pearson
@@ -95,8 +95,7 @@ def main(argv: list[str] | None = None) -> None:
             name: {scan: measure(images, altered) for scan, altered in SCANS.items()} for name, images in data.items()
         },
     }
-    write_results(args.docs_dir / "duplicate_scan.json", content, render(content))
-    print(render(content))
+    publish_results(args.docs_dir / "duplicate_scan.json", content, render)
 
 
 if __name__ == "__main__":

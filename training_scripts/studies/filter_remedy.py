@@ -21,7 +21,7 @@ from transformers import logging as transformers_logging
 
 from common.audits import attack_scores
 from common.intervals import paired_difference, t_interval
-from common.pages import read_results, table, write_results
+from common.pages import publish_results, read_results, table
 from common.pieces import Job, add_piece_flags, exit_if_missing, open_pieces
 from common.trainers import demo_trainer
 from memcontrol_hf import MemControlTrainingArguments, demo_dataset, demo_pipeline, metrics
@@ -226,8 +226,7 @@ def main(argv: list[str] | None = None) -> None:
         exit_if_missing(pieces.work(jobs))
     measured = {name: {Path(piece).name: pieces.read(piece) for piece in pieces.names(name)} for name in names}
     content = {"settings": settings, "measured": measured}
-    write_results(results, content, render(content))
-    print(render(content))
+    publish_results(results, content, render)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from scipy.stats import linregress
 from transformers import logging as transformers_logging
 
 from common.memory import peak_memory
-from common.pages import read_results, table, write_results
+from common.pages import publish_results, read_results, table
 from common.pieces import Job, add_piece_flags, exit_if_missing, open_pieces
 from common.trainers import demo_trainer
 from memcontrol_hf import MemControlTrainer, demo_dataset, demo_pipeline
@@ -238,9 +238,8 @@ def main(argv: list[str] | None = None) -> None:
         "command": COMMAND,
         "pieces": {name: pieces.read(name) for kind in MEASURED for name in pieces.names(kind)},
     }
-    write_results(file, content, render(content))
+    publish_results(file, content, render)
     draw(content, file.with_suffix(".png"))
-    print(render(content))
     exit_if_missing(failed)
 
 

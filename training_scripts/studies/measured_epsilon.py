@@ -20,7 +20,7 @@ from typing import Any
 from transformers import logging as transformers_logging
 
 from common.audits import canary_epsilon
-from common.pages import read_results, table, write_results
+from common.pages import publish_results, read_results, table
 from common.pieces import Job, exit_if_missing, open_pieces
 from common.trainers import demo_trainer
 from memcontrol_hf import MemControlTrainingArguments, demo_dataset, demo_pipeline
@@ -151,8 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     exit_if_missing(pieces.work(jobs))
     runs = {name: {Path(p).name: pieces.read(p) for p in pieces.names(name)} for name in NOISE}
     content = {"settings": settings, "most": most_provable(), "runs": runs}
-    write_results(results, content, render(content))
-    print(render(content))
+    publish_results(results, content, render)
 
 
 def most_provable() -> float:

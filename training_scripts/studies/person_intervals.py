@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from scipy.stats import norm
 
-from common.pages import table, write_results
+from common.pages import publish_results, table
 from memcontrol_hf.metrics import clopper_pearson, mean_of_persons, membership
 
 COMMAND = "python training_scripts/studies/person_intervals.py"
@@ -129,8 +129,7 @@ def main(argv: list[str] | None = None) -> None:
         "seed": args.seed,
         "coverage": coverage,
     }
-    write_results(args.docs_dir / "person_intervals.json", content, render(content))
-    print(render(content))
+    publish_results(args.docs_dir / "person_intervals.json", content, render)
 
 
 if __name__ == "__main__":

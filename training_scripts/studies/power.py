@@ -17,7 +17,7 @@ import pandas as pd
 from scipy.stats import chi2, norm
 from scipy.stats import t as student
 
-from common.pages import read_results, table, write_results
+from common.pages import publish_results, read_results, table
 from screened.verdicts import ALL, RANDOM, SAME, SUGGESTED, random_names
 
 COMMAND = "python training_scripts/studies/power.py"
@@ -137,8 +137,7 @@ def main(argv: list[str] | None = None) -> None:
                 "needed_corrected": seeds_needed(spread, LEVEL / COMPARISONS),
             }
     content = {"command": COMMAND, "comparisons": comparisons}
-    write_results(args.docs_dir / "results" / "power.json", content, render(content))
-    print(render(content))
+    publish_results(args.docs_dir / "results" / "power.json", content, render)
 
 
 if __name__ == "__main__":

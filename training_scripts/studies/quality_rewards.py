@@ -22,7 +22,7 @@ import torch
 from scipy.stats import bootstrap, spearmanr
 from transformers import logging as transformers_logging
 
-from common.pages import read_results, table, write_results
+from common.pages import publish_results, read_results, table
 from common.pieces import Job, Pieces, add_piece_flags, exit_if_missing, open_pieces
 from common.trainers import demo_trainer
 from memcontrol_hf import demo_dataset
@@ -158,8 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         failed = pieces.work(jobs(pieces))
     finished = {name: pieces.read(name) for name in pieces.names("runs")}
     content = {"command": COMMAND, "verdicts": verdicts(finished), "pieces": finished}
-    write_results(file, content, render(content))
-    print(render(content))
+    publish_results(file, content, render)
     exit_if_missing(failed)
 
 

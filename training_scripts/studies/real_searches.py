@@ -23,7 +23,7 @@ import torch
 from transformers import logging as transformers_logging
 
 from common.intervals import bootstrap_median
-from common.pages import read_results, table, write_results
+from common.pages import publish_results, read_results, table
 from common.pieces import Job, add_piece_flags, exit_if_missing, open_pieces
 from common.trainers import demo_trainer
 from memcontrol_hf import demo_dataset
@@ -190,8 +190,7 @@ def main(argv: list[str] | None = None) -> None:
         failed = pieces.work(jobs)
     finished = {name: pieces.read(name) for granularity in GRANULARITIES for name in pieces.names(granularity)}
     content = {"command": COMMAND, "pieces": finished}
-    write_results(file, content, render(content))
-    print(render(content))
+    publish_results(file, content, render)
     exit_if_missing(failed)
 
 

@@ -15,8 +15,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from common.pages import publish_results
 from common.pages import table as markdown
-from common.pages import write_results
 from memcontrol_hf.screening import Screening
 from screening_predicts import by_group
 from trial_table import GROUPS
@@ -88,8 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         trials = Table(runs, [quality, "membership_auc"], screenings)
         shares = replays(trials, ["tpe", f"{SCREENED}tpe"], args.seeds, max(REPORTED_TRIALS), args.workers)
         content["replay"][quality] = summary(shares, list(REPORTED_TRIALS))
-    write_results(args.docs_dir / "screened_replay.json", content, render(content))
-    print(render(content))
+    publish_results(args.docs_dir / "screened_replay.json", content, render)
 
 
 if __name__ == "__main__":

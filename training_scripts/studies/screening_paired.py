@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from transformers import logging as transformers_logging
 
-from common.pages import read_results, write_results
-from common.pieces import Job, Pieces, add_piece_flags, exit_if_missing
+from common.pages import publish_results, read_results
+from common.pieces import Job, Pieces, add_piece_flags, exit_if_missing, open_pieces
 from common.trainers import demo_trainer
 from memcontrol_hf import demo_dataset
 from memcontrol_hf.flags import ScriptArguments
@@ -39,6 +39,7 @@ from screened.paired_page import COMMAND, plot, render
 from screened.verdicts import ALL, BASE, RANDOM, SAME, SEEDS, SUGGESTED, random_names, verdicts
 
 METHOD, RATE, STEPS = "attention", 3e-4, 80  # as in the trial table
+SETTINGS = {"method": METHOD, "learning_rate": RATE, "steps": STEPS}
 SCREENING_SEED = 1000  # of the first screening: no fine-tune has it
 FID = ((SUGGESTED, ALL, f"{SAME[0]}1"), (BASE,))  # seed by seed, then the base
 
@@ -47,12 +48,11 @@ class Study:
     """The pieces of the study: screenings, fine-tunes and fids.
 
     Args:
-        folder: Folder of the pieces, and of the adapters that fid is measured of.
+        pieces: The pieces; their folder also holds the adapters that fid is measured of.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.pieces = Pieces(folder, {"method": METHOD, "learning_rate": RATE, "steps": STEPS})
+    def __init__(self, pieces: Pieces) -> None:
+        self.folder, self.pieces = pieces.folder, pieces
 
     def jobs(self, seeds: list[int], same: list[str], images: int | None) -> list[Job]:
         """All jobs: the first kind of random masks with all seeds, then the second kind, then fid."""
@@ -117,13 +117,12 @@ def collect(pieces: Pieces, file: Path) -> None:
     names = [name for folder in ("screenings", "fine_tunes", "fid") for name in pieces.names(folder)]
     content: dict[str, Any] = {
         "command": COMMAND,
-        "settings": {"method": METHOD, "learning_rate": RATE, "steps": STEPS},
+        "settings": SETTINGS,
         "pieces": {name: pieces.read(name) for name in names},
     }
     content["verdicts"] = verdicts(content["pieces"])
-    write_results(file, content, render(content))
+    publish_results(file, content, render)
     plot(content["pieces"], file.with_suffix(".png"))
-    print(render(content))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -134,7 +133,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--fid", type=int, metavar="IMAGES", help="measure fid of so many generated images, too")
     add_piece_flags(parser, "screening_paired")
     args = parser.parse_args(argv)
-    study, file, failed = Study(args.output_dir), args.docs_dir / "screening_paired.json", []
+    study = Study(open_pieces(parser, args.output_dir, SETTINGS))
+    file, failed = args.docs_dir / "screening_paired.json", []
     study.pieces.restore(read_results(file).get("pieces", {}))
     if not args.collect:
         transformers_logging.set_verbosity_error()

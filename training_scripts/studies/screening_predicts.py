@@ -32,7 +32,7 @@ import torch
 from scipy.stats import bootstrap, spearmanr
 from transformers import logging as transformers_logging
 
-from common.pages import read_results, table, write_results
+from common.pages import publish_results, read_results, table
 from common.pieces import Job, Pieces, add_part_flag, exit_if_missing, open_pieces
 from common.trainers import demo_trainer
 from memcontrol_hf import MemControlTrainer
@@ -259,9 +259,8 @@ def main(argv: list[str] | None = None) -> None:
             "rows": judge(pieces, seeds, runs),
             "screenings": {f"{t}-{s}": pieces.read(f"{t}-{s}") for s in seeds for t in TRAININGS},
         }
-        write_results(file, content, render(content))
+        publish_results(file, content, render)
         plot_screening(content["screenings"][f"one way-{seeds[0]}"], file.with_suffix(".png"))
-        print(render(content))
     exit_if_missing(failed)
 
 

@@ -27,18 +27,17 @@ from transformers import TrainerCallback
 from transformers import logging as transformers_logging
 
 from common.intervals import paired_difference
-from common.pages import read_results, table, write_results
+from common.pages import publish_results, read_results, table
 from common.pieces import Job, Pieces, add_piece_flags, exit_if_missing, open_pieces
 from common.trainers import demo_trainer
 from memcontrol_hf import MemControlTrainer, demo_dataset
 from memcontrol_hf.flags import ScriptArguments
 from memcontrol_hf.from_flags import training_arguments
-from memcontrol_hf.randomness import Purpose
-from memcontrol_hf.screening.probes import BlockProbes, ProbeImages
+from memcontrol_hf.screening.probes import BlockProbes
 from memcontrol_hf.screening.result import Screening
-from memcontrol_hf.screening.run import PROBE_SHARE, all_blocks_aside
+from memcontrol_hf.screening.run import all_blocks_aside, train_and_probe
 from memcontrol_hf.screening.settings import ScreeningSettings
-from screened.fine_tunes import measure
+from screened.fine_tunes import fine_tune, measure
 
 COMMAND = "python training_scripts/studies/screening_singular.py"
 METHOD, RATE, STEPS, EVERY = "svdiff", 3e-2, 80, 4
@@ -50,6 +49,7 @@ KINDS = {
     "price": "single singular values, of the lowest price",
     "learns": "single singular values, which learn most",
 }
+ALL = "all"
 FIGURES = ("loss", "auc_loss", "auc_clid", "auc_pia")
 
 Figures = dict[str, Any]
@@ -58,17 +58,17 @@ Figures = dict[str, Any]
 class SingularValueProbes(BlockProbes):
     """Allocates the fall of both losses to each number that is trained, not to blocks."""
 
-    def _products(
-        self, images: ProbeImages, model: nn.Module, step: int, ends: Sequence[torch.Tensor]
-    ) -> torch.Tensor:
-        rows, products = images.rows(step), [torch.zeros_like(end) for end in ends]
-        for start in range(0, len(rows), self._batch_size):
-            batch = rows[start : start + self._batch_size]
-            gradients = self._gradients(lambda batch=batch: images.losses(model, batch, step).sum() / len(rows))
-            for product, gradient, end, parameter in zip(products, gradients, ends, self._parameters):
-                if gradient is not None:
-                    product += 2 * gradient * (end - parameter.detach())
-        return torch.cat([product.flatten() for product in products])
+    def _count(self) -> int:
+        return sum(parameter.numel() for parameter in self._parameters)
+
+    def _add(
+        self, total: torch.Tensor, gradients: Sequence[torch.Tensor | None], ends: Sequence[torch.Tensor]
+    ) -> None:
+        products = [
+            torch.zeros_like(end) if gradient is None else 2 * gradient * (end - parameter)
+            for gradient, end, parameter in zip(gradients, ends, self._parameters)
+        ]
+        total += torch.cat([product.flatten() for product in products]).to(total)
 
 
 def shifts(trainer: MemControlTrainer) -> dict[str, nn.Parameter]:
@@ -80,21 +80,9 @@ def shifts(trainer: MemControlTrainer) -> dict[str, nn.Parameter]:
 def screen(trainer: MemControlTrainer, seed: int) -> Figures:
     """What each singular value learns and memorizes: lists by the names of the shifts."""
     settings = ScreeningSettings(steps=STEPS, every=EVERY, learning_rate=RATE, seeds=1, seed=SCREENING_SEED + seed)
-    args, validation = trainer.args, trainer.encode(trainer.eval_dataset)
+    images = trainer.train_dataset, trainer.encode(trainer.eval_dataset)
     with all_blocks_aside(trainer, settings):
-        args.seed, count = settings.seed, round(PROBE_SHARE * args.train_batch_size * EVERY)
-        sets = [
-            ProbeImages(images, purpose, trainer.family, args.seed, args.device, False, count)
-            for images, purpose in (
-                (trainer.train_dataset, Purpose.SCREENING_TRAIN),
-                (validation, Purpose.SCREENING_VALIDATION),
-            )
-        ]
-        where = (trainer.family, trainer.search_space, settings.stretches, args.per_device_train_batch_size)
-        probes = SingularValueProbes(sets, *where, trainer.accelerator, measure=dict)
-        trainer.add_callback(probes)
-        trainer.train()
-        trainer.remove_callback(probes)
+        probes = train_and_probe(trainer, settings, settings.seed, *images, probes_of=SingularValueProbes)
         sizes = {name: parameter.numel() for name, parameter in shifts(trainer).items()}
     train, unseen = torch.stack(probes.allocated).sum(0)
     ends = np.cumsum(list(sizes.values()))[:-1].tolist()
@@ -119,8 +107,10 @@ def module_masks(screening: Figures) -> dict[str, dict[str, bool]]:
 
 def chosen(screening: Figures, kind: str, size: str) -> dict[str, torch.Tensor]:
     """Which singular values are tuned: bool `[k]` by the name of the shift."""
-    mask = module_masks(screening)[size]
     lengths = {name: len(values) for name, values in screening["learns"].items()}
+    if kind == ALL:
+        return {name: torch.ones(length, dtype=torch.bool) for name, length in lengths.items()}
+    mask = module_masks(screening)[size]
     if kind == "modules":
         return {name: torch.full((lengths[name],), on) for name, on in mask.items()}
     number = sum(lengths[name] for name, on in mask.items() if on)
@@ -140,12 +130,16 @@ class Only(TrainerCallback):
         trainer: The trainer.
         on: The singular values that are tuned: bool `[k]` by the name of the shift.
 
+    Attributes:
+        count: Number of singular values that are tuned.
+
     Raises:
         RuntimeError: After the training, when another singular value was tuned.
     """
 
     def __init__(self, trainer: MemControlTrainer, on: Mapping[str, torch.Tensor]) -> None:
         self._trainer, self._on = trainer, on
+        self.count = sum(int(values.sum()) for values in on.values())
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._hooks = [
@@ -160,18 +154,6 @@ class Only(TrainerCallback):
             raise RuntimeError("a singular value was tuned that is not in the mask")
 
 
-def fine_tune(trainer: MemControlTrainer, on: Mapping[str, torch.Tensor] | None, seed: int) -> None:
-    """Leave the trainer with the model in which the chosen singular values were tuned; all of them when `None`."""
-    trainer.args.seed = seed
-    trainer.apply_hyperparameters({"mask": trainer.search_space.mask(True), "learning_rate": RATE})
-    only = [] if on is None else [Only(trainer, on)]
-    for callback in only:
-        trainer.add_callback(callback)
-    trainer.train()
-    for callback in only:
-        trainer.remove_callback(callback)
-
-
 def jobs(pieces: Pieces, seeds: Sequence[int]) -> list[Job]:
     """The screening, all singular values, and each kind and size, seed by seed."""
     data = demo_dataset()
@@ -179,26 +161,35 @@ def jobs(pieces: Pieces, seeds: Sequence[int]) -> list[Job]:
     trainer = demo_trainer(data, METHOD, training_arguments(script), "module")
 
     def run(kind: str, size: str, seed: int) -> Figures:
-        on = None if kind == "all" else chosen(pieces.read(f"screening/{seed}"), kind, size)
-        fine_tune(trainer, on, seed)
+        only = Only(trainer, chosen(pieces.read(f"screening/{seed}"), kind, size))
+        trainer.add_callback(only)
+        fine_tune(trainer, trainer.search_space.mask(True), RATE, seed)
+        trainer.remove_callback(only)
         figures = measure(trainer, data, seed)
-        numbers = figures["parameters"] if on is None else sum(int(values.sum()) for values in on.values())
-        return {"parameters": numbers, **{name: figures[name] for name in FIGURES}}
+        return {"parameters": only.count, **{name: figures[name] for name in FIGURES}}
 
     found = []
     for seed in seeds:
         screening = Job(f"screening/{seed}", f"screening, seed {seed}", partial(screen, trainer, seed))
-        found += [screening, Job(f"all/{seed}", f"all, seed {seed}", partial(run, "all", "", seed))]
-        for size in MASKS:
-            for kind in KINDS:
-                piece = f"{size}-{kind}/{seed}"
-                found.append(Job(piece, piece, partial(run, kind, size, seed), (screening.piece,)))
+        runs = [(f"{ALL}/{seed}", ALL, "")]
+        runs += [(f"{size}-{kind}/{seed}", kind, size) for size in MASKS for kind in KINDS]
+        missing = [
+            Job(piece, piece, partial(run, kind, size, seed), (screening.piece,))
+            for piece, kind, size in runs
+            if piece not in pieces
+        ]
+        found += [screening, *missing] if missing else []
     return found
+
+
+def runs_of(content: Figures, name: str) -> dict[int, Figures]:
+    """The finished fine-tunes of one mask by their seed."""
+    found = content["pieces"].items()
+    return {int(piece.rpartition("/")[2]): run for piece, run in found if piece.partition("/")[0] == name}
 
 
 def render(content: Figures) -> str:
     """The page."""
-    runs = content["runs"]
     lines = [
         "# Masks of single singular values",
         "",
@@ -213,12 +204,12 @@ def render(content: Figures) -> str:
         "",
     ]
     head = ["mask", "seeds", "parameters", "held-out loss", "membership AUC", "CLiD", "PIA"]
-    titles = {"all": "all singular values"} | {
+    titles = {ALL: "all singular values"} | {
         f"{size}-{kind}": f"{size}: {title}" for size in MASKS for kind, title in KINDS.items()
     }
     rows = []
     for name, title in titles.items():
-        if found := list(runs.get(name, {}).values()):
+        if found := list(runs_of(content, name).values()):
             means = {figure: np.mean([run[figure] for run in found]) for figure in ("parameters", *FIGURES)}
             cells = [f"{means['loss']:.4f}", *(f"{means[figure]:.3f}" for figure in FIGURES[1:])]
             rows.append([title, str(len(found)), f"{means['parameters']:,.0f}", *cells])
@@ -226,10 +217,8 @@ def render(content: Figures) -> str:
     rows = []
     for size in MASKS:
         for kind in ("price", "learns"):
-            cells = [
-                _difference(runs.get(f"{size}-{kind}", {}), runs.get(f"{size}-modules", {}), figure)
-                for figure in FIGURES
-            ]
+            pair = [runs_of(content, f"{size}-{of}") for of in (kind, "modules")]
+            cells = [_difference(*pair, figure) for figure in FIGURES]
             if all(cells):
                 rows.append([f"{size}: {KINDS[kind]}", *cells])
     if rows:
@@ -238,8 +227,8 @@ def render(content: Figures) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _difference(ones: Mapping[str, Figures], others: Mapping[str, Figures], figure: str) -> str:
-    values = ({int(seed): run[figure] for seed, run in runs.items()} for runs in (ones, others))
+def _difference(ones: Mapping[int, Figures], others: Mapping[int, Figures], figure: str) -> str:
+    values = ({seed: run[figure] for seed, run in runs.items()} for runs in (ones, others))
     found = paired_difference(*values)
     return f"{found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f})" if found else ""
 
@@ -252,20 +241,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     file, failed = args.docs_dir / "screening_singular.json", []
     pieces = open_pieces(parser, args.output_dir, {"method": METHOD, "learning_rate": RATE, "steps": STEPS})
-    for name, found in read_results(file).get("runs", {}).items():
-        pieces.restore({f"{name}/{seed}": run for seed, run in found.items()})
+    pieces.restore(read_results(file).get("pieces", {}))
     if not args.collect:
         transformers_logging.set_verbosity_error()
         failed = pieces.work(jobs(pieces, args.seed))
-    names = ["all", *(f"{size}-{kind}" for size in MASKS for kind in KINDS)]
-    runs = {
-        name: {piece.split("/")[1]: pieces.read(piece) for piece in found}
-        for name in names
-        if (found := pieces.names(name))
-    }
-    content = {"command": COMMAND, "runs": runs}
-    write_results(file, content, render(content))
-    print(render(content))
+    names = [ALL, *(f"{size}-{kind}" for size in MASKS for kind in KINDS)]
+    finished = {piece: pieces.read(piece) for name in names for piece in pieces.names(name)}
+    content = {"command": COMMAND, "pieces": finished}
+    publish_results(file, content, render)
     exit_if_missing(failed)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import logging as transformers_logging
 
-from common.pages import read_results, table, write_results
+from common.pages import publish_results, read_results, table
 from common.pieces import Job, Pieces, add_piece_flags, exit_if_missing, open_pieces
 from common.trainers import demo_trainer
 from memcontrol_hf import demo_dataset
@@ -163,8 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         failed = pieces.work(jobs(pieces, args.method, args.seed))
     finished = {name: pieces.read(name) for method in RATES for name in pieces.names(method)}
     content = {"command": COMMAND, "pieces": finished}
-    write_results(file, content, render(content))
-    print(render(content))
+    publish_results(file, content, render)
     exit_if_missing(failed)
 
 

@@ -16,7 +16,7 @@ import psutil
 from scipy.stats import linregress
 from transformers import logging as transformers_logging
 
-from common.pages import table, write_results
+from common.pages import publish_results, table
 from common.trainers import demo_trainer
 from memcontrol_hf import demo_dataset
 from memcontrol_hf.flags import ScriptArguments
@@ -117,8 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--docs_dir", type=Path, default=Path("docs/results"), help="folder of the results")
     args = parser.parse_args(argv)
     content = {"command": COMMAND, "after": measure(args.trials)}
-    write_results(args.docs_dir / "search_memory.json", content, render(content))
-    print(render(content))
+    publish_results(args.docs_dir / "search_memory.json", content, render)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from optuna.study._multi_objective import _is_pareto_front
 from transformers.trainer_utils import BestRun
 
 from common.intervals import bootstrap_median
-from common.pages import table, write_results
+from common.pages import publish_results, table
 from memcontrol_hf.search import select_run
 from trials.columns import masks
 
@@ -127,8 +127,7 @@ def main(argv: list[str] | None = None) -> None:
             name: {"mean": float(values.mean()), **bootstrap_median(values)}
             for name, values in regrets(runs, quality).items()
         }
-    write_results(args.docs_dir / "selection.json", content, render(content))
-    print(render(content))
+    publish_results(args.docs_dir / "selection.json", content, render)
 
 
 if __name__ == "__main__":

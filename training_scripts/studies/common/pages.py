@@ -1,7 +1,7 @@
 """The pages that the studies write: Markdown beside the figures that it is rendered from."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +30,10 @@ def write_results(file: Path, results: dict[str, Any], page: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     file.with_suffix(".md").write_text(page, encoding="utf-8")
+
+
+def publish_results(file: Path, results: dict[str, Any], render: Callable[[dict[str, Any]], str]) -> None:
+    """Write the results and the page that `render` makes of them, and print the page."""
+    page = render(results)
+    write_results(file, results, page)
+    print(page)
