@@ -11,17 +11,18 @@ docs/results/growth.json, .md and .png.
 
 import argparse
 import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from datasets import Dataset
-from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import linregress
 from transformers import logging as transformers_logging
@@ -29,6 +30,7 @@ from transformers import logging as transformers_logging
 from common.memory import peak_memory
 from common.pages import publish_results, read_results, table
 from common.pieces import Job, add_piece_flags, exit_if_missing, open_pieces
+from common.plots import legend_above, plot_panels
 from common.trainers import demo_trainer
 from memcontrol_hf import MemControlTrainer, demo_dataset, demo_pipeline
 from memcontrol_hf.data import EncodedImages, check_near_duplicates, load_images
@@ -149,8 +151,12 @@ def measure(name: str, count: int) -> dict[str, float]:
 
 
 def in_its_own_process(name: str, count: int) -> dict[str, float]:
-    """[`measure`] in a fresh process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    """[`measure`] in a fresh process that finds nothing in the cache of an earlier one."""
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        patch.dict(os.environ, HF_DATASETS_CACHE=cache),
+        multiprocessing.get_context("spawn").Pool(1) as pool,
+    ):
         return pool.apply(measure, (name, count))
 
 
@@ -204,16 +210,14 @@ def render(content: dict[str, Any]) -> str:
 
 def draw(content: dict[str, Any], file: Path) -> None:
     """Seconds and peaks against sizes, on logarithmic axes."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for axis, key, title in zip(axes, ("seconds", "peak_mib"), ("seconds", "peak memory, MiB")):
+    figure, panels = plot_panels((10, 4.5), 2)
+    for axes, key, title in zip(panels, ("seconds", "peak_mib"), ("seconds", "peak memory, MiB")):
         for name in MEASURED:
             if runs := runs_of(content["pieces"], name):
-                axis.loglog([count for count, _ in runs], [run[key] for _, run in runs], marker="o", label=name)
-        axis.set_xlabel("images, blocks or trials")
-        axis.set_ylabel(title)
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+                axes.loglog([count for count, _ in runs], [run[key] for _, run in runs], marker="o", label=name)
+        axes.set_xlabel("images, blocks or trials")
+        axes.set_ylabel(title)
+    legend_above(figure, panels[0])
     figure.savefig(file)
 
 

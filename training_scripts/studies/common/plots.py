@@ -18,3 +18,8 @@ def plot_panels(size: tuple[float, float], count: int = 1) -> tuple[Figure, list
     for axes in panels:
         axes.grid(alpha=0.3)
     return figure, panels
+
+
+def legend_above(figure: Figure, axes: Axes) -> None:
+    """Name what one of the panels shows above all of them, where the legend hides no point."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)

@@ -5,7 +5,7 @@ from typing import Any
 
 from common.intervals import t_interval
 from common.pages import table
-from common.plots import plot_panels
+from common.plots import legend_above, plot_panels
 
 from .verdicts import ALL, BASE, FIGURES, RANDOM, SAME, SEEDS, SUGGESTED, Pieces, beaten, by_seed, random_names
 
@@ -118,5 +118,5 @@ def plot(pieces: Pieces, file: Path) -> None:
             axes.scatter(x, y, s=12 if len(names) > 1 else 28, alpha=0.7, label=title)
         axes.set_xlabel("held-out loss")
         axes.set_ylabel(f"AUC of the attack by {'the loss' if measure == 'auc_loss' else TITLES[measure]}")
-    panels[0].legend(fontsize=7)
+    legend_above(figure, panels[0])
     figure.savefig(file)
