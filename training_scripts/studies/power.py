@@ -23,7 +23,7 @@ from screened.verdicts import ALL, RANDOM, SAME, SUGGESTED, random_names
 COMMAND = "python training_scripts/studies/power.py"
 DIFFERENCE, POWER, LEVEL = 0.03, 0.8, 0.05
 QUANTILES = (np.arange(2000) + 0.5) / 2000
-COMPARISONS = 13
+COMPARISONS = 18
 """Number of comparisons of the design for one data set and method (docs/results/design.md), by the strictest of which
 Holm's correction divides the level."""
 ATTACKS = {"loss": "membership AUC", "clid": "CLiD"}
