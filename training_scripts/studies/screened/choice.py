@@ -1,8 +1,8 @@
 """The masks that are compared: the one that a screening suggests, and random ones of its size."""
 
-import itertools
 import random
 from collections.abc import Mapping
+from itertools import combinations
 
 from transformers.trainer_utils import BestRun
 
@@ -29,26 +29,59 @@ def suggested_mask(screening: Screening) -> Mask:
     return select_run(runs).hyperparameters["mask"]
 
 
+def masks_of_size(parameters: Mapping[str, int], goal: float, least: int = 1) -> list[Mask]:
+    """All masks whose number of parameters differs from `goal` by at most `TOLERANCE`, the masks of few blocks first.
+
+    Args:
+        parameters: Number of trained parameters of each block.
+        goal: Number of parameters that is wanted.
+        least: Number of masks that are needed; the tolerance is doubled until there are so many.
+    """
+    tolerance = TOLERANCE * goal
+    while True:
+        subsets = (subset for size in range(1, len(parameters) + 1) for subset in combinations(parameters, size))
+        fitting = [
+            dict.fromkeys(parameters, False) | dict.fromkeys(subset, True)
+            for subset in subsets
+            if abs(sum(parameters[block] for block in subset) - goal) <= tolerance
+        ]
+        if len(fitting) >= min(least, 2 ** len(parameters) - 1):
+            return fitting
+        tolerance *= 2
+
+
 def random_masks(mask: Mask, parameters: Mapping[str, int], same: str, count: int, seed: int) -> list[Mask]:
     """Different random masks of the size of a mask, which is none of them.
 
     Args:
         mask: The mask over the blocks.
         parameters: Number of trained parameters of each block.
-        same: `"parameters"` draws from all masks whose number of parameters differs by at most `TOLERANCE`, `"blocks"`
-            from all masks with as many blocks.
+        same: `"parameters"` draws from [`masks_of_size`], `"blocks"` from all masks with as many blocks.
         count: Number of masks.
         seed: Random seed.
     """
-    goal = sum(parameters[block] for block, on in mask.items() if on)
-
-    def fits(blocks: tuple[str, ...]) -> bool:
-        if same == "blocks":
-            return len(blocks) == sum(mask.values())
-        return abs(sum(parameters[block] for block in blocks) - goal) <= TOLERANCE * goal
-
-    sizes = range(1, len(mask) + 1)
-    subsets = itertools.chain.from_iterable(itertools.combinations(mask, size) for size in sizes)
-    fitting = [{block: block in blocks for block in mask} for blocks in subsets if fits(blocks)]
+    if same == "blocks":
+        subsets = combinations(mask, sum(mask.values()))
+        fitting = [dict.fromkeys(mask, False) | dict.fromkeys(subset, True) for subset in subsets]
+    else:
+        goal = sum(parameters[block] for block, on in mask.items() if on)
+        fitting = masks_of_size({block: parameters[block] for block in mask}, goal, count + 1)
     fitting.remove(mask)
     return random.Random(seed).sample(fitting, count)
+
+
+def worst_mask(mask: Mask, screening: Screening) -> Mask:
+    """The mask of the size of a mask that the screening's additive model calls worst, and that is another one.
+
+    The worst mask has the largest share of all that is memorized, less its share of all that is learned.
+    """
+    on = dict.fromkeys(mask, True)
+    learned, memorized = screening.predict(on)
+
+    def badness(candidate: Mask) -> float:
+        learns, memorizes = screening.predict(candidate)
+        return memorizes / max(memorized, 1e-12) - learns / max(learned, 1e-12)
+
+    goal = sum(screening.parameters[block] for block, on in mask.items() if on)
+    fitting = masks_of_size(screening.parameters, goal, 2)
+    return max((candidate for candidate in fitting if candidate != mask), key=badness)

@@ -25,21 +25,38 @@ def fine_tune(trainer: MemControlTrainer, mask: Mask, rate: float, seed: int, ad
             trainer.save_model(str(adapter))
 
 
-def measure(trainer: MemControlTrainer, data: DatasetDict, seed: int) -> Figures:
-    """The size of the present model, its loss on held-out images, and the AUC of three membership attacks."""
-    held_out = trainer.encode(data["held_out"])
+Scores = dict[str, torch.Tensor]
+"""The score of each distinct image by the name of the attack: `[N]`."""
+
+
+def held_out_scores(trainer: MemControlTrainer, data: DatasetDict, seed: int) -> tuple[Scores, Scores]:
+    """The scores of the training and of the held-out images, also in the middle of a training."""
+    held_out, training = trainer.encode(data["held_out"]), trainer.model.training
     with torch.no_grad(), merged(trainer.adapters.adapted.values()):
         measured = (trainer.family, trainer.model.eval())
         settings = (seed, trainer.args.eval_num_timesteps, trainer.args.per_device_eval_batch_size)
         members = attack_scores(*measured, trainer.train_dataset, Purpose.AUDIT_MEMBERS, *settings)
         others = attack_scores(*measured, held_out, Purpose.AUDIT_NONMEMBERS, *settings)
+    trainer.model.train(training)
+    return members, others
+
+
+def losses_and_attacks(members: Scores, others: Scores) -> dict[str, float]:
+    """The loss on held-out and on training images, and the AUC of each membership attack."""
+    return {
+        "loss": -others["loss"].mean().item(),
+        "loss_train": -members["loss"].mean().item(),
+        **{f"auc_{name}": metrics.membership(members[name], others[name]).auc for name in members},
+    }
+
+
+def measure(trainer: MemControlTrainer, data: DatasetDict, seed: int) -> Figures:
+    """The size of the present model, its loss on held-out images, and the AUC of three membership attacks."""
     return {
         "blocks": sum(trainer.mask.values()),
         "parameters": trainer.trainable_parameters,
         "percent": trainer.trainable_percent,
-        "loss": -others["loss"].mean().item(),
-        "loss_train": -members["loss"].mean().item(),
-        **{f"auc_{name}": metrics.membership(members[name], others[name]).auc for name in members},
+        **losses_and_attacks(*held_out_scores(trainer, data, seed)),
     }
 
 

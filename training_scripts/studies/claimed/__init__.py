@@ -1,0 +1,1 @@
+"""The parts of claims.py: rows, runs, comparisons and pages."""

@@ -1,0 +1,334 @@
+"""The verdicts: which runs are compared at which points, the tests of the differences, and both kinds of intervals.
+
+A difference in a seed is a weighted sum of figures: each point of a run, which is a piece and a step, has a weight.
+At equal steps the weights are 1 and -1. At matched quality a run's weight is spread over the two points between which
+its loss passes the common loss. So the figures of part of the images can be put in the place of those of all.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.stats import spearmanr, ttest_1samp
+
+from common.intervals import Interval, holm, t_interval
+
+from .rows import ALL, BASE, EQUAL, FOUND, FULL, OWN_RATE, RANDOMS, SHARES, TRANSFERRED, WORST, piece_of
+
+ATTACKS = ("auc_loss", "auc_clid")
+LOSS = "loss"
+MARGIN = 0.03
+"""The largest difference in an AUC that counts as none."""
+LEVEL = 0.05
+CONFIRMED, REFUTED, NONE, UNDECIDED, UNMATCHED = (
+    "confirmed",
+    "refuted",
+    "no difference as large as .03",
+    "undecided",
+    "no common quality",
+)
+DRAWS = 1000
+"""Number of draws of the crossed bootstrap."""
+
+Runs = Mapping[str, Mapping[str, Any]]
+Weights = dict[tuple[str, int], float]
+
+
+class Comparison(NamedTuple):
+    """Two rows of a claim, one minus the others.
+
+    Args:
+        claim: The claim.
+        one: A row.
+        others: Rows; the differences to them are averaged within a seed.
+        second: Whether the comparison is in the second family.
+    """
+
+    claim: str
+    one: str
+    others: tuple[str, ...]
+    second: bool = False
+
+
+CAPACITY = "Less capacity, less memorization"
+CLAIMS = (
+    Comparison("PEFT memorizes less than full fine-tuning", ALL, (FULL,)),
+    Comparison("The found mask beats all blocks, stopped early or not", FOUND, (ALL,)),
+    Comparison("The found mask beats random masks of its size", FOUND, RANDOMS),
+    Comparison("Which blocks are trained matters", FOUND, (WORST,)),
+    Comparison("The found mask beats RWA in all blocks", FOUND, ("all+rwa",)),
+    Comparison("The found mask beats threshold mitigation in all blocks", FOUND, ("all+threshold",)),
+    Comparison("The found mask beats DP-SGD in all blocks", FOUND, ("all+dp_sgd",)),
+    Comparison("A mask carries over to another data set", TRANSFERRED, RANDOMS),
+    Comparison("RWA on top of the found mask helps", "found+rwa", (FOUND,), second=True),
+    Comparison("Threshold mitigation on top of the found mask helps", "found+threshold", (FOUND,), second=True),
+    Comparison("The other set's mask is better than the own", TRANSFERRED, (FOUND,), second=True),
+    Comparison("The found mask at its own rate beats all blocks", OWN_RATE, (ALL,), second=True),
+)
+
+
+@dataclass
+class Test:
+    """A tested figure of a comparison.
+
+    Args:
+        figure: Name of the figure.
+        mean, low, high: Mean over seeds with the ends of its 95 % t interval.
+        seeds: Number of seeds.
+        p: Two-sided p-value of the paired t-test.
+        p_holm: The same, corrected within the family.
+        image_low, image_high: Ends of the 95 % interval over seeds and images; `None` where images are not drawn.
+    """
+
+    figure: str
+    mean: float
+    low: float
+    high: float
+    seeds: int
+    p: float
+    p_holm: float = 1.0
+    image_low: float | None = None
+    image_high: float | None = None
+
+
+# ---- points of curves ----
+
+
+def steps_of(run: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+    """The points of a run, by the number of steps, in their order."""
+    return {step: run["points"][str(step)] for step in sorted(map(int, run["points"]))}
+
+
+def lowest_loss(run: Mapping[str, Any]) -> float:
+    """The lowest held-out loss on the curve of a run."""
+    return min(point[LOSS] for point in steps_of(run).values())
+
+
+def first_loss(run: Mapping[str, Any]) -> float:
+    """The held-out loss at the first measurement of a run."""
+    return next(iter(steps_of(run).values()))[LOSS]
+
+
+def place(run: Mapping[str, Any], loss: float) -> dict[int, float]:
+    """Where a run's held-out loss first falls to `loss`: weights of one or two steps, which add up to 1.
+
+    Args:
+        run: The run; `loss` lies between its first loss and its lowest.
+    """
+    points = list(steps_of(run).items())
+    for (step, point), (later, next_point) in pairwise(points):
+        if point[LOSS] <= loss:
+            return {step: 1.0}
+        if next_point[LOSS] <= loss:
+            share = (point[LOSS] - loss) / (point[LOSS] - next_point[LOSS])
+            return {step: 1 - share, later: share}
+    return {points[-1][0]: 1.0}
+
+
+def matched(runs: Runs, one: str, other: str) -> Weights | None:
+    """One run minus another at the lowest loss that both reach; `None` when they have no common quality."""
+    pair = runs[one], runs[other]
+    loss = max(map(lowest_loss, pair))
+    if loss > min(map(first_loss, pair)):
+        return None
+    places = [place(run, loss) for run in pair]
+    return {(one, step): share for step, share in places[0].items()} | {
+        (other, step): -share for step, share in places[1].items()
+    }
+
+
+def mean_weights(weights: Sequence[Weights]) -> Weights:
+    """The mean of several weighted sums."""
+    mean: Weights = {}
+    for terms in weights:
+        for point, weight in terms.items():
+            mean[point] = mean.get(point, 0.0) + weight / len(weights)
+    return mean
+
+
+def value(runs: Runs, weights: Weights, figure: str) -> float:
+    """The weighted sum of a figure."""
+    return sum(weight * runs[piece]["points"][str(step)][figure] for (piece, step), weight in weights.items())
+
+
+# ---- both kinds of intervals ----
+
+
+class Images:
+    """AUCs of drawn images.
+
+    Args:
+        runs: The runs of one data set.
+        draws: Number of draws.
+    """
+
+    def __init__(self, runs: Runs, draws: int = DRAWS) -> None:
+        self.runs, self.draws = runs, draws
+        self._generator = np.random.default_rng(0)
+        self._aucs: dict[tuple[str, int, str], np.ndarray] = {}
+        point = next((point for run in runs.values() for point in run["points"].values()), None)
+        if point is not None:
+            sizes = point["members"], len(point["ranks_loss"]) - point["members"]
+            self._counts = [
+                self._generator.multinomial(size, [1 / size] * size, draws).astype(float) for size in sizes
+            ]
+
+    def auc(self, piece: str, step: int, figure: str) -> np.ndarray:
+        """The AUC in each draw of images, `[draws]`."""
+        key = piece, step, figure
+        if key not in self._aucs:
+            point = self.runs[piece]["points"][str(step)]
+            ranks, members = np.asarray(point[figure.replace("auc", "ranks")], dtype=int), point["members"]
+            inside, outside = ranks[:members, None], ranks[None, members:]
+            wins = (inside > outside) + 0.5 * (inside == outside)
+            counts = self._counts
+            self._aucs[key] = ((counts[0] @ wins) * counts[1]).sum(1) / wins.size
+        return self._aucs[key]
+
+    def interval(self, by_seed: Sequence[Weights], figure: str) -> tuple[float, float]:
+        """The 95 % interval of the mean over seeds when seeds and images are drawn, the same images for all seeds."""
+        values = np.stack(
+            [
+                sum(weight * self.auc(piece, step, figure) for (piece, step), weight in terms.items())
+                for terms in by_seed
+            ]
+        )
+        drawn = np.random.default_rng(1).integers(len(by_seed), size=(len(by_seed), self.draws))
+        means = np.take_along_axis(values, drawn, axis=0).mean(0)
+        low, high = np.quantile(means, [0.025, 0.975])
+        return float(low), float(high)
+
+
+# ---- tests ----
+
+
+def test_of(figure: str, values: Sequence[float]) -> Test | None:
+    """The paired t-test of differences against 0; `None` for fewer than two."""
+    interval = t_interval(values)
+    if interval is None:
+        return None
+    p = float(ttest_1samp(values, 0).pvalue)
+    return Test(figure, interval.mean, interval.low, interval.high, interval.seeds, 1.0 if np.isnan(p) else p)
+
+
+def verdict(tests: Sequence[Test]) -> str:
+    """The verdict on "one memorizes less": by corrected tests of both attacks, or by their intervals."""
+    if any(test.p_holm < LEVEL and test.mean > 0 for test in tests):
+        return REFUTED
+    if all(test.p_holm < LEVEL and test.mean < 0 for test in tests):
+        return CONFIRMED
+    return NONE if all(test.low > -MARGIN and test.high < MARGIN for test in tests) else UNDECIDED
+
+
+def seeds_of(runs: Runs, data: str, method: str, rows: Iterable[str], seeds: Iterable[int]) -> list[int]:
+    """The seeds in which all of some rows are finished."""
+    rows = list(rows)
+    return [seed for seed in seeds if all(piece_of("runs", data, method, row, seed) in runs for row in rows)]
+
+
+def capacity(runs: Runs, data: str, method: str, seeds: Iterable[int]) -> dict[str, Any]:
+    """The rank correlation of parameters with memorization after `EQUAL` steps, in each seed, as a comparison."""
+    rows = (BASE, *RANDOMS, *SHARES, ALL, FULL)
+    found: dict[str, list[float]] = {figure: [] for figure in ATTACKS}
+    for seed in seeds_of(runs, data, method, rows, seeds):
+        of_seed = [runs[piece_of("runs", data, method, row, seed)] for row in rows]
+        points = [steps_of(run).get(EQUAL) or steps_of(run)[0] for run in of_seed]
+        for figure in ATTACKS:
+            correlation = spearmanr([run["parameters"] for run in of_seed], [point[figure] for point in points])
+            found[figure].append(float(correlation.statistic))
+    tests = [test for figure in ATTACKS if (test := test_of(figure, found[figure]))]
+    return {"claim": CAPACITY, "kind": "correlation", "left_out": 0, "tests": tests}
+
+
+def compare(runs: Runs, images: Images, data: str, method: str, asked: Comparison, seeds: Iterable[int]) -> dict:
+    """The tests of a comparison at matched quality, and its differences at equal steps."""
+    equal: list[Weights] = []
+    pairs: list[list[Weights]] = []
+    lowest: list[float] = []
+    left_out = 0
+    for seed in seeds_of(runs, data, method, (asked.one, *asked.others), seeds):
+        one, *others = (piece_of("runs", data, method, row, seed) for row in (asked.one, *asked.others))
+        equal.append(mean_weights([{(one, EQUAL): 1.0, (other, EQUAL): -1.0} for other in others]))
+        lowest.append(lowest_loss(runs[one]) - fmean(lowest_loss(runs[other]) for other in others))
+        found = [matched(runs, one, other) for other in others]
+        left_out += found.count(None)
+        pairs.append([weights for weights in found if weights is not None])
+    total = left_out + sum(map(len, pairs))
+    by_seed = [mean_weights(found) for found in pairs if found]
+    result = {
+        "claim": asked.claim,
+        "one": asked.one,
+        "others": list(asked.others),
+        "second": asked.second,
+        "kind": "matched",
+        "left_out": left_out,
+        "pairs": total,
+        "equal": [
+            asdict(test)
+            for figure in (LOSS, *ATTACKS)
+            if (test := test_of(figure, [value(runs, weights, figure) for weights in equal]))
+        ],
+    }
+    if 2 * left_out > total or len(by_seed) < 2:
+        test = test_of(LOSS, lowest)
+        return result | {"kind": UNMATCHED, "tests": [test] if test else []}
+    tests = [test_of(figure, [value(runs, weights, figure) for weights in by_seed]) for figure in ATTACKS]
+    for test in tests:
+        test.image_low, test.image_high = images.interval(by_seed, test.figure)
+    return result | {"tests": tests}
+
+
+def judge(runs: Runs, data: str, method: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """All comparisons of a data set and a method with two finished seeds, and their verdicts."""
+    images = Images({piece: run for piece, run in runs.items() if piece.startswith(f"runs/{data}-")})
+    compared = [compare(runs, images, data, method, asked, seeds) for asked in CLAIMS]
+    families = [
+        [capacity(runs, data, method, seeds), *(row for row in compared if not row["second"])],
+        [row for row in compared if row["second"]],
+    ]
+    judged = []
+    for family in families:
+        tests = [test for row in family for test in row["tests"]]
+        for test, corrected in zip(tests, holm([test.p for test in tests])):
+            test.p_holm = corrected
+        judged += [
+            row | {"verdict": _verdict(row), "tests": [*map(asdict, row["tests"])]} for row in family if row["tests"]
+        ]
+    return judged
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    if row["kind"] == UNMATCHED:
+        test = row["tests"][0]
+        if test.p_holm >= LEVEL:
+            return UNMATCHED
+        return f"{UNMATCHED}: {'learns more' if test.mean < 0 else 'learns less'}"
+    if row["kind"] == "correlation":  # a positive correlation is the claim
+        return verdict(
+            [
+                Test(test.figure, -test.mean, -test.high, -test.low, test.seeds, test.p, test.p_holm)
+                for test in row["tests"]
+            ]
+        )
+    return verdict(row["tests"])
+
+
+def mean_points(runs: Runs, data: str, method: str, row: str, seeds: Iterable[int]) -> dict[str, dict[str, Interval]]:
+    """The mean curve of a row: each figure at each step with its 95 % t interval over the finished seeds."""
+    finished = [runs[piece_of("runs", data, method, row, seed)] for seed in seeds_of(runs, data, method, [row], seeds)]
+    if len(finished) < 2:
+        return {}
+    figures = (LOSS, *ATTACKS, "auc_pia", "max_norm")
+    return {
+        str(step): {figure: t_interval([steps_of(run)[step][figure] for run in finished]) for figure in figures}
+        for step in steps_of(finished[0])
+    }
+
+
+def parameters_of(runs: Runs, data: str, method: str, row: str, seeds: Iterable[int]) -> float:
+    """The mean number of parameters that a row trains, over its finished seeds."""
+    finished = seeds_of(runs, data, method, [row], seeds)
+    return fmean(runs[piece_of("runs", data, method, row, seed)]["parameters"] for seed in finished)

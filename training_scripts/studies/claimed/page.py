@@ -1,0 +1,287 @@
+"""The pages of the claims: one screen for every reader, one page with all figures, and the picture."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from common.pages import table
+from common.plots import legend_above, plot_panels
+from paper_table.data_sets import DATA
+
+from .judged import ATTACKS, CAPACITY, CLAIMS, LOSS, UNMATCHED
+from .rows import ALL, BASE, EQUAL, FOUND, FULL, METHODS, RANDOMS, ROWS, SEEDS, STEPS, TRANSFERRED, WORST
+
+COMMAND = "python training_scripts/studies/claims.py"
+TITLES = {
+    LOSS: "held-out loss",
+    "auc_loss": "membership AUC",
+    "auc_clid": "CLiD",
+    "auc_pia": "PIA",
+    "max_norm": "max_norm",
+}
+PICTURED = {
+    BASE: ("frozen base", "black", "x"),
+    FULL: ("full fine-tune", "tab:blue", "o"),
+    ALL: ("all blocks", "tab:red", "o"),
+    FOUND: ("found mask", "tab:green", "D"),
+    "randoms": (f"{len(RANDOMS)} random masks of its size", "tab:gray", "s"),
+    WORST: ("worst mask of its size", "tab:brown", "v"),
+    TRANSFERRED: ("mask found on the other set", "tab:olive", "D"),
+    "all+rwa": ("all blocks with RWA", "tab:orange", "^"),
+    "all+threshold": ("all blocks with threshold", "tab:pink", "^"),
+    "all+dp_sgd": ("all blocks with DP-SGD", "tab:purple", "^"),
+}
+
+Content = Mapping[str, Any]
+
+
+def groups(content: Content) -> dict[str, str]:
+    """The data sets and methods that are judged, with their titles."""
+    return {
+        f"{data}-{method}": f"{DATA[data].title}, {title}"
+        for method, title in METHODS.items()
+        for data in DATA
+        if content["verdicts"].get(f"{data}-{method}")
+    }
+
+
+def change(test: Mapping[str, Any], digits: int = 3) -> str:
+    """A mean difference with its interval."""
+    return f"{test['mean']:+.{digits}f} ({test['low']:+.{digits}f} to {test['high']:+.{digits}f})"
+
+
+def p_value(p: float) -> str:
+    """A p-value with one digit more than needed to read it."""
+    return f"{p:.2g}" if p >= 0.0001 else "< .0001"
+
+
+def deciding(row: Mapping[str, Any]) -> str:
+    """The figure that a verdict rests on: the test with the largest corrected p-value."""
+    test = max(row["tests"], key=lambda test: test["p_holm"])
+    name = "correlation with " + TITLES[test["figure"]] if row["kind"] == "correlation" else TITLES[test["figure"]]
+    return f"{name} {change(test)}, p {p_value(test['p_holm'])}"
+
+
+def _preliminary(content: Content, name: str) -> str:
+    count = content["seeds"][name]
+    return f"{count} of {SEEDS} seeds: preliminary" if count < SEEDS else f"{count} seeds"
+
+
+# ---- one screen ----
+
+
+def render_summary(content: Content) -> str:
+    """The page `docs/results.md`."""
+    shown = groups(content)
+    lines = [
+        "# What is memorized, and what to do about it",
+        "",
+        f"`{COMMAND}`, by [a design](results/design.md) that is older than the first run. Small models: the demo's "
+        "base (3.3 M parameters, 64 pixels), fine-tuned on 128 rows.",
+        "",
+        "![Membership AUC against held-out loss along the training, for each row](results/claims.png)",
+        "",
+        "Each line is a row's way through its training: further left it has learned more, and further up an attack "
+        "tells more of what was trained on. Better is left and low. Points are means over seeds with 95 % intervals.",
+        "",
+    ]
+    by_claim: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for name in shown:
+        for row in content["verdicts"][name]:
+            by_claim.setdefault(row["claim"], {})[name] = row
+    order = [CAPACITY, *(asked.claim for asked in CLAIMS)]
+    head = ["claim", *(f"{title} ({_preliminary(content, name)})" for name, title in shown.items())]
+    rows = [
+        [claim, *(f"**{rows[name]['verdict']}**: {deciding(rows[name])}" if name in rows else "" for name in shown)]
+        for claim in order
+        if (rows := by_claim.get(claim))
+    ]
+    lines += table(head, rows)
+    lines += [
+        "Two rows are compared at the same held-out loss, the lowest that both reach with a seed. A claim is "
+        "*confirmed* when the membership AUC by the loss and CLiD, which no search and no screening sees, are both "
+        "lower for the row that the claim favours, and *refuted* when one of them is higher. The cell shows the weaker "
+        "of the two, with its 95 % interval over seeds and its p-value after Holm's correction. *No common quality*: "
+        "one row never learns as much as the other has at its first measurement, and the lowest losses are compared.",
+        "",
+        *_meaning(content),
+        "[All figures](results/claims.md), with intervals over images, at equal steps, the learning rates, and the "
+        "authors' reward beside ours. [The earlier table](results/paper_table.md) of all methods with three seeds, "
+        "fid, copies and extracted images was made before the search had screenings.",
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _meaning(content: Content) -> list[str]:
+    """What the verdicts mean and what not, in whole sentences with figures from the results."""
+    lines = []
+    for name, title in groups(content).items():
+        rows = {row["claim"]: row for row in content["verdicts"][name]}
+        against_all = rows.get("The found mask beats all blocks, stopped early or not")
+        if against_all and against_all["kind"] != UNMATCHED:
+            tests = {test["figure"]: test for test in against_all["tests"]}
+            lines.append(
+                f"- {title}: at the same held-out loss, the mask of one screening has a membership AUC that is "
+                f"{_lower(tests['auc_loss'])} than that of all blocks, and a CLiD that is {_lower(tests['auc_clid'])}."
+            )
+    return [
+        *lines,
+        "- What it does not mean: nothing here is a guarantee, the attacks are those that are known, and one small "
+        "base and two sets of images do not speak for Stable Diffusion or for radiographs.",
+        "",
+    ]
+
+
+def _lower(test: Mapping[str, Any]) -> str:
+    low, high = sorted((abs(test["low"]), abs(test["high"])))
+    if test["low"] <= 0 <= test["high"]:
+        return f"not shown to be other ({change(test)})"
+    return f"{abs(test['mean']):.2f} ({low:.2f} to {high:.2f}) {'lower' if test['mean'] < 0 else 'higher'}"
+
+
+# ---- all figures ----
+
+
+def render(content: Content) -> str:
+    """The page `docs/results/claims.md`."""
+    lines = [
+        "# The claims: all figures",
+        "",
+        f"`{COMMAND}`; the [design](design.md) says what was run and how it is judged, and is older than the first "
+        f"run. Each run has {STEPS[-1]} steps of batch size 32.",
+        "",
+    ]
+    for name, title in groups(content).items():
+        lines += [f"## {title}", "", f"{_preliminary(content, name).capitalize()}.", ""]
+        lines += _rows_table(content["curves"][name])
+        lines += _verdict_table(content["verdicts"][name])
+        lines += _equal_table(content["verdicts"][name])
+    lines += ["## Learning rates", "", *_rates_table(content)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _cell(interval: list[float], digits: int) -> str:
+    mean, _, high, _ = interval
+    return f"{mean:.{digits}f} ± {high - mean:.{digits}f}"
+
+
+def _rows_table(curves: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    rows = []
+    for row, curve in curves.items():
+        points, lowest = curve["points"], min(curve["points"], key=lambda step: curve["points"][step][LOSS][0])
+        equal = points.get(str(EQUAL)) or points["0"]
+        rows.append(
+            [
+                ROWS[row].title,
+                str(equal[LOSS][3]),
+                f"{curve['parameters']:,.0f}",
+                _cell(equal[LOSS], 4),
+                *(_cell(equal[figure], 3) for figure in (*ATTACKS, "auc_pia")),
+                _cell(equal["max_norm"], 2),
+                f"{points[lowest][LOSS][0]:.4f} at {lowest}",
+            ]
+        )
+    head = ["row", "seeds", "parameters", *TITLES.values(), "lowest loss, at step"]
+    return [
+        f"After {EQUAL} steps, means over seeds with the half widths of their 95 % t intervals. `max_norm` is the "
+        "authors' reward on the validation images; lower is taken for less memorized.",
+        "",
+        *table(head, rows, numbers=True),
+    ]
+
+
+def _verdict_table(verdicts: list[Mapping[str, Any]]) -> list[str]:
+    rows = []
+    for row in verdicts:
+        for test in row["tests"]:
+            images = "" if test["image_low"] is None else f"{test['image_low']:+.3f} to {test['image_high']:+.3f}"
+            left_out = f"{row['left_out']} of {row['pairs']}" if row.get("pairs") else ""
+            rows.append(
+                [
+                    row["claim"] if test is row["tests"][0] else "",
+                    TITLES[test["figure"]],
+                    str(test["seeds"]),
+                    change(test, 4 if test["figure"] == LOSS else 3),
+                    images,
+                    p_value(test["p_holm"]),
+                    left_out,
+                    row["verdict"] if test is row["tests"][0] else "",
+                ]
+            )
+    head = [
+        "claim",
+        "figure",
+        "seeds",
+        "difference (95 %)",
+        "over seeds and images",
+        "p (Holm)",
+        "pairs left out",
+        "verdict",
+    ]
+    return [
+        "At matched quality: the row that the claim favours minus the other. The tests are conditional on the images; "
+        "the wider intervals draw seeds and images. The first line has rank correlations instead of differences; "
+        "where there is no common quality, the difference is that of the lowest losses. The four comparisons at the "
+        "end are a family of their own.",
+        "",
+        *table(head, rows),
+    ]
+
+
+def _equal_table(verdicts: list[Mapping[str, Any]]) -> list[str]:
+    rows = [
+        [row["claim"], *(change(test, 4 if test["figure"] == LOSS else 3) for test in row["equal"])]
+        for row in verdicts
+        if row.get("equal")
+    ]
+    head = ["claim", *(TITLES[figure] for figure in (LOSS, *ATTACKS))]
+    return [f"At equal steps ({EQUAL}), the same differences, without a verdict:", "", *table(head, rows)]
+
+
+def _rates_table(content: Content) -> list[str]:
+    rows = []
+    for piece, found in sorted(content["pieces"].items()):
+        if not piece.startswith("rates/"):
+            continue
+        _, group, row = piece.split("/")
+        tried = ", ".join(f"{rate:.2g}: {loss:.4f}" for rate, loss in zip(found["rates"], found["losses"]))
+        inside = min(found["rates"]) < found["learning_rate"] < max(found["rates"])
+        rows.append(
+            [
+                group,
+                ROWS[row.rpartition("-")[0]].title,
+                f"{found['learning_rate']:.2g}",
+                tried,
+                "yes" if inside else "**no**",
+            ]
+        )
+    return table(["data and method", "row", "chosen", "lowest validation loss by rate", "inside"], rows)
+
+
+# ---- the picture ----
+
+
+def plot(content: Content, file: Path) -> None:
+    """Membership AUC against held-out loss along the training: a panel for each data set, of the first method."""
+    names = [name for name in groups(content) if name.endswith(next(iter(METHODS)))]
+    if not names:
+        return
+    figure, panels = plot_panels((7.0 * len(names), 5.4), len(names))
+    for axes, name in zip(panels, names):
+        curves = content["curves"][name]
+        for row, (title, color, marker) in PICTURED.items():
+            drawn = [curves[one] for one in (RANDOMS if row == "randoms" else (row,)) if one in curves]
+            for number, curve in enumerate(drawn):
+                points = [curve["points"][step] for step in sorted(curve["points"], key=int)]
+                (x, x_half), (y, y_half) = (
+                    zip(*((point[of][0], point[of][2] - point[of][0]) for point in points))
+                    for of in (LOSS, ATTACKS[0])
+                )
+                style = {"alpha": 0.35 if row == "randoms" else 0.9, "linewidth": 1.2, "markersize": 4}
+                label = title if number == 0 else None
+                axes.errorbar(x, y, y_half, x_half, color=color, marker=marker, elinewidth=0.6, label=label, **style)
+        axes.set_title(groups(content)[name], fontsize=10)
+        axes.set_xlabel("held-out loss (left: learned more)")
+        axes.set_ylabel("membership AUC (.5: guessing)")
+    legend_above(figure, panels[0])
+    figure.savefig(file)
