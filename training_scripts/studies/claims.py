@@ -9,6 +9,9 @@ Each finished piece is a file in `--output_dir`, so the same command goes on whe
 output folder share the work: start the command once for each core, with `OMP_NUM_THREADS=1`. On a new machine the
 command takes up the finished pieces from the committed results.
 
+A piece that is run again has the same figures, with one exception: the noise of DP-SGD depends on a secret key from
+the operating system, never on the seed.
+
 Writes docs/results/claims.json (rates, screenings and verdicts) and claims.parquet (every measured point of every
 run), and what is rendered from them: docs/results.md, docs/results/claims.md and the pictures.
 """

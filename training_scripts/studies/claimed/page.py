@@ -100,9 +100,10 @@ def render_summary(content: Content) -> str:
     lines += [
         "Two rows are compared at the same held-out loss, the lowest that both reach with a seed. A claim is "
         "*confirmed* when the membership AUC by the loss and CLiD, which no search and no screening sees, are both "
-        "lower for the row that the claim favours, and *refuted* when one of them is higher. The cell shows the weaker "
-        "of the two, with its 95 % interval over seeds and its p-value after Holm's correction. *No common quality*: "
-        "one row never learns as much as the other has at its first measurement, and the lowest losses are compared.",
+        "lower for the row that the claim favours, and *refuted* when one of them is higher. The cell shows the "
+        "weaker of the two, with its 95 % interval over seeds and its p-value after Holm's correction. *No common "
+        "quality*: one row never learns as much as the other has at its first measurement, and the lowest losses are "
+        "compared.",
         "",
         *_meaning(content),
         "[All figures](results/claims.md), with intervals over images, at equal steps, the learning rates, and the "
