@@ -83,19 +83,19 @@ def verdict_on(content, text, data="demo"):
 
 
 def test_the_committed_table_has_all_committed_runs():
-    content = json.loads((ROOT / "docs" / "results.json").read_text(encoding="utf-8"))
-    assert len(pd.read_parquet(ROOT / "docs" / "results.parquet")) == len(content["runs"])
+    content = json.loads((ROOT / "docs" / "results" / "paper_table.json").read_text(encoding="utf-8"))
+    assert len(pd.read_parquet(ROOT / "docs" / "results" / "paper_table.parquet")) == len(content["runs"])
 
 
 @pytest.mark.parametrize("data", DATA)
 def test_the_published_cards_show_the_committed_runs(data):
-    content = json.loads((ROOT / "docs" / "results.json").read_text(encoding="utf-8"))
+    content = json.loads((ROOT / "docs" / "results" / "paper_table.json").read_text(encoding="utf-8"))
     report = MemorizationReport.from_json(ROOT / "model_cards" / f"{data}-svdiff" / "memorization_report.json")
     assert report.card.get("over_seeds") == over_seeds(content, data)
 
 
 def test_the_findings_show_the_committed_runs_and_verdicts():
-    content = json.loads((ROOT / "docs" / "results.json").read_text(encoding="utf-8"))
+    content = json.loads((ROOT / "docs" / "results" / "paper_table.json").read_text(encoding="utf-8"))
     text = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
     for row in over_seeds(content, "demo")["table"]:
         assert f"| {' | '.join(row)} |" in text
@@ -108,13 +108,13 @@ def test_a_card_gets_the_rows_of_its_data_set_once_all_have_several_seeds(tmp_pa
     assert over_seeds(results(dict.fromkeys(CARD_ROWS[1:], 0.6)), "demo") is None
     folder = tmp_path / "model_cards" / "demo-svdiff"
     shutil.copytree(ROOT / "model_cards" / "demo-svdiff", folder)
-    (tmp_path / "docs").mkdir()
+    docs = tmp_path / "docs" / "results"
     content = results(rows, noise=0.0)
     for run in content["runs"]:
         file = tmp_path / "out" / "run" / f"{run['data']}-{run['row']}-{run['seed']}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(run))
-    reproduce_table.main(["--collect", "--output_dir", str(tmp_path / "out"), "--docs_dir", str(tmp_path / "docs")])
+    reproduce_table.main(["--collect", "--output_dir", str(tmp_path / "out"), "--docs_dir", str(docs)])
     card = (folder / "README.md").read_text()
     assert "with 3 seeds and 200 steps" in card
     assert "| full fine-tune | 13 | 4.000 ± 0.000 | 0.1000 ± 0.0000 | – | 0.600 ± 0.000 | 0.600 ± 0.000 |" in card
@@ -201,18 +201,21 @@ def test_the_size_sweep_is_read_from_the_table_of_trials_and_left_out_without(tm
     content = results() | {"sweep": sweep_of(file)}
     ranked = content["sweep"]["correlations"]["audit_membership_auc_loss"]
     assert content["sweep"]["runs"] == 14 and 0 < ranked["low"] <= ranked["rho"] <= ranked["high"] <= 1
-    assert "14 runs of [the table of real trials](trial_table.parquet)" in render(content)
+    assert "14 runs of [the table of real trials](../trial_table.parquet)" in render(content)
     plot(content, file, tmp_path)
     assert {plot.name for plot in tmp_path.glob("*.png")} == {
-        "results_demo.png",
-        "results_elpv.png",
-        "results_sweep.png",
+        "paper_table_demo.png",
+        "paper_table_elpv.png",
+        "paper_table_sweep.png",
     }
 
 
 def test_pictures_are_shown_where_the_licence_lets_them():
     text = render(results())
-    assert "| real images | ![](results_samples/real.png) |\n| SV-DIFF | ![](results_samples/svdiff.png) |" in text
+    assert (
+        "| real images | ![](paper_table_samples/real.png) |\n| SV-DIFF | ![](paper_table_samples/svdiff.png) |"
+        in text
+    )
     assert text.count("The command writes them to `samples/elpv`.") == 1
 
 
@@ -270,7 +273,7 @@ def test_what_fails_is_told_and_left_out_while_the_rest_goes_on(tmp_path, monkey
     assert stopped.value.code == 1
     assert "no learning rate is finite" in error
     assert "missing, see above: rate demo svdiff 1000; run demo svdiff 0" in error
-    runs = json.loads((tmp_path / "docs" / "results.json").read_text(encoding="utf-8"))["runs"]
+    runs = json.loads((tmp_path / "docs" / "paper_table.json").read_text(encoding="utf-8"))["runs"]
     assert [(run["data"], run["row"]) for run in runs] == [("demo", "base"), ("elpv", "base"), ("elpv", "svdiff")]
 
 
@@ -283,24 +286,26 @@ def finished(tmp_path_factory):
 
 
 def test_a_row_is_trained_attacked_and_collected(finished):
-    content = json.loads((finished / "docs" / "results.json").read_text(encoding="utf-8"))
+    content = json.loads((finished / "docs" / "paper_table.json").read_text(encoding="utf-8"))
     (run,) = content["runs"]
     assert run["learning_rate"] == content["rates"][0]["learning_rate"]
     assert run["trainable_parameters"] > 0 and run["adapter_bytes"] > 4 * run["trainable_parameters"]
     columns = {*COST, *ATTACKS, *EXTRACTED, *COMPARED} - {"canaries_best"}
     assert columns <= run.keys()
-    assert (finished / "docs" / "results.md").read_text(encoding="utf-8") == render(content)
-    assert (finished / "docs" / "results_demo.png").stat().st_size > 0
-    real, drawn = (PILImage.open(finished / "docs" / "results_samples" / f"{name}.png") for name in ("real", "svdiff"))
+    assert (finished / "docs" / "paper_table.md").read_text(encoding="utf-8") == render(content)
+    assert (finished / "docs" / "paper_table_demo.png").stat().st_size > 0
+    real, drawn = (
+        PILImage.open(finished / "docs" / "paper_table_samples" / f"{name}.png") for name in ("real", "svdiff")
+    )
     assert real.size == drawn.size and real.tobytes() != drawn.tobytes()
 
 
 @pytest.mark.parametrize("folder", ["out", "another"])  # on a new machine only the results are there
 def test_a_second_call_runs_nothing_and_writes_the_same(finished, capsys, folder):
-    page = (finished / "docs" / "results.md").read_text(encoding="utf-8")
+    page = (finished / "docs" / "paper_table.md").read_text(encoding="utf-8")
     reproduce_table.main([*TINY, "--output_dir", str(finished / folder), "--docs_dir", str(finished / "docs")])
-    assert capsys.readouterr().out.splitlines() == [f"1 runs: {finished / 'docs' / 'results.md'}"]
-    assert (finished / "docs" / "results.md").read_text(encoding="utf-8") == page
+    assert capsys.readouterr().out.splitlines() == [f"1 runs: {finished / 'docs' / 'paper_table.md'}"]
+    assert (finished / "docs" / "paper_table.md").read_text(encoding="utf-8") == page
 
 
 def test_results_of_other_settings_are_not_mixed_in(finished, capsys):

@@ -2,7 +2,7 @@
 
     python training_scripts/studies/power.py    # seconds
 
-The spread is the standard deviation over seeds of paired differences in docs/results.parquet and
+The spread is the standard deviation over seeds of paired differences in docs/results/paper_table.parquet and
 docs/results/screening_paired.json. The number of seeds is that with which a two-sided paired t-test finds a true
 difference of .03 in an AUC with a probability of 80 %. Writes docs/results/power.json and .md.
 """
@@ -61,7 +61,7 @@ def seeds_needed(spread: float, level: float) -> int:
 
 def differences(docs: Path) -> dict[str, dict[str, list[float]]]:
     """Paired differences by seed: comparison -> attack -> differences."""
-    runs = pd.read_parquet(docs / "results.parquet").set_index(["data", "row", "seed"]).sort_index()
+    runs = pd.read_parquet(docs / "results" / "paper_table.parquet").set_index(["data", "row", "seed"]).sort_index()
     found: dict[str, dict[str, list[float]]] = {}
     for data in ("demo", "elpv"):
         for one, other in PAIRS:

@@ -14,6 +14,7 @@ import audit_controls
 import benchmark_attacks
 import benchmark_screening
 import benchmark_workers
+import claimed.page
 import compare_mitigations
 import copy_detection
 import duplicate_scan
@@ -29,6 +30,7 @@ import real_searches
 import screened.paired_page
 import screened_replay
 import screening_predicts
+import screening_singular
 import screening_smallest
 import search_memory
 import selection
@@ -36,7 +38,7 @@ import trials.page
 from common.pages import read_results, write_results
 
 PAGES: dict[str, Callable[[dict], str]] = {
-    "results": paper_table.page.render,
+    "results/paper_table": paper_table.page.render,
     "trials": trials.page.render,
     "mitigations_comparison": compare_mitigations.render,
     "audit_controls": audit_controls.render,
@@ -57,6 +59,8 @@ PAGES: dict[str, Callable[[dict], str]] = {
     "results/screening_paired": screened.paired_page.render,
     "results/screening_smallest": screening_smallest.render,
     "results/real_searches": real_searches.render,
+    "results/screening_singular": screening_singular.render,
+    "results/claims": claimed.page.render,
     "results/selection": selection.render,
     "results/power": power.render,
     "results/growth": growth.render,

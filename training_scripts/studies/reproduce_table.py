@@ -9,9 +9,9 @@ Each finished piece of work is a file in `--output_dir`, so the same command goe
 one output folder share the work: start the command once for each core, with `OMP_NUM_THREADS=1`. On machines that
 share no folder, `--part 1/2` and `--part 2/2` do half of the rows each; copy their folders into one afterwards.
 
-`docs/results.json` and `docs/results.parquet` hold all finished pieces. `docs/results.md`, the plots and the tables
-over seeds on the cards in `model_cards/` are rendered from them. On a new machine the command takes up the finished
-pieces from `docs/results.json`.
+`paper_table.json` and `paper_table.parquet` in docs/results hold all finished pieces. `paper_table.md`, the plots and
+the tables over seeds on the cards in `model_cards/` are rendered from them. On a new machine the command takes up the
+finished pieces from `paper_table.json`.
 
 How a row is made:
 
@@ -53,12 +53,12 @@ from paper_table.runs import jobs
 from paper_table.sweep import sweep_of
 from paper_table.tasks import Settings, Task, plan
 
-KINDS = {"rate": "rates", "search": "searches", "run": "runs"}  # kind of a task -> its name in results.json
+KINDS = {"rate": "rates", "search": "searches", "run": "runs"}  # kind of a task -> its name in paper_table.json
 
 
 def restore(pieces: Pieces, settings: Settings, docs: Path) -> None:
-    """Take up the pieces that `results.json` holds, if it was made with the same settings."""
-    results = read_results(docs / "results.json")
+    """Take up the pieces that `paper_table.json` holds, if it was made with the same settings."""
+    results = read_results(docs / "paper_table.json")
     if results.get("settings") == dataclasses.asdict(settings):
         for kind, name in KINDS.items():
             tasks = {Task(kind, piece["data"], piece["row"], piece["seed"]): piece for piece in results[name]}
@@ -81,7 +81,7 @@ def collect(pieces: Pieces, settings: Settings, docs: Path, trials: Path) -> Non
         print(f"no run is finished in {pieces.folder}: nothing is written")
         return
     found["runs"].sort(key=lambda run: (list(DATA).index(run["data"]), list(ROWS).index(run["row"]), run["seed"]))
-    pictures = docs / "results_samples"
+    pictures = docs / "paper_table_samples"
     pictures.mkdir(parents=True, exist_ok=True)
     for name in [name for name, data in DATA.items() if data.public]:
         for file in (pieces.folder / "samples" / name).glob("*.png"):
@@ -93,11 +93,11 @@ def collect(pieces: Pieces, settings: Settings, docs: Path, trials: Path) -> Non
         "sweep": sweep_of(trials),
         "pictures": sorted(file.stem for file in pictures.glob("*.png")),
     }
-    write_results(docs / "results.json", results, render(results))
-    pd.DataFrame(results["runs"]).to_parquet(docs / "results.parquet", index=False)
+    write_results(docs / "paper_table.json", results, render(results))
+    pd.DataFrame(results["runs"]).to_parquet(docs / "paper_table.parquet", index=False)
     plot(results, trials, docs)
-    write_cards(results, docs.parent / "model_cards")
-    print(f"{len(results['runs'])} runs: {docs / 'results.md'}")
+    write_cards(results, docs.parents[1] / "model_cards")
+    print(f"{len(results['runs'])} runs: {docs / 'paper_table.md'}")
 
 
 def write_cards(results: dict[str, Any], folder: Path) -> None:
@@ -141,7 +141,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--output_dir", type=Path, default=Path("outputs/reproduce_table"), help="folder of the finished pieces"
     )
-    parser.add_argument("--docs_dir", type=Path, default=Path("docs"), help="folder of the results and the page")
+    parser.add_argument(
+        "--docs_dir", type=Path, default=Path("docs/results"), help="folder of the results and the page"
+    )
     parser.add_argument(
         "--trials", type=Path, default=Path("docs/trial_table.parquet"), help="table that trial_table.py wrote"
     )

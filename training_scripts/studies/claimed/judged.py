@@ -71,7 +71,7 @@ CLAIMS = (
 
 
 @dataclass
-class Test:
+class Tested:
     """A tested figure of a comparison.
 
     Args:
@@ -205,16 +205,16 @@ class Images:
 # ---- tests ----
 
 
-def test_of(figure: str, values: Sequence[float]) -> Test | None:
+def test_of(figure: str, values: Sequence[float]) -> Tested | None:
     """The paired t-test of differences against 0; `None` for fewer than two."""
     interval = t_interval(values)
     if interval is None:
         return None
     p = float(ttest_1samp(values, 0).pvalue)
-    return Test(figure, interval.mean, interval.low, interval.high, interval.seeds, 1.0 if np.isnan(p) else p)
+    return Tested(figure, interval.mean, interval.low, interval.high, interval.seeds, 1.0 if np.isnan(p) else p)
 
 
-def verdict(tests: Sequence[Test]) -> str:
+def verdict(tests: Sequence[Tested]) -> str:
     """The verdict on "one memorizes less": by corrected tests of both attacks, or by their intervals."""
     if any(test.p_holm < LEVEL and test.mean > 0 for test in tests):
         return REFUTED
@@ -309,7 +309,7 @@ def _verdict(row: Mapping[str, Any]) -> str:
     if row["kind"] == "correlation":  # a positive correlation is the claim
         return verdict(
             [
-                Test(test.figure, -test.mean, -test.high, -test.low, test.seeds, test.p, test.p_holm)
+                Tested(test.figure, -test.mean, -test.high, -test.low, test.seeds, test.p, test.p_holm)
                 for test in row["tests"]
             ]
         )

@@ -212,8 +212,7 @@ class Study:
             "learning_rate": 10 ** (best / 2),
         }
 
-    @staticmethod
-    def _lowest_validation_loss(trainer: MemControlTrainer, mask: Mask, rate: float) -> float:
+    def _lowest_validation_loss(self, trainer: MemControlTrainer, mask: Mask, rate: float) -> float:
         trainer.args.seed = RATE_SEED
         trainer.apply_hyperparameters({"mask": mask, "learning_rate": rate})
         losses = train_along(trainer, lambda: trainer.evaluate_mid_training(["loss"])["eval_loss"]).values()

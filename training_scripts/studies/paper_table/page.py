@@ -65,10 +65,10 @@ Each row is fine-tuned for {max_train_steps} steps of batch size 32. Each search
 {search_max_steps} steps, and each audit generates {images_per_prompt} images for each of {num_prompts} prompts. The \
 model is the demo's base (3.3 M parameters, 64 pixels). {runs} runs, {searches} searches and {rates} choices of a \
 learning rate are finished; they took {hours:.1f} CPU hours ({environment}). Every run is in \
-[results.parquet](results.parquet) and [results.json](results.json).
+[paper_table.parquet](paper_table.parquet) and [paper_table.json](paper_table.json).
 
-[reproduce_table.py](../training_scripts/studies/reproduce_table.py) says how a row is made, how its learning rate is \
-chosen, and what a searched row is. All figures compare with held-out images that neither training nor search saw.
+[reproduce_table.py](../../training_scripts/studies/reproduce_table.py) says how a row is made, how its learning rate \
+is chosen, and what a searched row is. All figures compare with held-out images that neither training nor search saw.
 
 - A figure is the mean ± half width of the 95 % t interval over seeds.
 - *Extracted* counts the prompts of all seeds together. The exact 95 % interval treats the prompts as independent, \
@@ -117,7 +117,8 @@ def render(results: dict[str, Any]) -> str:
     lines += [
         *sweep_section(results["sweep"]),
         "",
-        "The same rows in [the original setting](../training_scripts/README.md) would settle the claims at full size.",
+        "The same rows in [the original setting](../../training_scripts/README.md) would settle the claims at full "
+        "size.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -139,7 +140,7 @@ def data_section(data: str, results: dict[str, Any], judged: dict[str, Judged]) 
             ["", "seeds", *heads, *pooled.values()], row_lines(titles, runs, cells, len(columns) + len(pooled))
         )
     if runs:
-        lines += [f"![](results_{data}.png)", "", *pictures_section(data, results["pictures"])]
+        lines += [f"![](paper_table_{data}.png)", "", *pictures_section(data, results["pictures"])]
     lines += transfer_section(runs)
     lines += ["### What the claims rest on", ""]
     for text, claim in judged.items():
@@ -231,7 +232,7 @@ def pictures_section(data: str, pictures: Sequence[str]) -> list[str]:
         "",
         *table(
             ["", ""],
-            [[title, f"![](results_samples/{name}.png)"] for name, title in titles.items() if name in pictures],
+            [[title, f"![](paper_table_samples/{name}.png)"] for name, title in titles.items() if name in pictures],
         ),
     ]
 
@@ -247,12 +248,12 @@ def sweep_section(sweep: dict[str, Any] | None) -> list[str]:
     ]
     return [
         *lines,
-        f"{sweep['runs']} runs of [the table of real trials](trial_table.parquet) tune the whole attention weights in "
-        "some of six groups of blocks on the demo. The table shows Spearman's correlation of the trainable parameters "
-        "with the measures of the audit, by ranks within each learning rate (95 % bootstrap interval over runs).",
+        f"{sweep['runs']} runs of [the table of real trials](../trial_table.parquet) tune the whole attention "
+        "weights in some of six groups of blocks on the demo. The table shows Spearman's correlation of the trainable "
+        "parameters with the measures of the audit, by ranks within each learning rate (95 % bootstrap interval over runs).",
         "",
         *table(list(SWEPT.values()), [cells]),
-        "![](results_sweep.png)",
+        "![](paper_table_sweep.png)",
     ]
 
 

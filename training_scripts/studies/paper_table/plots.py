@@ -79,10 +79,10 @@ def plot_sweep(trials: Path, file: Path) -> None:
 
 
 def plot(results: dict[str, Any], trials: Path, folder: Path) -> None:
-    """Draw `results_<data set>.png` and `results_sweep.png`, as far as the results go."""
+    """Draw `paper_table_<data set>.png` and `paper_table_sweep.png`, as far as the results go."""
     for data in DATA:
         runs = runs_by_row(results, data)
         if any(name in runs for name in MAIN):
-            plot_data(runs, folder / f"results_{data}.png")
+            plot_data(runs, folder / f"paper_table_{data}.png")
     if results["sweep"] is not None:
-        plot_sweep(trials, folder / "results_sweep.png")
+        plot_sweep(trials, folder / "paper_table_sweep.png")

@@ -1,0 +1,305 @@
+"""The study of the claims: masks, curves, matched quality, intervals, verdicts and pages."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import rankdata
+
+from claimed import runs as claimed_runs
+from claimed.judged import (
+    CLAIMS,
+    CONFIRMED,
+    NONE,
+    REFUTED,
+    UNDECIDED,
+    UNMATCHED,
+    Images,
+    Tested,
+    compare,
+    judge,
+    matched,
+    place,
+    value,
+    verdict,
+)
+from claimed.page import render_summary
+from claimed.results import finished, read_runs, restore, write_runs
+from claimed.rows import ALL, BASE, FOUND, OWN_RATE, RANDOMS, RATE_SEED, ROWS, SHARES, STEPS, WORST, piece_of
+from claimed.runs import SETTINGS, Study, mask_from, max_norm
+from common.pages import read_results
+from common.pieces import Pieces
+from memcontrol_hf import metrics
+from memcontrol_hf.screening import Screening
+from paper_table.data_sets import images
+from screened.choice import masks_of_size, suggested_mask, worst_mask
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def screening() -> Screening:
+    """Eight blocks: the first half learns, the second half memorizes."""
+    names = [f"block{number}" for number in range(8)]
+    learns = dict(zip(names, [0.4, 0.3, 0.2, 0.1, 0.05, 0.05, 0.05, 0.05]))
+    memorizes = dict(zip(names, [0.01, 0.01, 0.01, 0.01, 0.5, 0.4, 0.3, 0.2]))
+    unknown = dict.fromkeys(names, math.nan)
+    return Screening(learns, memorizes, unknown, unknown, dict.fromkeys(names, 10))
+
+
+# ---- masks ----
+
+
+def test_masks_of_a_size_are_all_that_fit_and_the_tolerance_grows_until_there_are_enough():
+    parameters = {"a": 10, "b": 10, "c": 20, "d": 100}
+    found = ["".join(name for name, on in mask.items() if on) for mask in masks_of_size(parameters, 20)]
+    assert found == ["c", "ab"]
+    assert len(masks_of_size(parameters, 100)) == 3
+    assert 4 <= len(masks_of_size(parameters, 100, least=4)) < 15
+    assert len(masks_of_size(parameters, 100, least=99)) == 15  # there are no more
+
+
+def test_the_worst_mask_memorizes_most_of_its_size():
+    found = suggested_mask(screening())
+    assert worst_mask(found, screening()) == {name: name in ("block4", "block5", "block6", "block7") for name in found}
+
+
+def test_every_row_of_a_seed_has_a_mask_of_its_size():
+    masks = {row: mask_from(screening(), row, seed=3) for row in (FOUND, WORST, *RANDOMS, *SHARES)}
+    assert masks[FOUND] == suggested_mask(screening())
+    size = sum(masks[FOUND].values())
+    assert {sum(masks[row].values()) for row in RANDOMS} == {size}
+    assert [sum(masks[row].values()) for row in SHARES] == [2, 4, 6]
+    assert len({tuple(masks[row].values()) for row in (FOUND, *RANDOMS)}) == 6
+
+
+# ---- curves ----
+
+
+def run(losses: list[float], aucs: list[float] | None = None, parameters: int = 10) -> dict:
+    """A run whose curve has these losses, and these AUCs in both attacks."""
+    points = {
+        str(step): {"loss": loss, "auc_loss": auc, "auc_clid": auc, "auc_pia": auc, "max_norm": 1.0}
+        for step, loss, auc in zip(STEPS, losses, aucs or losses)
+    }
+    return {"mask": ["a"], "learning_rate": 0.1, "parameters": parameters, "points": points}
+
+
+def test_a_loss_is_placed_where_the_curve_first_falls_to_it():
+    curve = run([0.5, 0.4, 0.3, 0.2, 0.35])
+    assert place(curve, 0.5) == {10: 1.0}
+    assert place(curve, 0.3) == pytest.approx({20: 0.0, 40: 1.0})
+    assert place(curve, 0.225) == pytest.approx({40: 0.25, 80: 0.75})
+    assert place(curve, 0.2) == pytest.approx({40: 0.0, 80: 1.0})
+
+
+def test_two_runs_are_compared_at_the_lowest_loss_that_both_reach():
+    curves = {
+        "one": run([0.5, 0.4, 0.3, 0.2, 0.1], [0.50, 0.52, 0.54, 0.56, 0.58]),
+        "other": run([0.45, 0.35, 0.25, 0.30, 0.4], [0.50, 0.60, 0.70, 0.80, 0.90]),
+    }
+    weights = matched(curves, "one", "other")
+    assert weights == pytest.approx({("one", 40): 0.5, ("one", 80): 0.5, ("other", 20): 0.0, ("other", 40): -1.0})
+    assert value(curves, weights, "auc_loss") == pytest.approx(0.55 - 0.70)
+
+
+def test_runs_without_a_common_quality_are_not_matched():
+    curves = {"one": run([0.5, 0.4, 0.35, 0.3, 0.2]), "other": run([0.9, 0.8, 0.7, 0.6, 0.55])}
+    assert matched(curves, "one", "other") is None and matched(curves, "other", "one") is None
+
+
+# ---- intervals over images ----
+
+
+def scored(members: np.ndarray, others: np.ndarray) -> dict:
+    """A point with the ranks and the AUC of these scores."""
+    ranks = (2 * rankdata(np.concatenate([members, others]))).astype(int).tolist()
+    auc = metrics.membership(torch.from_numpy(members), torch.from_numpy(others)).auc
+    return {
+        "loss": 0.1,
+        "auc_loss": auc,
+        "auc_clid": auc,
+        "members": len(members),
+        "ranks_loss": ranks,
+        "ranks_clid": ranks,
+    }
+
+
+def test_drawn_images_spread_around_the_auc_of_all_and_more_than_seeds_alone():
+    generator = np.random.default_rng(0)
+    members, others = generator.normal(1, 1, 60), generator.normal(0, 1, 80)
+    others[:5] = members[:5]  # shared ranks
+    pieces = {f"runs/demo-x/{seed}": {"points": {"80": scored(members, others)}} for seed in range(3)}
+    drawn = Images(pieces, draws=4000)
+    aucs = drawn.auc("runs/demo-x/0", 80, "auc_loss")
+    expected = pieces["runs/demo-x/0"]["points"]["80"]["auc_loss"]
+    assert aucs.mean() == pytest.approx(expected, abs=0.003)
+    standard_error = math.sqrt(expected * (1 - expected) / 60)  # about Hanley and McNeil's
+    assert 0.5 * standard_error < aucs.std() < 1.5 * standard_error
+    low, high = drawn.interval([{(piece, 80): 1.0} for piece in pieces], "auc_loss")  # seeds do not differ at all
+    assert low == pytest.approx(np.quantile(aucs, 0.025)) and high == pytest.approx(np.quantile(aucs, 0.975))
+
+
+def test_equal_runs_do_not_differ_whatever_images_are_drawn():
+    generator = np.random.default_rng(1)
+    point = scored(generator.normal(1, 1, 20), generator.normal(0, 1, 30))
+    pieces = {f"runs/demo-x/{name}": {"points": {"80": point}} for name in "ab"}
+    weights = {("runs/demo-x/a", 80): 1.0, ("runs/demo-x/b", 80): -1.0}
+    assert Images(pieces, draws=50).interval([weights, weights], "auc_loss") == (0.0, 0.0)
+
+
+# ---- verdicts ----
+
+
+def a_test(mean: float, half: float, p: float) -> Tested:
+    return Tested("auc_loss", mean, mean - half, mean + half, 10, p, p)
+
+
+@pytest.mark.parametrize(
+    ("tests", "expected"),
+    [
+        ([a_test(-0.1, 0.02, 0.001), a_test(-0.2, 0.02, 0.001)], CONFIRMED),
+        ([a_test(-0.1, 0.02, 0.001), a_test(0.2, 0.02, 0.001)], REFUTED),
+        ([a_test(-0.1, 0.02, 0.001), a_test(-0.1, 0.11, 0.2)], UNDECIDED),
+        ([a_test(-0.01, 0.01, 0.2), a_test(0.01, 0.015, 0.3)], NONE),
+        ([a_test(-0.01, 0.03, 0.2), a_test(0.01, 0.01, 0.3)], UNDECIDED),
+    ],
+    ids=["confirmed", "refuted", "one attack decides nothing", "no difference", "too wide"],
+)
+def test_the_verdict_follows_from_both_attacks(tests, expected):
+    assert verdict(tests) == expected
+
+
+def made_up(seeds: int) -> dict[str, dict]:
+    """Runs of all rows: the found mask leaks a little, all blocks much, DP-SGD nothing, and it learns nothing."""
+    generator, runs = np.random.default_rng(0), {}
+    for seed in range(seeds):
+        for row in ROWS:
+            leak = {FOUND: 0.05, OWN_RATE: 0.05, BASE: 0.0, "all+dp_sgd": 0.0}.get(row, 0.3)
+            points = {}
+            for step in (0,) if row == BASE else STEPS:
+                shift = 6 * leak * step / 120
+                point = scored(generator.normal(shift, 1, 40), generator.normal(0, 1, 60))
+                loss = 0.23 if row == "all+dp_sgd" else 0.15 + 0.09 * math.exp(-step / 20)
+                points[str(step)] = point | {"loss": loss, "auc_pia": 0.5, "max_norm": 1.0, "loss_train": loss}
+            parameters = {BASE: 0, "full": 300, ALL: 100}.get(row, 10)
+            made = {"mask": ["a"], "learning_rate": 0.1, "parameters": parameters, "points": points}
+            runs[piece_of("runs", "demo", "attention", row, seed)] = made
+    return runs
+
+
+def test_claims_are_judged_at_matched_quality_and_corrected_within_their_family():
+    judged = {row["claim"]: row for row in judge(made_up(4), "demo", "attention", range(4))}
+    assert len(judged) == len(CLAIMS) + 1
+    found = judged["The found mask beats all blocks, stopped early or not"]
+    assert found["verdict"] == CONFIRMED and found["left_out"] == 0 and found["pairs"] == 4
+    test = found["tests"][0]
+    assert test["high"] < 0 and test["image_low"] < test["mean"] < test["image_high"] < 0
+    assert test["p"] <= test["p_holm"] <= 1
+    private = judged["The found mask beats DP-SGD in all blocks"]
+    assert private["verdict"] == f"{UNMATCHED}: learns more" and private["left_out"] == 4
+    assert [test["figure"] for test in private["tests"]] == ["loss"]
+    randoms = judged["The found mask beats random masks of its size"]
+    assert randoms["pairs"] == 20 and randoms["tests"][0]["seeds"] == 4
+    assert [test["figure"] for test in found["equal"]] == ["loss", "auc_loss", "auc_clid"]
+    assert {row["verdict"] for row in judged.values()} > {CONFIRMED, UNDECIDED}
+
+
+def test_one_seed_decides_nothing():
+    assert judge(made_up(1), "demo", "attention", range(10)) == []
+
+
+def test_a_row_that_is_not_finished_leaves_its_seed_out():
+    runs = made_up(3)
+    del runs[piece_of("runs", "demo", "attention", RANDOMS[2], 1)]
+    (asked,) = (claim for claim in CLAIMS if claim.others == RANDOMS and claim.one == FOUND)
+    assert compare(runs, Images(runs), "demo", "attention", asked, range(3))["pairs"] == 10
+
+
+# ---- files ----
+
+
+def test_runs_are_read_as_they_were_written(tmp_path):
+    runs = made_up(2)
+    write_runs(runs, tmp_path / "claims.parquet")
+    assert read_runs(tmp_path / "claims.parquet") == runs
+    assert read_runs(tmp_path / "none.parquet") == {}
+
+
+def test_the_committed_results_are_taken_up_and_judged_alike(tmp_path):
+    pieces = Pieces(tmp_path, SETTINGS)
+    restore(pieces, DOCS / "results")
+    runs, content = finished(pieces, "runs"), read_results(DOCS / "results" / "claims.json")
+    for name, verdicts in content["verdicts"].items():
+        assert judge(runs, *name.split("-"), range(content["seeds"][name])) == verdicts or not verdicts
+
+
+def test_the_page_of_one_screen_is_rendered_from_the_committed_figures():
+    page = (DOCS / "results.md").read_text(encoding="utf-8")
+    assert page == render_summary(read_results(DOCS / "results" / "claims.json"))
+
+
+# ---- real runs, with next to no steps ----
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(claimed_runs, "STEPS", (1, 2))
+        patch.setattr(claimed_runs, "images", lambda name, count: images(name, 8))
+        patch.setattr(claimed_runs, "MOST_RATES", 3)
+        yield Study(Pieces(tmp_path_factory.mktemp("claims"), SETTINGS))
+
+
+def test_the_rate_with_the_lowest_loss_is_chosen(study):
+    found = study.choose_rate("demo", "lora", ALL)
+    assert len(found["rates"]) == 3
+    assert found["learning_rate"] == found["rates"][int(np.argmin(found["losses"]))]
+    assert np.diff(np.log10(found["rates"])) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("lowest", "tried"), [(-6, 3), (-3, 6), (9, 8)], ids=["inside", "extended", "out of reach"])
+def test_rates_are_tried_until_the_best_is_inside_or_there_are_enough(study, monkeypatch, lowest, tried):
+    monkeypatch.setattr(claimed_runs, "MOST_RATES", 8)
+    monkeypatch.setattr(
+        Study, "_lowest_validation_loss", lambda self, trainer, mask, rate: (2 * math.log10(rate) - lowest) ** 2
+    )
+    found = study.choose_rate("demo", "lora", ALL)
+    assert len(found["rates"]) == tried
+    if tried < 8:
+        assert found["learning_rate"] == pytest.approx(10 ** (lowest / 2))
+
+
+def test_a_run_is_measured_along_its_training_which_the_measurement_does_not_change(study):
+    study.pieces.write(piece_of("rates", "demo", "lora", ALL, RATE_SEED), {"learning_rate": 1e-3})
+    first = study.run("demo", "lora", ALL, 0)
+    assert list(first["points"]) == [1, 2] and first["parameters"] > 0
+    trainer = study.trainer("demo", "lora", ())
+    watched = [parameter.detach().clone() for parameter in trainer.model.parameters() if parameter.requires_grad]
+    trainer.args.seed = 0
+    trainer.apply_hyperparameters({"mask": trainer.search_space.mask(True), "learning_rate": 1e-3})
+    trainer.train()
+    alone = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    assert all(torch.equal(one, other) for one, other in zip(watched, alone))
+    last = claimed_runs.point(trainer, "demo", 0)
+    assert last == first["points"][2]
+    ranks = np.array(last["ranks_clid"])
+    members, others = torch.tensor(ranks[: last["members"]]), torch.tensor(ranks[last["members"] :])
+    assert metrics.membership(members, others).auc == pytest.approx(last["auc_clid"])
+    validation = trainer.encode(trainer.eval_dataset)
+    assert max_norm(trainer, validation, 0) == last["max_norm"] != max_norm(trainer, validation, 1)
+
+
+def test_the_frozen_base_has_one_point(study):
+    run = study.run("demo", "lora", BASE, 0)
+    assert run["mask"] == [] and run["parameters"] == 0 and list(run["points"]) == [0]
+
+
+def test_the_jobs_of_a_seed_are_all_rows_after_what_they_need(study):
+    jobs = study.jobs("demo", "svdiff", [0, 1])
+    places = {job.piece: place for place, job in enumerate(jobs)}
+    assert all(places[need] < places[job.piece] for job in jobs for need in job.needs)
+    runs = [job.piece for job in jobs if job.piece.startswith("runs/")]
+    assert len(runs) == 2 * len(ROWS) and all(piece.endswith("-0") for piece in runs[: len(ROWS)])
+    assert "screenings/elpv-svdiff/1" in places  # for the mask that is transferred
