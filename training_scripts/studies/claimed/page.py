@@ -73,6 +73,8 @@ def _preliminary(content: Content, name: str) -> str:
 def render_summary(content: Content) -> str:
     """The page `docs/results.md`."""
     shown = groups(content)
+    if not shown:
+        return "# What is memorized, and what to do about it\n\nNo two seeds are finished yet.\n"
     lines = [
         "# What is memorized, and what to do about it",
         "",

@@ -248,9 +248,10 @@ def sweep_section(sweep: dict[str, Any] | None) -> list[str]:
     ]
     return [
         *lines,
-        f"{sweep['runs']} runs of [the table of real trials](../trial_table.parquet) tune the whole attention "
-        "weights in some of six groups of blocks on the demo. The table shows Spearman's correlation of the trainable "
-        "parameters with the measures of the audit, by ranks within each learning rate (95 % bootstrap interval over runs).",
+        f"{sweep['runs']} runs of [the table of real trials](../trial_table.parquet) tune the whole attention weights "
+        "in some of six groups of blocks on the demo. The table shows Spearman's correlation of the trainable "
+        "parameters with the measures of the audit, by ranks within each learning rate (95 % bootstrap interval over "
+        "runs).",
         "",
         *table(list(SWEPT.values()), [cells]),
         "![](paper_table_sweep.png)",
