@@ -6,6 +6,7 @@ import math
 import random
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -27,7 +28,7 @@ from memcontrol_hf.families.loading import load_pipeline
 from memcontrol_hf.randomness import Purpose
 from memcontrol_hf.report.plots import plot_screening
 from memcontrol_hf.screening.estimates import standard_error
-from memcontrol_hf.screening.probes import ProbeImages, parameters_by_block
+from memcontrol_hf.screening.probes import BlockProbes, ProbeImages, parameters_by_block
 from memcontrol_hf.screening.settings import ScreeningSettings
 
 SGD = {"optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
@@ -119,6 +120,21 @@ def test_a_block_owes_what_its_own_update_changes(tmp_path, method):
         assert screening.learns[block] == pytest.approx(fall["validation"], rel=0.05, abs=2e-7)
         memorized = fall["train"] - fall["validation"]
         assert screening.memorizes[block] == pytest.approx(memorized, rel=0.05, abs=4e-7)
+
+
+def test_the_gradients_of_one_backward_pass_of_a_probe_are_gone_before_the_next(tmp_path, monkeypatch):
+    earlier, alive, gradients_of = [], [], BlockProbes._gradients
+
+    def gradients(self, loss):
+        alive.append(sum(gradient() is not None for gradient in earlier))
+        found = gradients_of(self, loss)
+        earlier[:] = [weakref.ref(gradient) for gradient in found]
+        return found
+
+    monkeypatch.setattr(BlockProbes, "_gradients", gradients)
+    trainer = tiny_trainer(tmp_path, config=LORA, train=images_of(4), per_device_train_batch_size=1, max_steps=2)
+    trainer.screen(every=2)
+    assert len(alive) > 2 and not any(alive)
 
 
 def test_probes_do_not_depend_on_the_batches_that_they_are_made_in(tmp_path):

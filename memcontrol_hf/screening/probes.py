@@ -201,6 +201,7 @@ class BlockProbes(TrainerCallback):
             gradients = self._gradients(lambda batch=batch: images.losses(model, batch, step).sum() / len(rows))
             with torch.no_grad():
                 self._add(total, gradients, ends)
+            del gradients  # the next backward pass has its own
         return total
 
     def _count(self) -> int:
