@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmarks import training_step
+from benchmarks import training_step, whole_search
 from benchmarks.page import render, verdict
 from benchmarks.timing import alternate, compared, ratio
 from conftest import tiny_trainer
@@ -35,6 +35,23 @@ def test_the_ratio_is_that_of_medians_and_what_slows_both_does_not_widen_it():
 )
 def test_a_goal_is_kept_or_missed_when_the_whole_interval_says_so(low, high, found):
     assert verdict({"goal": 1.1, "low": low, "high": high, "ratio": (low + high) / 2}) == found
+
+
+def test_a_row_without_a_goal_has_no_verdict_and_says_when_compiling_pays():
+    row = compared("training step with torch_compile, x", None, {"trainer": [1.5, 1.5], "bare loop": [2.0, 2.0]})
+    page = render({"command": "make bench", "machines": {"CPU": [row | {"load": 1.0, "start": 100.0}]}})
+    assert "| 0.75 (0.75 to 0.75) | none |  |" in page and "took 100 s" in page and "after about 200 steps" in page
+    slower = row | {"medians": {"trainer": 2.0, "bare loop": 1.5}, "load": 1.0, "start": 100.0}
+    assert "it never pays" in render({"command": "make bench", "machines": {"CPU": [slower]}})
+
+
+def test_a_whole_search_is_composed_of_its_trials_and_their_seconds():
+    assert sorted(whole_search.trials_of_screened_searches()) == [6.5] * 7 + [7.5] * 2 + [float("inf")]
+    row = whole_search.composed({"ours": [2.0, 2.0], "theirs": [4.0, 4.0]})
+    assert row["ratio"] == row["low"] == 6.5 * 2 / (64 * 4) and row["high"] == 7.5 * 2 / (64 * 4)
+    assert row["searches"] == {"all": 10, "never": 1}
+    page = render({"command": "make bench", "machines": {"CPU": [row | {"load": 1.0}]}})
+    assert "after 6.5 trials" in page and "1 of the searches never came as far" in page
 
 
 def test_the_trainers_steps_alternate_with_bare_ones(tmp_path):

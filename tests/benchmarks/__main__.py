@@ -18,12 +18,25 @@ from transformers import logging as transformers_logging
 
 from common.pages import read_results, write_results
 
-from . import audit, encoding, evaluation, factors, loading, memory, peers, published_order, startup, training_step
+from . import (
+    audit,
+    compiled,
+    encoding,
+    evaluation,
+    factors,
+    loading,
+    memory,
+    peers,
+    published_order,
+    startup,
+    training_step,
+)
 from .page import render
 
 COMMAND = "make bench"
 MODULES = {
     "training_step": training_step,
+    "compiled": compiled,
     "factors": factors,
     "loading": loading,
     "encoding": encoding,

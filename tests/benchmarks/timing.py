@@ -75,12 +75,12 @@ def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
     return {"ratio": middle, "low": float(interval.low), "high": float(interval.high)}
 
 
-def compared(name: str, goal: float, seconds: dict[str, list[float]], **details: Any) -> dict[str, Any]:
+def compared(name: str, goal: float | None, seconds: dict[str, list[float]], **details: Any) -> dict[str, Any]:
     """A row of the page: both medians and their ratio. The first side is this package's.
 
     Args:
         name: What is measured.
-        goal: Largest ratio that is wanted.
+        goal: Largest ratio that is wanted, if any.
         seconds: Seconds of both sides, pair by pair.
         **details: What else is kept with the row.
     """

@@ -42,10 +42,11 @@ def sd15_like(width: int) -> DiffusionPipeline:
 
 
 def demo_trainer(
-    method: str, folder: str, images: Dataset | None = None, others: Dataset | None = None
+    method: str, folder: str, images: Dataset | None = None, others: Dataset | None = None, trainer_args: str = "{}"
 ) -> MemControlTrainer:
     """A trainer of the demo at the sizes of the quickstart, on its images or others."""
-    return _trainer(demo_pipeline(), images or demo_dataset()["train"], method, folder, batch=32, others=others)
+    images = images or demo_dataset()["train"]
+    return _trainer(demo_pipeline(), images, method, folder, batch=32, others=others, trainer_args=trainer_args)
 
 
 def sd15_trainer(method: str, folder: str) -> MemControlTrainer:
@@ -65,9 +66,15 @@ def _trainer(
     batch: int,
     resolution: int = 64,
     others: Dataset | None = None,
+    trainer_args: str = "{}",
 ) -> MemControlTrainer:
     flags = ScriptArguments(
-        output_dir=folder, method=method, max_train_steps=1, train_batch_size=batch, resolution=resolution
+        output_dir=folder,
+        method=method,
+        max_train_steps=1,
+        train_batch_size=batch,
+        resolution=resolution,
+        trainer_args=trainer_args,
     )
     args = training_arguments(flags)
     args.disable_tqdm, args.save_strategy = True, "no"
@@ -113,14 +120,14 @@ def bare_step(trainer: MemControlTrainer) -> Callable[[], None]:
     return step
 
 
-def measure(name: str, trainer: MemControlTrainer, pairs: int, goal: float) -> dict[str, Any]:
+def measure(name: str, trainer: MemControlTrainer, pairs: int, goal: float | None) -> dict[str, Any]:
     """A row of the page for one trainer, whose steps alternate with steps of the bare loop.
 
     Args:
         name: What is measured.
         trainer: The trainer.
         pairs: Number of steps of each side.
-        goal: Largest ratio that is wanted.
+        goal: Largest ratio that is wanted, if any.
     """
     args = trainer.args
     alternation = _Alternation(bare_step(trainer), clock(args.device))
