@@ -181,6 +181,8 @@ class SearchSpace:
         config.target_modules = selected
         if isinstance(config, MemControlConfig):
             config.mask = mask
+            if config.singular_values is not None:
+                config.singular_values = {m: n for m, n in config.singular_values.items() if m in selected}
         return config
 
     def _part(self, module: str) -> str:

@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import json
+import re
 import warnings
 import weakref
 from contextlib import redirect_stdout
@@ -532,6 +533,53 @@ def test_svdiff_is_the_formula_of_its_paper(layer, size, scale):
     model.merge_adapter()
     np.testing.assert_allclose(wrapped.weight.detach().numpy().reshape(expected.shape), expected, atol=1e-5)
     torch.testing.assert_close(model(x), output)
+
+
+def test_selected_singular_values_are_shifted_and_the_others_stay(tmp_path):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 9), nn.Conv2d(4, 5, 3))
+    whole = get_peft_model(copy.deepcopy(base), MemControlConfig(target_modules=["0", "1"], scale=0.5))
+    chosen = {"0": [1, 4]}
+    config = MemControlConfig(target_modules=["0", "1"], scale=0.5, singular_values=chosen)
+    some = get_peft_model(copy.deepcopy(base), config)
+    assert [p.numel() for p in some.parameters() if p.requires_grad] == [2, 5]  # all of a module that is not named
+    layers = whole.base_model.model[0], some.base_model.model[0]
+    layers[0].memcontrol_delta["default"].data[[1, 4]] = torch.tensor([0.3, -9.0])
+    layers[1].memcontrol_delta["default"].data[:] = torch.tensor([0.3, -9.0])
+    x = torch.randn(2, 6)
+    torch.testing.assert_close(layers[1](x), layers[0](x))
+    layers[1](x).sum().backward()
+    assert layers[1].memcontrol_delta["default"].grad.shape == (2,)
+    output = layers[1](x)
+    some.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert loaded.peft_config["default"].singular_values == chosen
+    assert torch.equal(loaded.base_model.model[0](x), output)
+    loaded.merge_adapter()
+    torch.testing.assert_close(loaded.base_model.model[0](x), output)
+    loaded.unmerge_adapter()
+    loaded.add_adapter("other", MemControlConfig(target_modules=["0"]))
+    loaded.delete_adapter("default")
+    assert not loaded.base_model.model[0].memcontrol_selected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"singular_values": {"0": [0, 6]}}, "names number 6, but there are 6, from 0"),
+        ({"singular_values": {"0": []}}, "at least one, but is []; leave a module without any out"),
+        ({"singular_values": {"0": [2, 1]}}, "in ascending order, at least one, but is [2, 1]"),
+        ({"singular_values": {"0": [1, 1]}}, "ascending order"),
+        ({"singular_values": {"0": [-1]}}, "whole numbers from 0"),
+        ({"singular_values": {"0": [0.5]}}, "whole numbers from 0"),
+        ({"singular_values": {"00": [0]}}, "names modules that target_modules does not match: 00"),
+        ({"singular_values": {"0": [0]}, "method": "bias"}, "are tuned by method='svdiff', not by 'bias'"),
+    ],
+    ids=["too large", "none", "not ascending", "twice", "negative", "no whole number", "no target", "another method"],
+)
+def test_singular_values_that_a_module_lacks_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        get_peft_model(nn.Sequential(nn.Linear(6, 9)), MemControlConfig(target_modules=["0"], **arguments))
 
 
 def test_the_factors_of_a_weight_are_computed_once_and_shared_by_adapters_copies_and_trials(svd_calls):

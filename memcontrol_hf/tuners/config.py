@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import pairwise
+from textwrap import shorten
 
 from peft import PeftConfig
 
@@ -39,6 +41,9 @@ class MemControlConfig(PeftConfig):
             Modules to leave alone although `target_modules` matches them, written in the same way.
         scale (`float`, *optional*, defaults to 1.0):
             SV-DIFF only: the factor of the shift, `relu(s + scale * delta)`. Above 0.
+        singular_values (`dict[str, list[int]]`, *optional*):
+            SV-DIFF only: which singular values are tuned, by the full name of the target module, in ascending order;
+            0 is the largest. All of them in a module that the dictionary does not name, and by default.
         scale_modules (`list[str]`, *optional*):
             DiffFit only: ends of the names of the `Linear` modules whose output gets a scale. These are the last
             projections of each attention and feed-forward, before the residual is added.
@@ -50,7 +55,8 @@ class MemControlConfig(PeftConfig):
             Further modules to train as a whole and to save with the adapter.
 
     Raises:
-        ValueError: If `method` is unknown, `scale` is not above 0, or `mask` or `search` is not JSON-able.
+        ValueError: If `method` is unknown, `scale` is not above 0, `mask` or `search` is not JSON-able, or
+            `singular_values` is given for another method or is not ascending numbers.
     """  # noqa: E501
 
     method: str = field(
@@ -68,6 +74,10 @@ class MemControlConfig(PeftConfig):
     scale: float = field(
         default=1.0,
         metadata={"help": "SV-DIFF: the factor of the shift of the singular values, above 0."},
+    )
+    singular_values: dict[str, list[int]] | None = field(
+        default=None,
+        metadata={"help": "SV-DIFF: which singular values are tuned, by the full name of the target module."},
     )
     scale_modules: list[str] = field(
         default_factory=lambda: [
@@ -96,7 +106,22 @@ class MemControlConfig(PeftConfig):
             raise ValueError(f"method={self.method!r} is unknown, it must be one of: {', '.join(METHODS)}.")
         if not self.scale > 0:
             raise ValueError(f"scale={self.scale!r} must be above 0.")
+        self._check_singular_values()
         try:
             json.dumps([self.mask, self.search])
         except TypeError as error:
             raise ValueError(f"mask and search are saved as JSON, which cannot hold them: {error}.") from error
+
+    def _check_singular_values(self) -> None:
+        """Raise `ValueError` for singular values that cannot be those of any module."""
+        if self.singular_values is None:
+            return
+        if self.method != "svdiff":
+            raise ValueError(f"singular_values are tuned by method='svdiff', not by {self.method!r}: leave them out.")
+        for name, numbers in self.singular_values.items():
+            ascending = all(one < other for one, other in pairwise(numbers))
+            if not (numbers and ascending and all(type(number) is int and number >= 0 for number in numbers)):
+                raise ValueError(
+                    f"singular_values[{name!r}] must be whole numbers from 0 in ascending order, at least one, but is "
+                    f"{shorten(str(numbers), 80)}; leave a module without any out of target_modules."
+                )

@@ -14,7 +14,7 @@ from torch import nn
 from .config import MemControlConfig
 from .hooks import call_inside_hooks, has_hooks
 from .svd import SVDFactors, svd_factors
-from .tunable import check_tunable
+from .tunable import check_tunable, number_of_singular_values
 
 _NOT_YET = (
     "SV-DIFF's factors are computed in the first call: call the model once, or merge_adapter(), before it is traced"
@@ -56,7 +56,7 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("memcontrol_delta", "memcontrol_gamma", "memcontrol_weight", "memcontrol_bias")
-    other_param_names = ("memcontrol_scale", "memcontrol_strength")
+    other_param_names = ("memcontrol_scale", "memcontrol_strength", "memcontrol_selected")
     cast_input_dtype_enabled = True  # of PEFT's layers; diffusers switches it off, though inputs are not cast here
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MemControlConfig, name: str) -> None:
@@ -64,10 +64,11 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.in_features = getattr(base_layer, "in_features", getattr(base_layer, "in_channels", None))
         self.out_features = getattr(base_layer, "out_features", getattr(base_layer, "out_channels", None))
-        self.memcontrol_delta = AdapterParameters()  # [k], shift of the singular values
+        self.memcontrol_delta = AdapterParameters()  # [k], shift of the singular values, or of those selected
         self.memcontrol_gamma = AdapterParameters()  # [out], scale of the output
         self.memcontrol_weight = AdapterParameters()  # as the weight, added to it
         self.memcontrol_bias = AdapterParameters()  # as the bias, added to it
+        self.memcontrol_selected: dict[str, torch.Tensor] = {}  # [n], numbers of the singular values, if not all
         self.memcontrol_scale: dict[str, float] = {}
         self.memcontrol_strength: dict[str, float] = {}  # factor of an adapter's effect
         self.merged_adapters: list[str] = []
@@ -81,8 +82,12 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
         """Add the parameters of one more adapter, in float32 whatever the base layer's dtype."""
         for kind in check_tunable(self.base_layer, config, name):
             if kind == "delta":
-                weight = self.base_layer.weight
-                initial = torch.zeros(min(weight.shape[0], weight[0].numel()))
+                selected = (config.singular_values or {}).get(name)
+                if selected is not None:
+                    self.memcontrol_selected[adapter_name] = torch.tensor(selected)
+                initial = torch.zeros(
+                    number_of_singular_values(self.base_layer) if selected is None else len(selected)
+                )
             elif kind == "gamma":
                 initial = torch.ones(self.base_layer.out_features)
             else:
@@ -223,7 +228,10 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
                     difference = differences[adapter]
                 else:
                     factors, scale = self._factors(original), self.memcontrol_scale[adapter]
-                    difference = factors.difference(deltas[adapter], scale)
+                    delta, selected = deltas[adapter], self.memcontrol_selected.get(adapter)
+                    if selected is not None and selected.device != delta.device:
+                        selected = self.memcontrol_selected[adapter] = selected.to(delta.device)
+                    difference = factors.difference(delta, scale, selected)
                 if (strength := self.memcontrol_strength[adapter]) != 1:
                     difference = strength * difference
                 tensor = (original if tensor is None else tensor) + difference.view_as(original)

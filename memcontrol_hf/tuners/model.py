@@ -100,10 +100,16 @@ class MemControlModel(BaseTuner):
     def _prepare_model(self, peft_config: MemControlConfig, model: nn.Module) -> None:
         # All modules are checked before the first is replaced, so that an error leaves the model as it was.
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+        unknown = set(peft_config.singular_values or ())
         for name, module in model.named_modules():
             if name and not name.startswith(inside) and self._check_target_module_exists(peft_config, name):
                 module = module.base_layer if isinstance(module, MemControlLayer) else module
                 check_tunable(module, peft_config, name)
+                unknown.discard(name)
+        if unknown:
+            raise ValueError(
+                f"singular_values names modules that target_modules does not match: {', '.join(sorted(unknown))}."
+            )
 
     def _create_and_replace(
         self,

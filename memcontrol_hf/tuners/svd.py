@@ -51,14 +51,15 @@ class SVDFactors:
         """The factors of a weight of shape `[out, ...]`, of any floating dtype."""
         return cls(*_decomposed(weight))
 
-    def difference(self, delta: torch.Tensor, scale: float) -> torch.Tensor:
+    def difference(self, delta: torch.Tensor, scale: float, selected: torch.Tensor | None = None) -> torch.Tensor:
         """`U diag(relu(s + scale * delta) - s) V^T`, all zeros at `delta = 0`.
 
         The formula is that of [SV-DIFF](https://huggingface.co/papers/2303.11305).
 
         Args:
-            delta: `[k]`, the trained shift.
+            delta: `[k]`, the trained shift; `[n]` for `n` selected singular values.
             scale: Its factor.
+            selected: `[n]`, numbers of the singular values that are shifted; all by default.
 
         Returns:
             `[out, in * kernel]`, what is added to the flattened weight.
@@ -67,7 +68,10 @@ class SVDFactors:
             with torch.inference_mode(False):
                 self.u, self.s, self.vh = (factor.to(delta.device) for factor in (self.u, self.s, self.vh))
         shift = delta.float() if scale == 1 else scale * delta.float()
-        return (self.u * (torch.relu(self.s + shift) - self.s)) @ self.vh
+        u, s, vh = self.u, self.s, self.vh
+        if selected is not None:
+            u, s, vh = u[:, selected], s[selected], vh[selected]
+        return (u * (torch.relu(s + shift) - s)) @ vh
 
     def __deepcopy__(self, memo: dict) -> SVDFactors:
         return self

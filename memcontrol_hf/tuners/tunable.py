@@ -71,11 +71,16 @@ def quantized_type(module: nn.Module) -> str | None:
     return type(weight).__name__ if weight is not None and is_traceable_wrapper_subclass(weight) else None
 
 
+def number_of_singular_values(module: nn.Module) -> int:
+    """The number of singular values of a module's weight, flattened to `[out, in * kernel]`."""
+    return min(module.weight.shape[0], module.weight[0].numel())
+
+
 def check_tunable(module: nn.Module, config: MemControlConfig, name: str) -> tuple[str, ...]:
     """The kinds of parameters that a configuration trains in a module.
 
     Raises:
-        ValueError: If its method cannot tune a module of this type.
+        ValueError: If its method cannot tune a module of this type, or the module has fewer singular values.
     """
     kinds = tuned_tensors(module, config.method, name, config.scale_modules)
     if not kinds and (quantized := quantized_type(module)):
@@ -89,6 +94,9 @@ def check_tunable(module: nn.Module, config: MemControlConfig, name: str) -> tup
             f"it takes {TUNABLE_TYPES[config.method]}. Name those modules alone; tunable_modules(model, "
             f"{config.method!r}) lists them."
         )
+    selected = (config.singular_values or {}).get(name)
+    if selected is not None and selected[-1] >= (count := number_of_singular_values(module)):
+        raise ValueError(f"singular_values[{name!r}] names number {selected[-1]}, but there are {count}, from 0.")
     return kinds
 
 
