@@ -182,7 +182,9 @@ class SearchSpace:
         if isinstance(config, MemControlConfig):
             config.mask = mask
             if config.singular_values is not None:
-                config.singular_values = {m: n for m, n in config.singular_values.items() if m in selected}
+                names = {f"{prefix}{m}": m for m in selected}
+                chosen = config.singular_values.items()
+                config.singular_values = {names[m]: numbers for m, numbers in chosen if m in names}
         return config
 
     def _part(self, module: str) -> str:

@@ -4,6 +4,7 @@ import torch
 from conftest import tiny_unet
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel
 from peft import get_peft_model
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from memcontrol_hf import MemControlConfig, SearchSpace
 from memcontrol_hf.flags import ScriptArguments
@@ -114,6 +115,22 @@ def test_a_lora_under_a_mask_loads_without_this_package(unet, tmp_path):
 def test_the_mask_is_recorded_in_the_config(unet):
     config = SearchSpace.from_model(unet).apply(MemControlConfig(), {SITES[2]: True})
     assert config.mask == {site: site == SITES[2] for site in SITES}
+
+
+def test_selected_singular_values_are_those_of_selected_blocks(unet):
+    text = CLIPTextModel(CLIPTextConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, vocab_size=9))
+    space = SearchSpace.from_model(unet, text_encoders={"text_encoder": text})
+    inside = [f"{SITES[0]}.transformer_blocks.0.attn1.to_q", f"{SITES[1]}.transformer_blocks.0.attn1.to_q"]
+    layer = next(name for name in space.tunable["svdiff"] if name.startswith("text_encoder.") and "q_proj" in name)
+    config = MemControlConfig(singular_values={inside[0]: [0, 2], inside[1]: [1], layer: [3]})
+    mask = {SITES[0]: True} | {name: True for name in space.blocks if name.startswith("text_encoder")}
+    adapted = get_peft_model(unet, space.apply(config, mask))
+    assert adapted.peft_config["default"].singular_values == {inside[0]: [0, 2]}
+    assert adapted.get_submodule(f"base_model.model.{inside[0]}").memcontrol_delta["default"].shape == (2,)
+    in_text = space.apply(config, mask, "text_encoder")
+    assert in_text.singular_values == {layer.removeprefix("text_encoder."): [3]}
+    get_peft_model(text, in_text)
+    assert config.singular_values.keys() == {*inside, layer}  # the config itself is left as it was
 
 
 def test_the_all_off_mask_selects_nothing(unet):
