@@ -28,7 +28,7 @@ from claimed.judged import (
 from claimed.page import render_summary
 from claimed.results import finished, read_runs, restore, write_runs
 from claimed.rows import ALL, BASE, FOUND, OWN_RATE, RANDOMS, RATE_SEED, ROWS, SHARES, STEPS, WORST, piece_of
-from claimed.runs import SETTINGS, Study, mask_from, max_norm
+from claimed.runs import SETTINGS, Study, mask_from, max_norm, train_along
 from common.pages import read_results
 from common.pieces import Pieces
 from memcontrol_hf import metrics
@@ -248,20 +248,18 @@ def study(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(claimed_runs, "STEPS", (1, 2))
         patch.setattr(claimed_runs, "images", lambda name, count: images(name, 8))
-        patch.setattr(claimed_runs, "MOST_RATES", 3)
         yield Study(Pieces(tmp_path_factory.mktemp("claims"), SETTINGS))
 
 
-def test_the_rate_with_the_lowest_loss_is_chosen(study):
-    found = study.choose_rate("demo", "lora", ALL)
-    assert len(found["rates"]) == 3
-    assert found["learning_rate"] == found["rates"][int(np.argmin(found["losses"]))]
-    assert np.diff(np.log10(found["rates"])) == pytest.approx(0.5)
+def test_a_rate_is_judged_by_the_lowest_validation_loss_on_its_way(study):
+    trainer = study.trainer("demo", "lora", ())
+    loss = study._lowest_validation_loss(trainer, trainer.search_space.mask(True), 1e-3)
+    watched = train_along(trainer, lambda: trainer.evaluate_mid_training(["loss"])["eval_loss"])  # the same run again
+    assert list(watched) == [1, 2] and loss == min(watched.values())
 
 
 @pytest.mark.parametrize(("lowest", "tried"), [(-6, 3), (-3, 6), (9, 8)], ids=["inside", "extended", "out of reach"])
 def test_rates_are_tried_until_the_best_is_inside_or_there_are_enough(study, monkeypatch, lowest, tried):
-    monkeypatch.setattr(claimed_runs, "MOST_RATES", 8)
     monkeypatch.setattr(
         Study, "_lowest_validation_loss", lambda self, trainer, mask, rate: (2 * math.log10(rate) - lowest) ** 2
     )
