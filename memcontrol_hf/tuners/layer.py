@@ -83,11 +83,11 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
         for kind in check_tunable(self.base_layer, config, name):
             if kind == "delta":
                 selected = (config.singular_values or {}).get(name)
-                if selected is not None:
+                if selected is None:
+                    initial = torch.zeros(number_of_singular_values(self.base_layer))
+                else:
+                    initial = torch.zeros(len(selected))
                     self.memcontrol_selected[adapter_name] = torch.tensor(selected)
-                initial = torch.zeros(
-                    number_of_singular_values(self.base_layer) if selected is None else len(selected)
-                )
             elif kind == "gamma":
                 initial = torch.ones(self.base_layer.out_features)
             else:

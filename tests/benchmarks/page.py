@@ -78,11 +78,12 @@ def whole_search(row: Row, rows: dict[str, Row]) -> str:
         "attention weights for 40 steps, where the row of a trial has SV-DIFF for 50."
     )
     if published := rows.get("a trial by fid and noise norm, the demo"):
-        share = trials["screened"] / trials["published order"]
+        ratio = trials["screened"] / trials["published order"] * published["ratio"]
         text += (
             " With the published objectives on this package's side, fid and noise norm, the ratio would be larger: "
             f"{trials['screened']:g} / {trials['published order']} x {published['ratio']:.3g} = "
-            f"{share * published['ratio']:.2g}, if as many trials were enough, which was not measured."
+            f"{ratio:.3f}, which {'keeps' if ratio <= row['goal'] else 'misses'} the goal, and that only if as many "
+            "trials were enough, which was not measured."
         )
     return text
 

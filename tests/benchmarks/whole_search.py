@@ -12,7 +12,6 @@ import numpy as np
 
 import real_searches
 from common.pages import read_results
-from trials.replay import first_to_reach
 
 from .timing import RESAMPLES
 
@@ -24,10 +23,8 @@ NAME = "a whole search, composed, the demo"
 def trials_of_screened_searches() -> np.ndarray:
     """Trials of each screened search, as docs/results/real_searches.md counts them; `inf` where it never got there."""
     found = real_searches.shares(read_results(SEARCHES)["pieces"], "block")
-    share, goal = found["screened"], np.median(found[real_searches.RANDOM][:, -1])
-    needed = first_to_reach(share, goal).astype(float)
-    needed[needed > share.shape[1]] = np.inf
-    return needed + real_searches.SCREENING_TRIALS
+    needed, reached = real_searches.trials_needed(found, "screened", real_searches.random_goal(found))
+    return np.where(reached, needed, np.inf)
 
 
 def composed(seconds: dict[str, list[float]]) -> dict[str, Any]:

@@ -17,16 +17,17 @@ import pandas as pd
 from scipy.stats import chi2, norm
 from scipy.stats import t as student
 
+from claimed.judged import CLAIMS
 from common.pages import publish_results, read_results, table
 from screened.verdicts import ALL, RANDOM, SAME, SUGGESTED, random_names
 
 COMMAND = "python training_scripts/studies/power.py"
 DIFFERENCE, POWER, LEVEL = 0.03, 0.8, 0.05
 QUANTILES = (np.arange(2000) + 0.5) / 2000
-COMPARISONS = 18
-"""Number of comparisons of the design for one data set and method (docs/results/design.md), by the strictest of which
-Holm's correction divides the level."""
 ATTACKS = {"loss": "membership AUC", "clid": "CLiD"}
+COMPARISONS = len(ATTACKS) * (1 + sum(not claim.second for claim in CLAIMS))
+"""Number of tests in the first family of the design for one data set and method (docs/results/design.md), by which
+Holm's correction divides the level of the strictest; the claim of capacity is a correlation, none of `CLAIMS`."""
 PAIRS = (
     ("svdiff", "full"),
     ("attention", "full"),

@@ -124,6 +124,20 @@ def shares(pieces: dict[str, Figures], granularity: str) -> dict[str, np.ndarray
     }
 
 
+def random_goal(found: dict[str, np.ndarray]) -> float:
+    """The share that plain random search has after its last trial: the median over its searches."""
+    return float(np.median(found[RANDOM][:, -1]))
+
+
+def trials_needed(found: dict[str, np.ndarray], name: str, goal: float) -> tuple[np.ndarray, np.ndarray]:
+    """Trials until each search of a kind or order reaches the goal, the screening counted, and whether it does.
+
+    A search that never reaches the goal counts as one trial longer than it was. Both are `[seeds]`.
+    """
+    needed = first_to_reach(found[name], goal)
+    return needed + SCREENING_TRIALS * (name in ORDERS), needed <= found[name].shape[1]
+
+
 def render(content: Figures) -> str:
     """The page."""
     low, high = METHODS[METHOD][1]
@@ -143,15 +157,13 @@ def render(content: Figures) -> str:
     for granularity in GRANULARITIES:
         if not (found := shares(content["pieces"], granularity)):
             continue
-        goal = float(np.median(found[RANDOM][:, -1])) if RANDOM in found else None
+        goal = random_goal(found) if RANDOM in found else None
         rows = []
         for name, share in found.items():
             cells = [_interval(share[:, count - 1]) if count <= share.shape[1] else "" for count in COUNTS]
             if goal is not None:
-                needed = first_to_reach(share, goal)
-                price = SCREENING_TRIALS * (name in ORDERS)
-                reached = int((needed <= share.shape[1]).sum())
-                cells += [f"{np.median(needed) + price:.3g}", f"{reached} of {len(share)}"]
+                needed, reached = trials_needed(found, name, goal)
+                cells += [f"{np.median(needed):.3g}", f"{reached.sum()} of {len(share)}"]
             rows.append([name, str(len(share)), *cells])
         lines += [f"## Granularity {granularity}", ""]
         head = ["search", "searches", *map(str, COUNTS)]

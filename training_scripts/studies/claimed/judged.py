@@ -12,9 +12,9 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import spearmanr, ttest_1samp
+from scipy.stats import spearmanr
 
-from common.intervals import Interval, holm, t_interval
+from common.intervals import Interval, holm, t_interval, t_test
 
 from .rows import ALL, BASE, EQUAL, FOUND, FULL, OWN_RATE, RANDOMS, SHARES, TRANSFERRED, WORST, piece_of
 
@@ -167,14 +167,12 @@ class Images:
 
     def __init__(self, runs: Runs, draws: int = DRAWS) -> None:
         self.runs, self.draws = runs, draws
-        self._generator = np.random.default_rng(0)
+        generator = np.random.default_rng(0)
         self._aucs: dict[tuple[str, int, str], np.ndarray] = {}
         point = next((point for run in runs.values() for point in run["points"].values()), None)
         if point is not None:
             sizes = point["members"], len(point["ranks_loss"]) - point["members"]
-            self._counts = [
-                self._generator.multinomial(size, [1 / size] * size, draws).astype(float) for size in sizes
-            ]
+            self._counts = [generator.multinomial(size, [1 / size] * size, draws).astype(float) for size in sizes]
 
     def auc(self, piece: str, step: int, figure: str) -> np.ndarray:
         """The AUC in each draw of images, `[draws]`."""
@@ -207,11 +205,10 @@ class Images:
 
 def test_of(figure: str, values: Sequence[float]) -> Tested | None:
     """The paired t-test of differences against 0; `None` for fewer than two."""
-    interval = t_interval(values)
-    if interval is None:
+    if (tested := t_test(values)) is None:
         return None
-    p = float(ttest_1samp(values, 0).pvalue)
-    return Tested(figure, interval.mean, interval.low, interval.high, interval.seeds, 1.0 if np.isnan(p) else p)
+    interval, p = tested
+    return Tested(figure, *interval, p)
 
 
 def verdict(tests: Sequence[Tested]) -> str:

@@ -85,6 +85,5 @@ def collect(pieces: Pieces, docs: Path) -> None:
         }
     write_runs(runs, docs / "claims.parquet")
     publish_results(docs / "claims.json", content, render)
-    content = read_results(docs / "claims.json")
     (docs.parent / "results.md").write_text(render_summary(content), encoding="utf-8")
     plot(content, docs / "claims.png")

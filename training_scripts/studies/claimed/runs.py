@@ -86,8 +86,8 @@ def train_along(trainer: MemControlTrainer, measure: Callable[[], Any]) -> dict[
 def max_norm(trainer: MemControlTrainer, validation: EncodedImages, seed: int) -> float:
     """The reward as the authors compute it, with seeds: the largest noise norm in each batch of validation images.
 
-    Each batch has one random timestep; the largest norms are averaged over the batches. METHOD.md of the paper's code
-    lists what is wrong with this figure: it depends on the size of the batches.
+    Each batch has one random timestep; the largest norms are averaged over the batches. So the figure depends on the
+    size of the batches, which is why this package has another one, `noise_norm`.
     """
     training, model, family = trainer.model.training, trainer.model.eval(), trainer.family
     steps = family.noise.scheduler.config.num_train_timesteps
@@ -140,6 +140,10 @@ class Study:
     def __init__(self, pieces: Pieces) -> None:
         self.pieces = pieces
         self.trainer = cache(self._trainer)
+
+    def row_trainer(self, data: str, method: str, row: str) -> MemControlTrainer:
+        """The trainer of a row: the full fine-tune has one of its own, and each mitigation."""
+        return self.trainer(data, FULL if row == FULL else method, ROWS[row].mitigation)
 
     def _trainer(self, data: str, method: str, mitigation: tuple[str, ...]) -> MemControlTrainer:
         script = ScriptArguments(
@@ -194,8 +198,7 @@ class Study:
 
     def choose_rate(self, data: str, method: str, row: str) -> Figures:
         """The learning rate with the lowest validation loss; more are tried until the best is not at an end."""
-        trainer = self.trainer(data, FULL if row == FULL else method, ROWS[row].mitigation)
-        mask = self.mask(data, method, FOUND if row == OWN_RATE else row.partition("+")[0], RATE_SEED)
+        trainer, mask = self.row_trainer(data, method, row), self.mask(data, method, row, RATE_SEED)
         low, high = SEARCHED_RATES["weights" if row == FULL else method][1]
         middle = round(math.log10(low * high))  # in half decades
         losses: dict[int, float] = {}
@@ -229,9 +232,10 @@ class Study:
         return trainer.screen(EQUAL, learning_rate=self.rate(data, method, ALL)).to_dict()
 
     def mask(self, data: str, method: str, row: str, seed: int) -> Mask:
-        """The mask of a row, without its mitigation."""
+        """The mask of a row: a mitigation and a rate of its own change nothing of it."""
+        row = FOUND if row == OWN_RATE else row.partition("+")[0]
         if row in (BASE, FULL, ALL):
-            return self.trainer(data, FULL if row == FULL else method, ()).search_space.mask(row != BASE)
+            return self.row_trainer(data, method, row).search_space.mask(row != BASE)
         source = _other(data) if row == TRANSFERRED else data
         screening = Screening.from_dict(self.pieces.read(_screening(source, method, seed)))
         return mask_from(screening, row, seed)
@@ -246,8 +250,7 @@ class Study:
         rate = self.rate(data, method, row)
         if row == OWN_RATE and rate == self.rate(data, method, FOUND):
             return self.pieces.read(piece_of("runs", data, method, FOUND, seed))
-        trainer = self.trainer(data, FULL if row == FULL else method, ROWS[row].mitigation)
-        mask = self.mask(data, method, FOUND if row == OWN_RATE else row.partition("+")[0], seed)
+        trainer, mask = self.row_trainer(data, method, row), self.mask(data, method, row, seed)
         trainer.args.seed = seed
         trainer.apply_hyperparameters({"mask": mask, "learning_rate": rate})
         return {

@@ -1,11 +1,12 @@
 """Confidence intervals of means, of paired differences and of medians."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, ttest_1samp
 from scipy.stats import t as student
 
 
@@ -38,6 +39,18 @@ def t_interval(values: Sequence[float]) -> Interval | None:
     mean = statistics.fmean(values)
     half = student_quantile(len(values)) * (statistics.stdev(values) / len(values) ** 0.5)
     return Interval(mean, mean - half, mean + half, len(values))
+
+
+def t_test(values: Sequence[float]) -> tuple[Interval, float] | None:
+    """The mean with its 95 % t interval, and the two-sided p-value of its difference from 0.
+
+    Returns:
+        `None` for fewer than two values. Values that are all 0 have a p-value of 1.
+    """
+    if (interval := t_interval(values)) is None:
+        return None
+    p = float(ttest_1samp(values, 0).pvalue)
+    return interval, 1.0 if math.isnan(p) else p
 
 
 def paired_difference(one: Mapping[int, float | None], other: Mapping[int, float | None]) -> Interval | None:

@@ -29,6 +29,11 @@ def suggested_mask(screening: Screening) -> Mask:
     return select_run(runs).hyperparameters["mask"]
 
 
+def size(mask: Mask, parameters: Mapping[str, int]) -> int:
+    """The number of parameters that a mask trains."""
+    return sum(parameters[block] for block, on in mask.items() if on)
+
+
 def masks_of_size(parameters: Mapping[str, int], goal: float, least: int = 1) -> list[Mask]:
     """All masks whose number of parameters differs from `goal` by at most `TOLERANCE`, the masks of few blocks first.
 
@@ -39,7 +44,7 @@ def masks_of_size(parameters: Mapping[str, int], goal: float, least: int = 1) ->
     """
     tolerance = TOLERANCE * goal
     while True:
-        subsets = (subset for size in range(1, len(parameters) + 1) for subset in combinations(parameters, size))
+        subsets = (subset for count in range(1, len(parameters) + 1) for subset in combinations(parameters, count))
         fitting = [
             dict.fromkeys(parameters, False) | dict.fromkeys(subset, True)
             for subset in subsets
@@ -64,8 +69,7 @@ def random_masks(mask: Mask, parameters: Mapping[str, int], same: str, count: in
         subsets = combinations(mask, sum(mask.values()))
         fitting = [dict.fromkeys(mask, False) | dict.fromkeys(subset, True) for subset in subsets]
     else:
-        goal = sum(parameters[block] for block, on in mask.items() if on)
-        fitting = masks_of_size({block: parameters[block] for block in mask}, goal, count + 1)
+        fitting = masks_of_size({block: parameters[block] for block in mask}, size(mask, parameters), count + 1)
     fitting.remove(mask)
     return random.Random(seed).sample(fitting, count)
 
@@ -75,13 +79,11 @@ def worst_mask(mask: Mask, screening: Screening) -> Mask:
 
     The worst mask has the largest share of all that is memorized, less its share of all that is learned.
     """
-    on = dict.fromkeys(mask, True)
-    learned, memorized = screening.predict(on)
+    learned, memorized = screening.predict(dict.fromkeys(mask, True))
 
     def badness(candidate: Mask) -> float:
         learns, memorizes = screening.predict(candidate)
         return memorizes / max(memorized, 1e-12) - learns / max(learned, 1e-12)
 
-    goal = sum(screening.parameters[block] for block, on in mask.items() if on)
-    fitting = masks_of_size(screening.parameters, goal, 2)
+    fitting = masks_of_size(screening.parameters, size(mask, screening.parameters), 2)
     return max((candidate for candidate in fitting if candidate != mask), key=badness)

@@ -4,9 +4,7 @@ from collections.abc import Iterator, Mapping
 from statistics import fmean
 from typing import Any
 
-from scipy.stats import ttest_1samp
-
-from common.intervals import holm, t_interval
+from common.intervals import holm, t_test
 
 BASE, ALL, SUGGESTED = "base", "all", "suggested"
 SAME = ("parameters", "blocks")
@@ -52,9 +50,8 @@ def verdicts(pieces: Pieces) -> list[dict[str, Any]]:
             theirs = by_seed(pieces, [of_fid] if figure == "fid" else names, figure)
             own = by_seed(pieces, [SUGGESTED], figure)
             seeds = sorted(own.keys() & theirs.keys())
-            differences = [own[seed] - theirs[seed] for seed in seeds]
-            if (interval := t_interval(differences)) is not None:
-                p = float(ttest_1samp(differences, 0).pvalue)
+            if (tested := t_test([own[seed] - theirs[seed] for seed in seeds])) is not None:
+                interval, p = tested
                 rows.append({"other": other, "figure": figure, **interval._asdict(), "p": p})
     for row, corrected in zip(rows, holm([row["p"] for row in rows])):
         row["p_holm"] = corrected
