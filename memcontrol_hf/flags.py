@@ -203,6 +203,13 @@ class ScriptArguments:
         study=True,
         publish="yes",
     )
+    singular_values: int | None = _flag(
+        None,
+        "memcontrol screen with --method svdiff: number of single singular values to choose, those that memorize "
+        "least for what they learn. It writes them for --peft_config of memcontrol train.",
+        study=False,
+        publish="never",
+    )
     mask_from: str | None = _flag(
         None,
         "Mask to use instead of a search: an adapter folder, a JSON file or a Hub repository; with --n_trials it is "

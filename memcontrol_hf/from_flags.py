@@ -106,7 +106,8 @@ def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[
 def _method_and_rates(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float]]:
     """The PEFT config, and the range of learning rates to search."""
     if args.peft_config is not None:
-        config, rates = peft_config_from(args.peft_config), (1e-5, 1e-3)
+        config = peft_config_from(args.peft_config)
+        rates = METHODS[config.method][1] if isinstance(config, MemControlConfig) else (1e-5, 1e-3)
     else:
         config, rates = copy.deepcopy(METHODS[args.method])
     if args.learning_rate is None:
@@ -124,7 +125,8 @@ def _check_numbers(args: ScriptArguments) -> None:
         if (value := getattr(args, flag)) is not None and value <= 0:
             raise ValueError(f"--{flag} must be positive, but is {value:g}")
     steps = {"max_train_steps": 1, "search_max_steps": 1, "screen_steps": 4}
-    for flag, least in {"n_finalists": 0, "finalist_repeats": 1, **steps, "eval_num_images": 2}.items():
+    at_least = {"n_finalists": 0, "finalist_repeats": 1, **steps, "eval_num_images": 2, "singular_values": 1}
+    for flag, least in at_least.items():
         if (value := getattr(args, flag)) is not None and value < least:
             raise ValueError(f"--{flag} must be at least {least}, but is {value}")
     if args.flip_canaries and args.canaries < 2:

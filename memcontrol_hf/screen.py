@@ -5,12 +5,15 @@ r"""Tell what each block of a model learns and what it memorizes on a data set, 
 
 It takes the flags of `memcontrol train`, and reads those of the model, the images, what is tuned and the training. The
 folder gets `screening.json` (see `memcontrol_hf.Screening`), which holds no image and no caption, and `screening.png`.
-Several GPUs: `accelerate launch -m memcontrol_hf.screen`.
+With `--method svdiff --singular_values 2000` it also gets the configuration of the 2,000 single singular values that
+memorize least for what they learn; `memcontrol train --peft_config my_screening` searches among these alone. Several
+GPUs: `accelerate launch -m memcontrol_hf.screen`.
 
 Exit codes: 0 done, 2 wrong use, 1 an error.
 """
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from .command_line import ERROR, WRONG_USE
@@ -36,14 +39,18 @@ def run(args: ScriptArguments) -> None:
     from .screening import other_trainers
 
     with exit_code(WRONG_USE, ValueError), exit_code(ERROR, OF_THE_MACHINE):
-        trainer, _, rates, _ = make_trainer(args)
-        if obstacle := trainer.obstacle_to_screening(args.screen_steps):
+        trainer, _, rates, mask = make_trainer(args)
+        single, total = args.singular_values, trainer.trainable_parameters
+        if obstacle := trainer.obstacle_to_screening(args.screen_steps, single is not None):
             raise ValueError(obstacle)
+        if single is not None and mask is None and single > total:
+            raise ValueError(f"--singular_values {single}: the blocks have {total} singular values, take fewer")
     folder = Path(args.output_dir)
     steps = args.screen_steps or trainer.args.search_max_steps or trainer.args.max_steps
     logger.info(f"screening: {steps} steps with all {len(trainer.mask)} blocks on")
     with exit_code(ERROR, FAILURES):
-        screening = trainer.screen(args.screen_steps, learning_rate=fixed_rate(args, rates))
+        rate = fixed_rate(args, rates)
+        screening = trainer.screen(args.screen_steps, learning_rate=rate, singular_values=single is not None)
     if not trainer.is_world_process_zero():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,6 +63,15 @@ def run(args: ScriptArguments) -> None:
         print("  " + ", ".join(name for name, on in mask.items() if on))
         for trainer_name, flags in other_trainers(mask).items():
             print(f"    {trainer_name}: {flags}")
+    if single is not None:
+        front = screening.singular_value_front(8)
+        print("\nsingle singular values, the lowest price first, and what they learn and memorize of all:\n")
+        rows = [[f"{number:,}", f"{learns:.0%}", f"{memorizes:.0%}"] for number, learns, memorizes in front]
+        print(aligned([["number", "learns", "memorizes"], *rows]))
+        with exit_code(WRONG_USE, ValueError, f". The screening is kept in {folder / FILE}"):
+            chosen = screening.cheapest_singular_values(single)
+        replace(trainer.peft_config, singular_values=chosen).save_pretrained(folder)
+        print(f"\n{single:,} of them, in {len(chosen)} modules, are written down: train with --peft_config {folder}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ frozen (the ω of MemControl, https://huggingface.co/papers/2405.19458).
 import copy
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from peft import PeftConfig
@@ -111,6 +111,22 @@ class SearchSpace:
         tunable["linear"] = frozenset(name for name, m in model.named_modules() if isinstance(m, nn.Linear))
         return cls(blocks, tunable, tuple(text_encoders or ()))
 
+    def narrowed(self, config: PeftConfig) -> "SearchSpace":
+        """The space without the blocks in which a config with `singular_values` tunes none; the same for any other.
+
+        Raises:
+            ValueError: when the config names modules that no block has.
+        """
+        if (numbers := _singular_values(config)) is None:
+            return self
+        if unknown := sorted(numbers.keys() - {m for modules in self.blocks.values() for m in modules}):
+            text = any(name.startswith("text_encoder") for name in unknown) and not self.text_encoders
+            raise ValueError(
+                f"singular_values names {len(unknown)} module(s) that no block has, such as {unknown[0]}"
+                + (": those of text encoders are there with --text_encoder_blocks" if text else "")
+            )
+        return replace(self, blocks={n: modules for n, modules in self.blocks.items() if numbers.keys() & {*modules}})
+
     def mask(self, on: bool) -> dict[str, bool]:
         """The mask with every block on, or every block off."""
         return dict.fromkeys(self.blocks, on)
@@ -145,7 +161,8 @@ class SearchSpace:
             config (`PeftConfig`):
                 Any config with `target_modules`, left as it is. When it names target modules already (as PEFT matches
                 them), only those inside the selected blocks remain; otherwise all that its method can tune: for
-                [`MemControlConfig`] by its `method`, for PEFT's own methods every linear layer.
+                [`MemControlConfig`] by its `method`, for PEFT's own methods every linear layer. When it names
+                `singular_values`, only the modules that these are of.
             mask (`dict[str, bool]`):
                 Over the block names; blocks that it does not name are off.
             part (`str`):
@@ -170,6 +187,8 @@ class SearchSpace:
         else:
             names = [m.removeprefix(prefix) for m in inside]
             selected = [name for name in names if check_target_module_exists(config, name)]
+        if (numbers := _singular_values(config)) is not None:
+            selected = [m for m in selected if f"{prefix}{m}" in numbers]
         if inside and not selected:
             on = ", ".join(name for name, modules in self.blocks.items() if mask[name] and {*modules} & {*inside})
             raise ValueError(f"{type(config).__name__} ({method}) finds no module to tune in the blocks {on}")
@@ -181,16 +200,19 @@ class SearchSpace:
         config.target_modules = selected
         if isinstance(config, MemControlConfig):
             config.mask = mask
-            if config.singular_values is not None:
-                names = {f"{prefix}{m}": m for m in selected}
-                chosen = config.singular_values.items()
-                config.singular_values = {names[m]: numbers for m, numbers in chosen if m in names}
+            if numbers is not None:
+                config.singular_values = {m: numbers[f"{prefix}{m}"] for m in selected}
         return config
 
     def _part(self, module: str) -> str:
         """Which text encoder a module is in; of the denoiser's the empty name."""
         first = module.split(".")[0]
         return first if first in self.text_encoders else ""
+
+
+def _singular_values(config: PeftConfig) -> dict[str, list[int]] | None:
+    """Which singular values a config names, by module; `None` where it names none."""
+    return config.singular_values if isinstance(config, MemControlConfig) else None
 
 
 def _stage(name: str) -> int:

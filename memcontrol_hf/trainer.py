@@ -114,7 +114,7 @@ class MemControlTrainer(Trainer):
         self.denoiser: nn.Module = self.family.denoiser.requires_grad_(False)
         self.denoiser.register_to_config(_name_or_path=self.base_model)  # trackers get the denoiser's config
         self.peft_config = peft_config
-        self.search_space = search_space or self.family.search_space()
+        self.search_space = (search_space or self.family.search_space()).narrowed(peft_config)
         for mitigation in self._mitigations.values():
             mitigation.check(
                 self.family, *_images_of(train_dataset), args, tunes_text=bool(self.search_space.text_encoders)
@@ -578,7 +578,12 @@ class MemControlTrainer(Trainer):
     # ---- screening ----
 
     def screen(
-        self, steps: int | None = None, every: int = 4, learning_rate: float | None = None, seeds: int = 1
+        self,
+        steps: int | None = None,
+        every: int = 4,
+        learning_rate: float | None = None,
+        seeds: int = 1,
+        singular_values: bool = False,
     ) -> Screening:
         """Train all blocks together, and read off what each block learns and what it memorizes.
 
@@ -597,24 +602,27 @@ class MemControlTrainer(Trainer):
                 Learning rate of the runs; that of the arguments by default.
             seeds (`int`):
                 Number of runs, each with a random seed of its own, over which the figures are averaged.
+            singular_values (`bool`):
+                SV-DIFF only: tell the figures of each single singular value, too, at the same price; see
+                [`Screening.cheapest_singular_values`].
 
         Returns:
             [`~memcontrol_hf.screening.Screening`]: the figures of each block.
 
         Raises:
             ValueError: before any work, for settings out of range, a search space of fewer than two blocks, a trainer
-                without validation images, and `dp_sgd`, whose guarantee would not cover the screening; and in the run,
-                when a loss is not finite.
+                without validation images, `singular_values` of another method, and `dp_sgd`, whose guarantee would not
+                cover the screening; and in the run, when a loss is not finite.
         """
         settings = self._screening_settings(steps, every, learning_rate, seeds)
-        self._check_screening()
-        return run_screening(self, settings)
+        self._check_screening(singular_values)
+        return run_screening(self, settings, singular_values)
 
-    def obstacle_to_screening(self, steps: int | None = None) -> str | None:
+    def obstacle_to_screening(self, steps: int | None = None, singular_values: bool = False) -> str | None:
         """Why [`screen`] would refuse so many steps, with what to do; `None` when it would not."""
         try:
             self._screening_settings(steps)
-            self._check_screening()
+            self._check_screening(singular_values)
         except ValueError as error:
             return str(error)
         return None
@@ -631,9 +639,9 @@ class MemControlTrainer(Trainer):
             seed=args.seed,
         )
 
-    def _check_screening(self) -> None:
+    def _check_screening(self, singular_values: bool = False) -> None:
         """Raise `ValueError` for what a screening does not go with."""
-        check_screening(self)
+        check_screening(self, singular_values)
         for name, mitigation in self._mitigations.items():
             if overrides(mitigation, "private_training"):
                 raise ValueError(

@@ -285,7 +285,7 @@ def save(
     for stale in (PLOT, LORA):  # of an earlier run with this folder
         (folder / stale).unlink(missing_ok=True)
     trainer.save_model(str(folder))
-    given = trainer.args.mitigations
+    given, chosen = trainer.args.mitigations, getattr(trainer.peft_config, "singular_values", None)
     sampling = [text for text in given if not MITIGATIONS[text.partition(":")[0]].guards_weights]
     report = MemorizationReport(
         base_model=base_model or trainer.base_model,
@@ -307,6 +307,7 @@ def save(
             **({"stopped_at_step": tuned.stopped} if tuned.stopped else {}),
             **({"failed": tuned.failed} if tuned.failed else {}),
             **({"dp_sgd": trainer.privacy} if trainer.privacy else {}),
+            **({"singular_values": sum(map(len, chosen.values()))} if chosen else {}),
         },
         images=count_images(trainer, data),
         encoder=encoder or encoder_name(trainer.encoder),

@@ -165,7 +165,7 @@ def plan(
     """
     family = family_of(pipeline)
     family.check_resolution(resolution)
-    space = family.search_space(granularity, text_encoder_blocks)
+    space = family.search_space(granularity, text_encoder_blocks).narrowed(config)
     owners = {module: block for block, names in space.blocks.items() for module in names}
     blocks, sizes, decomposed = dict.fromkeys(space.blocks, 0), {}, []
     for folder in ("", *space.text_encoders):

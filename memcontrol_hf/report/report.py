@@ -52,7 +52,8 @@ class MemorizationReport:
             `trainable_parameters`, and what [`MemControlTrainer.evaluate`] returns, against held-out images.
         training (`dict`): Learning rate, steps, batch size, resolution, seed and other settings of the training;
             `mitigations`; and where there are any `sampling_mitigations`, `stopped_at_step` (of each run that was
-            stopped early) and `dp_sgd` (what [`MemControlTrainer.privacy`] says about the selected mask's run).
+            stopped early), `dp_sgd` (what [`MemControlTrainer.privacy`] says about the selected mask's run) and
+            `singular_values` (number of those that were chosen one by one, over all blocks).
         images (`dict[str, int]`): Number of rows and of different images of each split.
         encoder (`str`): Image encoder whose features `fid` and `amd` use.
         search (`dict`, *optional*): Summary of the search; `None` when the mask was given.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .probes import BlockProbes
+from .probes import BlockProbes, SingularValueProbes
 from .result import Screening
 from .settings import ScreeningSettings
 
@@ -40,7 +40,25 @@ def estimate(
         **{f"{name}_error": by_block(standard_error(values).tolist()) for name, values in figures.items()},
         parameters=by_block(runs[0].sizes),
         settings={**asdict(settings), **facts, **losses},
+        singular_values=_by_singular_value([run for run in runs if isinstance(run, SingularValueProbes)]),
     )
+
+
+def _by_singular_value(runs: Sequence[SingularValueProbes]) -> dict[str, dict[str, list[float]]] | None:
+    """The means over runs for each singular value, by module; `None` where the runs have not told them.
+
+    They have four significant digits, far finer than their error, since there are many of them.
+    """
+    if not runs:
+        return None
+    train, validation = torch.stack([run.by_singular_value for run in runs]).mean(0)
+    sizes = [*runs[0].modules.values()]
+
+    def rounded(values: torch.Tensor) -> list[list[float]]:
+        return [[float(f"{value:.4g}") for value in part.tolist()] for part in values.split(sizes)]
+
+    figures = zip(runs[0].modules, rounded(validation), rounded(train - validation))
+    return {module: {"learns": learns, "memorizes": memorizes} for module, learns, memorizes in figures}
 
 
 def standard_error(probes: torch.Tensor) -> torch.Tensor:

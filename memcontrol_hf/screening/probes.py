@@ -184,7 +184,7 @@ class BlockProbes(TrainerCallback):
         products = self._accelerator.reduce(products, "sum")
         if not products.isfinite().all():
             raise ValueError(f"the losses are not finite in step {step} of the screening: use a lower learning rate")
-        self.allocated.append(-self._stretches[step] * products.double().cpu())
+        self._keep(-self._stretches[step] * products.double().cpu())
 
     def on_train_end(self, args, state, control, **kwargs):
         self.after = self._measure()
@@ -203,6 +203,10 @@ class BlockProbes(TrainerCallback):
                 self._add(total, gradients, ends)
             del gradients  # the next backward pass has its own
         return total
+
+    def _keep(self, falls: torch.Tensor) -> None:
+        """Keep what a probe has found: `[len(sets), _count]`."""
+        self.allocated.append(falls)
 
     def _count(self) -> int:
         """The number of figures that a fall is allocated to: the blocks."""
@@ -230,3 +234,38 @@ class BlockProbes(TrainerCallback):
             if scale <= 1 or all(g is None or bool(g.isfinite().all()) for g in gradients):
                 return [g if g is None or scale == 1 else g / scale for g in gradients]
             scale /= 4
+
+
+class SingularValueProbes(BlockProbes):
+    """Allocates the falls to each single singular value that SV-DIFF shifts, and their sums to the blocks.
+
+    Attributes:
+        by_singular_value (`torch.Tensor`):
+            `[len(sets), singular values]`, the sums over the probes, in the order of `modules`.
+        modules (`dict[str, int]`): full name of each tuned module, and the number of its singular values.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        parts = ("", *self._space.text_encoders)
+        named = (pair for part in parts for pair in self._family.parts[part].named_parameters(prefix=part))
+        names = {parameter: name.partition(".memcontrol_delta.")[0] for name, parameter in named}
+        self.modules = {names[parameter]: parameter.numel() for parameter in self._parameters}
+        self.by_singular_value = torch.zeros(len(self._sets), self._count(), dtype=torch.float64)
+
+    def _keep(self, falls: torch.Tensor) -> None:
+        self.by_singular_value += falls
+        owners = self._owners.cpu().repeat_interleave(torch.tensor([*self.modules.values()]))
+        super()._keep(falls.new_zeros(len(falls), len(self.sizes)).index_add_(1, owners, falls))
+
+    def _count(self) -> int:
+        return sum(parameter.numel() for parameter in self._parameters)
+
+    def _add(
+        self, total: torch.Tensor, gradients: Sequence[torch.Tensor | None], ends: Sequence[torch.Tensor]
+    ) -> None:
+        products = [
+            torch.zeros_like(end) if gradient is None else 2 * gradient * (end - parameter)
+            for gradient, end, parameter in zip(gradients, ends, self._parameters)
+        ]
+        total += torch.cat([product.flatten() for product in products]).to(total)

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,9 @@ class Screening:
             (validation images), `loss_train_before`, `loss_train_after` (training images).
         version (`int`):
             Version of the file format; see `SCREENING_VERSION`.
+        singular_values (`dict[str, dict[str, list[float]]]`, *optional*):
+            SV-DIFF, when it was asked for: `learns` and `memorizes` of each single singular value, by the full name of
+            the module, with the largest singular value first. Their sums over a block are the block's figures.
 
     Raises:
         ValueError: when the figures are not those of the same blocks.
@@ -61,6 +65,7 @@ class Screening:
     parameters: dict[str, int]
     settings: dict[str, Any] = field(default_factory=dict)
     version: int = SCREENING_VERSION
+    singular_values: dict[str, dict[str, list[float]]] | None = None
 
     def __post_init__(self) -> None:
         for name in (*_FIGURES, "parameters"):
@@ -100,6 +105,65 @@ class Screening:
             limits = [limits[round(i * last / (n - 1))] for i in range(n)] if n > 1 else [limits[last // 2]]
         return [{name: prices.get(name, math.inf) <= limit for name in self.learns} for limit in limits]
 
+    def cheapest_singular_values(self, n: int) -> dict[str, list[int]]:
+        """The single singular values of the lowest price: what each memorizes for each unit that it learns.
+
+        It is the rule of [`Screening.masks`] with each singular value as a block of its own. Of equal prices, such as
+        0, those come first that learn more.
+
+        Args:
+            n (`int`): Number of singular values, at least 1.
+
+        Returns:
+            `dict[str, list[int]]`: Full name of the module -> numbers of its singular values, ascending; modules
+            without any are left out. It is the `singular_values` of a [`~memcontrol_hf.MemControlConfig`].
+
+        Raises:
+            ValueError: when single singular values were not screened, and for an `n` below 1 or above the number of
+                those that learn anything.
+        """
+        cheapest = self._single_values()
+        if not 1 <= n <= len(cheapest):
+            total = sum(len(figures["learns"]) for figures in self.singular_values.values())
+            raise ValueError(
+                f"the number of singular values must be from 1 to {len(cheapest)}, since so many of {total} lower the "
+                f"loss on validation images, but is {n}"
+            )
+        chosen: dict[str, list[int]] = {module: [] for module in self.singular_values}
+        for module, number, _, _ in cheapest[:n]:
+            chosen[module].append(number)
+        return {module: sorted(numbers) for module, numbers in chosen.items() if numbers}
+
+    def singular_value_front(self, points: int) -> list[tuple[int, float, float]]:
+        """What numbers of [`Screening.cheapest_singular_values`] learn and memorize by the additive model.
+
+        Args:
+            points (`int`): How many numbers, at least 1: all that learn anything, and halves of the one before.
+
+        Returns:
+            list of tuples, the smallest number first: number of singular values, and their shares, from 0 to 1, of
+            what all that learn anything learn and memorize. There are fewer than `points` where a half is nothing.
+
+        Raises:
+            ValueError: when single singular values were not screened.
+        """
+        figures = [pair for _, _, *pair in self._single_values()]
+        sums = [(0.0, 0.0), *accumulate(figures, lambda one, other: (one[0] + other[0], one[1] + other[1]))]
+        numbers = sorted({len(figures) >> i for i in range(points)} - {0})
+        return [(n, *(part / (whole or 1.0) for part, whole in zip(sums[n], sums[-1]))) for n in numbers]
+
+    def _single_values(self) -> list[tuple[str, int, float, float]]:
+        """Module, number, what it learns and memorizes, of each singular value that learns; the lowest price first."""
+        if self.singular_values is None:
+            raise ValueError("single singular values were not screened: give screen(singular_values=True)")
+        values = [
+            (module, number, learns, max(memorizes, 0.0))
+            for module, figures in self.singular_values.items()
+            for number, (learns, memorizes) in enumerate(zip(figures["learns"], figures["memorizes"]))
+            if learns > 0
+        ]
+        return sorted(values, key=lambda value: (value[3] / value[2], -value[2]))
+
     def predict(self, mask: Mapping[str, bool]) -> tuple[float, float]:
         """What a mask learns and memorizes by the additive model.
 
@@ -137,6 +201,8 @@ class Screening:
     def to_dict(self) -> dict[str, Any]:
         """The screening as plain dictionaries that JSON can hold; an unknown standard error is `None`."""
         content = asdict(self)
+        if self.singular_values is None:
+            del content["singular_values"]
         for name in ("learns_error", "memorizes_error"):
             content[name] = {block: None if math.isnan(error) else error for block, error in content[name].items()}
         return content
@@ -178,7 +244,7 @@ class Screening:
 def _checked(content: dict[str, Any]) -> dict[str, Any]:
     """The fields of a stored screening, with unknown standard errors as NaN; raises `ValueError` for a wrong field."""
     names, content = [f.name for f in fields(Screening)], dict(content)
-    if missing := [name for name in names if name not in content]:
+    if missing := [name for name in names if name not in content and name != "singular_values"]:
         raise ValueError(f"it lacks {', '.join(missing)}")
     if unknown := [name for name in content if name not in names]:
         raise ValueError(f"it has the unknown field(s) {', '.join(unknown)}")
@@ -191,4 +257,16 @@ def _checked(content: dict[str, Any]) -> dict[str, Any]:
         for block, value in content[name].items():
             if isinstance(value, bool) or not isinstance(value, int if name == "parameters" else (int, float)):
                 raise ValueError(f"{name} of {block} is {value!r}, not a number")
+    if "singular_values" in content:
+        _check_singular_values(content["singular_values"])
     return content
+
+
+def _check_singular_values(content: Any) -> None:
+    """Raise `ValueError` unless these are the figures of single singular values by module."""
+    for module, figures in content.items() if isinstance(content, dict) else [("", content)]:
+        kinds = isinstance(figures, dict) and [figures.get(name) for name in ("learns", "memorizes")]
+        if not (kinds and all(isinstance(values, list) for values in kinds) and len(kinds[0]) == len(kinds[1])):
+            raise ValueError(f"singular_values {module} has no lists learns and memorizes of equal length")
+        if not all(isinstance(value, (int, float)) for values in kinds for value in values):
+            raise ValueError(f"singular_values of {module} are not all numbers")

@@ -7,15 +7,17 @@ from typing import Any, Protocol
 
 from accelerate import Accelerator
 from datasets import Dataset
+from peft import PeftConfig
 from transformers import TrainerCallback
 
 from ..data import EncodedImages
 from ..families import Family
 from ..randomness import Purpose
 from ..search_space import SearchSpace
+from ..tuners import MemControlConfig
 from .aside import training_aside
 from .estimates import estimate
-from .probes import BlockProbes, ProbeImages
+from .probes import BlockProbes, ProbeImages, SingularValueProbes
 from .result import Screening
 from .settings import ScreeningSettings
 
@@ -28,6 +30,7 @@ class ScreenableTrainer(Protocol):
     """What a screening asks of a trainer, beside what every `transformers.Trainer` has."""
 
     args: Any
+    peft_config: PeftConfig
     family: Family
     search_space: SearchSpace
     mask: Mapping[str, bool]
@@ -47,21 +50,37 @@ class ScreenableTrainer(Protocol):
     def remove_callback(self, callback: TrainerCallback) -> None: ...
 
 
-def run_screening(trainer: ScreenableTrainer, settings: ScreeningSettings) -> Screening:
+def run_screening(trainer: ScreenableTrainer, settings: ScreeningSettings, singular_values: bool = False) -> Screening:
     """Train all blocks together and probe the steps; the trainer is afterwards as before.
+
+    Args:
+        trainer, settings: the trainer, and the settings of the screening.
+        singular_values (`bool`): whether to tell the figures of single singular values, too.
 
     Raises:
         ValueError: in the run, when a loss is not finite. [`check_screening`] says before what is wrong.
     """
     train, validation = trainer.train_dataset, trainer.encode(trainer.eval_dataset)
+    kind = SingularValueProbes if singular_values else BlockProbes
     with all_blocks_aside(trainer, settings):
-        runs = [train_and_probe(trainer, settings, seed, train, validation) for seed in settings.run_seeds]
+        runs = [
+            train_and_probe(trainer, settings, seed, train, validation, probes_of=kind) for seed in settings.run_seeds
+        ]
     images = {"train_images": len(train.distinct), "validation_images": len(validation.distinct)}
     return estimate(list(trainer.search_space.blocks), runs, settings, images)
 
 
-def check_screening(trainer: ScreenableTrainer) -> None:
-    """Raise `ValueError` for a search space of fewer than two blocks, and for a trainer without validation images."""
+def check_screening(trainer: ScreenableTrainer, singular_values: bool = False) -> None:
+    """Raise `ValueError` for what a screening does not go with.
+
+    That is a search space of fewer than two blocks, and a trainer without validation images; and, where single
+    `singular_values` are asked for, another method than SV-DIFF of all singular values.
+    """
+    config = trainer.peft_config
+    if singular_values and not (isinstance(config, MemControlConfig) and config.method == "svdiff"):
+        raise ValueError("single singular values are tuned by SV-DIFF alone: give its config (--method svdiff)")
+    if singular_values and config.singular_values is not None:
+        raise ValueError("the config names single singular values already: screen with one that tunes all of them")
     if len(trainer.search_space.blocks) < 2:
         raise ValueError("a screening compares blocks, but the search space has only one: use a finer granularity")
     if trainer.eval_dataset is None or not len(trainer.eval_dataset):

@@ -43,7 +43,8 @@ class MemControlConfig(PeftConfig):
             SV-DIFF only: the factor of the shift, `relu(s + scale * delta)`. Above 0.
         singular_values (`dict[str, list[int]]`, *optional*):
             SV-DIFF only: which singular values are tuned, by the full name of the target module, in ascending order;
-            0 is the largest. All of them in a module that the dictionary does not name, and by default.
+            0 is the largest. All of them by default, and in a target module that the dictionary does not name. In a
+            search space ([`~memcontrol_hf.SearchSpace`]) only the modules that it names are tuned.
         scale_modules (`list[str]`, *optional*):
             DiffFit only: ends of the names of the `Linear` modules whose output gets a scale. These are the last
             projections of each attention and feed-forward, before the residual is added.

@@ -17,13 +17,12 @@ docs/results/screening_singular.json and .md.
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from transformers import TrainerCallback
 from transformers import logging as transformers_logging
 
 from common.intervals import paired_difference
@@ -33,9 +32,8 @@ from common.trainers import demo_trainer
 from memcontrol_hf import MemControlTrainer, demo_dataset
 from memcontrol_hf.flags import ScriptArguments
 from memcontrol_hf.from_flags import training_arguments
-from memcontrol_hf.screening.probes import BlockProbes
 from memcontrol_hf.screening.result import Screening
-from memcontrol_hf.screening.run import all_blocks_aside, train_and_probe
+from memcontrol_hf.screening.run import run_screening
 from memcontrol_hf.screening.settings import ScreeningSettings
 from screened.fine_tunes import fine_tune, measure
 
@@ -55,122 +53,44 @@ FIGURES = ("loss", "auc_loss", "auc_clid", "auc_pia")
 Figures = dict[str, Any]
 
 
-class SingularValueProbes(BlockProbes):
-    """Allocates the fall of both losses to each number that is trained, not to blocks."""
-
-    def _count(self) -> int:
-        return sum(parameter.numel() for parameter in self._parameters)
-
-    def _add(
-        self, total: torch.Tensor, gradients: Sequence[torch.Tensor | None], ends: Sequence[torch.Tensor]
-    ) -> None:
-        products = [
-            torch.zeros_like(end) if gradient is None else 2 * gradient * (end - parameter)
-            for gradient, end, parameter in zip(gradients, ends, self._parameters)
-        ]
-        total += torch.cat([product.flatten() for product in products]).to(total)
-
-
-def shifts(trainer: MemControlTrainer) -> dict[str, nn.Parameter]:
-    """The trained shifts of each adapted module, by the module's name."""
-    named = trainer.family.parts[""].named_parameters()
-    return {name: parameter for name, parameter in named if parameter.requires_grad}
-
-
-def screen(trainer: MemControlTrainer, seed: int) -> Figures:
-    """What each singular value learns and memorizes: lists by the names of the shifts."""
-    settings = ScreeningSettings(steps=STEPS, every=EVERY, learning_rate=RATE, seeds=1, seed=SCREENING_SEED + seed)
-    images = trainer.train_dataset, trainer.encode(trainer.eval_dataset)
-    with all_blocks_aside(trainer, settings):
-        probes = train_and_probe(trainer, settings, settings.seed, *images, probes_of=SingularValueProbes)
-        sizes = {name: parameter.numel() for name, parameter in shifts(trainer).items()}
-    train, unseen = torch.stack(probes.allocated).sum(0)
-    ends = np.cumsum(list(sizes.values()))[:-1].tolist()
-
-    def by_shift(values: torch.Tensor) -> dict[str, list[float]]:
-        parts = np.split(values.numpy(), ends)
-        return {name: [float(f"{value:.4g}") for value in part] for name, part in zip(sizes, parts)}
-
-    return {"learns": by_shift(unseen), "memorizes": by_shift(train - unseen)}
-
-
-def module_masks(screening: Figures) -> dict[str, dict[str, bool]]:
-    """The two masks of whole modules, over the names of their shifts."""
-    learns, memorizes = (
-        {name: sum(values) for name, values in screening[kind].items()} for kind in ("learns", "memorizes")
-    )
-    unknown = dict.fromkeys(learns, float("nan"))
-    sizes = {name: len(values) for name, values in screening["learns"].items()}
-    masks = Screening(learns, memorizes, unknown, unknown, sizes).masks(6)
-    return {name: masks[place] for name, place in MASKS.items()}
-
-
-def chosen(screening: Figures, kind: str, size: str) -> dict[str, torch.Tensor]:
-    """Which singular values are tuned: bool `[k]` by the name of the shift."""
-    lengths = {name: len(values) for name, values in screening["learns"].items()}
+def chosen(screening: Screening, kind: str, size: str) -> dict[str, list[int]]:
+    """Which singular values are tuned, by the name of the module."""
     if kind == ALL:
-        return {name: torch.ones(length, dtype=torch.bool) for name, length in lengths.items()}
-    mask = module_masks(screening)[size]
+        return {name: [*range(length)] for name, length in screening.parameters.items()}
+    mask = screening.masks(6)[MASKS[size]]
+    whole = {name: [*range(screening.parameters[name])] for name, on in mask.items() if on}
+    number = sum(map(len, whole.values()))
     if kind == "modules":
-        return {name: torch.full((lengths[name],), on) for name, on in mask.items()}
-    number = sum(lengths[name] for name, on in mask.items() if on)
-    learns = np.concatenate(list(screening["learns"].values()))
-    memorizes = np.concatenate(list(screening["memorizes"].values())).clip(min=0)
-    price = np.divide(memorizes, learns, out=np.full_like(learns, np.inf), where=learns > 0)
-    order = np.lexsort((-learns, price)) if kind == "price" else np.argsort(-learns, kind="stable")
-    on = torch.zeros(len(learns), dtype=torch.bool)
-    on[order[:number].copy()] = True
-    return dict(zip(lengths, on.split(list(lengths.values()))))
-
-
-class Only(TrainerCallback):
-    """Trains some of the singular values alone: the others have a gradient of 0, and stay where they began, at 0.
-
-    Args:
-        trainer: The trainer.
-        on: The singular values that are tuned: bool `[k]` by the name of the shift.
-
-    Attributes:
-        count: Number of singular values that are tuned.
-
-    Raises:
-        RuntimeError: After the training, when another singular value was tuned.
-    """
-
-    def __init__(self, trainer: MemControlTrainer, on: Mapping[str, torch.Tensor]) -> None:
-        self._trainer, self._on = trainer, on
-        self.count = sum(int(values.sum()) for values in on.values())
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._hooks = [
-            parameter.register_hook(partial(torch.mul, self._on[name].to(parameter)))
-            for name, parameter in shifts(self._trainer).items()
-        ]
-
-    def on_train_end(self, args, state, control, **kwargs):
-        for hook in self._hooks:
-            hook.remove()
-        if any(bool(shift[~self._on[name].to(shift.device)].any()) for name, shift in shifts(self._trainer).items()):
-            raise RuntimeError("a singular value was tuned that is not in the mask")
+        return whole
+    if kind == "price":
+        return screening.cheapest_singular_values(number)
+    learning = {name: of["learns"] for name, of in screening.singular_values.items()}
+    free = {name: {"learns": learns, "memorizes": [0.0] * len(learns)} for name, learns in learning.items()}
+    return replace(screening, singular_values=free).cheapest_singular_values(number)
 
 
 def jobs(pieces: Pieces, seeds: Sequence[int]) -> list[Job]:
     """The screening, all singular values, and each kind and size, seed by seed."""
     data = demo_dataset()
     script = ScriptArguments(output_dir=str(pieces.folder / "runs"), method=METHOD, max_train_steps=STEPS)
-    trainer = demo_trainer(data, METHOD, training_arguments(script), "module")
+
+    def trainer(singular_values: dict[str, list[int]] | None = None) -> MemControlTrainer:
+        args = training_arguments(script)
+        return demo_trainer(data, METHOD, args, "module", singular_values=singular_values)
+
+    def screen(seed: int) -> Figures:
+        settings = ScreeningSettings(steps=STEPS, every=EVERY, learning_rate=RATE, seeds=1, seed=SCREENING_SEED + seed)
+        return run_screening(trainer(), settings, singular_values=True).to_dict()
 
     def run(kind: str, size: str, seed: int) -> Figures:
-        only = Only(trainer, chosen(pieces.read(f"screening/{seed}"), kind, size))
-        trainer.add_callback(only)
-        fine_tune(trainer, trainer.search_space.mask(True), RATE, seed)
-        trainer.remove_callback(only)
-        figures = measure(trainer, data, seed)
-        return {"parameters": only.count, **{name: figures[name] for name in FIGURES}}
+        tuned = trainer(chosen(Screening.from_dict(pieces.read(f"screening/{seed}")), kind, size))
+        fine_tune(tuned, tuned.search_space.mask(True), RATE, seed)
+        figures = measure(tuned, data, seed)
+        return {name: figures[name] for name in ("parameters", *FIGURES)}
 
     found = []
     for seed in seeds:
-        screening = Job(f"screening/{seed}", f"screening, seed {seed}", partial(screen, trainer, seed))
+        screening = Job(f"screening/{seed}", f"screening, seed {seed}", partial(screen, seed))
         runs = [(f"{ALL}/{seed}", ALL, "")]
         runs += [(f"{size}-{kind}/{seed}", kind, size) for size in MASKS for kind in KINDS]
         missing = [
