@@ -2,7 +2,9 @@
 
 import logging
 import math
+import re
 import threading
+from dataclasses import replace
 
 import optuna
 import pytest
@@ -10,6 +12,8 @@ from conftest import tiny_pipeline, tiny_trainer
 from optuna.samplers import RandomSampler
 
 from memcontrol_hf import MemControlConfig, MemControlTrainer, Screening, SearchSpace, cli
+from memcontrol_hf.flags import ScriptArguments
+from memcontrol_hf.from_flags import METHODS, dry_run, make_trainer, peft_config_from
 from memcontrol_hf.search import kept_screening
 from memcontrol_hf.search.claims import SCREENING, Claim
 from memcontrol_hf.search.screened import SCREENED_MASKS, screened_trials
@@ -169,20 +173,67 @@ def test_more_steps_can_be_screened_than_a_trial_has(tmp_path, monkeypatch):
     assert kept_screening(study)["settings"]["steps"] == 16
 
 
+MADE_UP = Screening({"a": 0.5, "b": 0.25}, {"a": 0.1, "b": 0.0}, {"a": 0.01, "b": 0.01}, {"a": 0.01, "b": 0.01},
+                    {"a": 1200, "b": 3}, {"steps": 8, "learning_rate": 0.03})  # fmt: skip
+
+
 def test_the_command_screens_and_writes_what_it_found(tmp_path, capsys, caplog, monkeypatch):
-    made_up = Screening({"a": 0.5, "b": 0.25}, {"a": 0.1, "b": 0.0}, {"a": 0.01, "b": 0.01}, {"a": 0.01, "b": 0.01},
-                        {"a": 1200, "b": 3}, {"steps": 8, "learning_rate": 0.03})  # fmt: skip
     asked = {}
-    monkeypatch.setattr(MemControlTrainer, "screen", lambda _, *args, **options: asked.update(options) or made_up)
+    monkeypatch.setattr(MemControlTrainer, "screen", lambda _, *args, **options: asked.update(options) or MADE_UP)
     cli.main(["screen", "--output_dir", str(tmp_path), "--max_train_steps", "8", "--search_max_steps", "8"])
     assert "screening: 8 steps with all 16 blocks on" in caplog.text
-    assert asked == {"learning_rate": pytest.approx(10**-1.5)}
-    assert Screening.from_json(tmp_path / "screening.json") == made_up
+    assert asked == {"learning_rate": pytest.approx(10**-1.5), "singular_values": False}
+    assert Screening.from_json(tmp_path / "screening.json") == MADE_UP
     assert (tmp_path / "screening.png").read_bytes().startswith(b"\x89PNG")
     assert {file.name for file in tmp_path.iterdir()} == {"screening.json", "screening.png"}
     printed = capsys.readouterr().out
     assert "a      1,200       +0.5000 ± 0.0100  +0.1000 ± 0.0100" in printed
     assert printed.splitlines()[-2:] == ["  a, b", "  b"]
+
+
+def test_the_command_writes_single_singular_values_that_a_search_tunes(tmp_path, capsys, monkeypatch):
+    modules = [f"down_blocks.{i}.attentions.0.transformer_blocks.0.attn1.to_q" for i in (0, 1)]
+    figures = {"learns": [1.0, 2.0], "memorizes": [1.0, 0.0]}, {"learns": [1.0, -1.0], "memorizes": [0.0, 0.0]}
+    found = replace(MADE_UP, singular_values=dict(zip(modules, figures)))
+    monkeypatch.setattr(MemControlTrainer, "screen", lambda *_, **options: found if options["singular_values"] else 1)
+    out = str(tmp_path / "screened")
+    cli.main(["screen", "--output_dir", out, "--singular_values", "2", "--search_max_steps", "8"])
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == f"2 of them, in 2 modules, are written down: train with --peft_config {out}"
+    assert "number  learns  memorizes\n------  ------  ---------\n1       50%     0%\n3       100%    100%" in printed
+    config = peft_config_from(out)
+    assert config.method == "svdiff" and config.singular_values == {modules[0]: [1], modules[1]: [0]}
+    args = ScriptArguments(output_dir=str(tmp_path / "out"), peft_config=out)
+    trainer, _, rates, _ = make_trainer(args)
+    assert trainer.trainable_parameters == 2 == sum(trainer.mask.values()) and rates == METHODS["svdiff"][1]
+    assert re.search(r"^all blocks +2 ", dry_run(args), re.MULTILINE)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["screen", "--output_dir", out, "--singular_values", "4", "--search_max_steps", "8"])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert "from 1 to 3, since so many of 4 lower the loss on validation images, but is 4" in error
+    assert f"The screening is kept in {out}" in error and (tmp_path / "screened" / "screening.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "message"),
+    [
+        ("screen", ["--singular_values", "0"], "--singular_values must be at least 1, but is 0"),
+        ("screen", ["--singular_values", "10369"], "--singular_values 10369: the blocks have 10368 singular values"),
+        ("screen", ["--singular_values", "9", "--method", "lora"], "are tuned by SV-DIFF alone"),
+        (
+            "train",
+            ["--singular_values", "9"],
+            "is a flag of memcontrol screen, which writes a folder for --peft_config",
+        ),
+    ],
+)
+def test_singular_values_that_cannot_be_chosen_are_refused_before_any_training(
+    tmp_path, capsys, command, given, message
+):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--output_dir", str(tmp_path / "out"), *given])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_the_command_says_what_cannot_be_screened(tmp_path, capsys):

@@ -41,6 +41,9 @@ PEFT_CONFIGS = {
     **{name: MemControlConfig(method=name) for name in ("svdiff", "difffit", "weights", "norm", "bias")},
 }
 
+QUERIES = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+SINGLE = MemControlConfig(singular_values={QUERIES: [0, 2], QUERIES.replace("attn1", "attn2"): [1]})
+
 
 def made_up(count: int, seed: int, **settings) -> Screening:
     """A screening with random figures, some of them negative, zero or equal."""
@@ -122,6 +125,32 @@ def test_a_block_owes_what_its_own_update_changes(tmp_path, method):
         assert screening.memorizes[block] == pytest.approx(memorized, rel=0.05, abs=4e-7)
 
 
+def test_a_singular_value_owes_what_its_own_shift_changes(tmp_path):
+    """By hand, as above; and the figures of the blocks are as in a screening that does not tell single ones."""
+    trainer = tiny_trainer(tmp_path, max_steps=1, **SGD)
+    plain, screening = trainer.screen(every=1), trainer.screen(every=1, singular_values=True)
+    assert figures_of(screening) == pytest.approx(figures_of(plain), rel=1e-4, abs=1e-9)
+    assert plain.singular_values is None and screening.parameters == plain.parameters
+    assert_sums_of_single_values(screening, trainer.search_space)
+    start = adapter_of(trainer.model)
+    trainer.train()
+    end, parameters = adapter_of(trainer.model), dict(trainer.model.named_parameters())
+
+    def loss(module: str, number: int, share: float) -> float:
+        with torch.no_grad():
+            for name in start:
+                middle = torch.lerp(start[name], end[name], 0.5)
+                if f".{module}." in name:
+                    middle[number] = torch.lerp(start[name][number], end[name][number], share)
+                parameters[name].copy_(middle)
+        return probe_losses(trainer)["validation"]
+
+    module, figures = max(screening.singular_values.items(), key=lambda of: max(of[1]["learns"]))
+    number = figures["learns"].index(max(figures["learns"]))
+    fall = loss(module, number, 0.0) - loss(module, number, 1.0)
+    assert figures["learns"][number] == pytest.approx(fall, rel=0.05, abs=2e-7)
+
+
 def test_the_gradients_of_one_backward_pass_of_a_probe_are_gone_before_the_next(tmp_path, monkeypatch):
     earlier, alive, gradients_of = [], [], BlockProbes._gradients
 
@@ -195,8 +224,19 @@ def screened(folder: str, **arguments) -> dict[bool, Screening]:
         pipeline = tiny_pipeline()
         space = family_of(pipeline).search_space(text_encoder_blocks=text)
         trainer = tiny_trainer(folder, pipeline, space=space, train=images_of(8), max_steps=3, **arguments)
-        results[text] = trainer.screen(every=1, seeds=2)
+        results[text] = trainer.screen(every=1, seeds=2, singular_values=text)
     return results
+
+
+def assert_sums_of_single_values(screening: Screening, space: SearchSpace) -> None:
+    """The figures of a block are the sums over its single singular values, which have four significant digits."""
+    for kind in ("learns", "memorizes"):
+        values = {module: figures[kind] for module, figures in screening.singular_values.items()}
+        rounding = 1e-3 * max(abs(value) for numbers in values.values() for value in numbers)
+        for block, modules in space.blocks.items():
+            numbers = [value for module in modules for value in values.get(module, [])]
+            assert len(numbers) == screening.parameters[block]
+            assert sum(numbers) == pytest.approx(getattr(screening, kind)[block], rel=1e-3, abs=rounding)
 
 
 def one_of_two(folder: str) -> None:
@@ -217,6 +257,9 @@ def test_two_processes_screen_as_one(tmp_path):
         largest = max(map(abs, figures_of(screening)))
         assert figures_of(first) == pytest.approx(figures_of(screening), rel=0.01, abs=1e-3 * largest)
         assert first.parameters == screening.parameters and first.settings.keys() == screening.settings.keys()
+    single = one[True].singular_values
+    assert {module.split(".")[0] for module in single} >= {"text_encoder", "down_blocks"}
+    assert_sums_of_single_values(one[True], family_of(tiny_pipeline()).search_space(text_encoder_blocks=True))
 
 
 @pytest.mark.parametrize("text", [False, True], ids=["denoiser", "text encoders too"])
@@ -370,6 +413,9 @@ def test_the_frozen_base_can_be_screened_first(tmp_path):
         ({}, {"mitigations": ["dp_sgd:delta=0.01"]}, "outside of the account of dp_sgd"),
         ({}, {"space": "one"}, "the search space has only one: use a finer granularity"),
         ({}, {"validation": "none"}, "there are none: give an eval_dataset"),
+        ({"singular_values": True}, {"config": PEFT_CONFIGS["lora"]}, "are tuned by SV-DIFF alone: give its config"),
+        ({"singular_values": True}, {"config": MemControlConfig(method="bias")}, "are tuned by SV-DIFF alone"),
+        ({"singular_values": True}, {"config": SINGLE}, "names single singular values already"),
     ],
 )
 def test_errors_cost_nothing(tmp_path, monkeypatch, screening, given, message):
@@ -434,7 +480,54 @@ def test_a_mask_memorizes_no_less_for_a_block_with_a_negative_figure():
         screening.predict({"up": True})
 
 
+def with_single_values() -> Screening:
+    """A made-up screening of three modules with three singular values each; the last module learns nothing."""
+    screening = made_up(2, 0)
+    screening.singular_values = {
+        "a": {"learns": [4.0, 2.0, -1.0], "memorizes": [2.0, -1.0, -9.0]},
+        "b": {"learns": [1.0, 8.0, 3.0], "memorizes": [0.0, 8.0, 0.0]},
+        "c": {"learns": [0.0, 0.0, -1.0], "memorizes": [0.0, 1.0, 0.0]},
+    }
+    return screening
+
+
+def test_the_cheapest_singular_values_memorize_least_for_what_they_learn():
+    screening = with_single_values()
+    assert screening.cheapest_singular_values(1) == {"b": [2]}  # free, and learns more than the other free ones
+    assert screening.cheapest_singular_values(2) == {"a": [1], "b": [2]}
+    assert screening.cheapest_singular_values(4) == {"a": [0, 1], "b": [0, 2]}
+    assert screening.cheapest_singular_values(5) == {"a": [0, 1], "b": [0, 1, 2]}
+    for number in (0, 6):
+        with pytest.raises(ValueError, match=f"from 1 to 5, since so many of 9 lower the loss .* but is {number}"):
+            screening.cheapest_singular_values(number)
+    with pytest.raises(ValueError, match=r"were not screened: give screen\(singular_values=True\)"):
+        made_up(2, 0).cheapest_singular_values(1)
+
+
+def test_the_front_of_single_singular_values_is_in_shares_of_all():
+    front = with_single_values().singular_value_front(9)
+    assert front == [(1, 3 / 18, 0.0), (2, 5 / 18, 0.0), (5, 1.0, 1.0)]
+    with pytest.raises(ValueError, match="were not screened"):
+        made_up(2, 0).singular_value_front(2)
+    nothing = made_up(2, 0)
+    nothing.singular_values = {"a": {"learns": [1.0, 1.0], "memorizes": [-1.0, 0.0]}}
+    assert nothing.singular_value_front(1) == [(2, 1.0, 0.0)]
+
+
+def test_the_trainer_tunes_the_singular_values_that_were_chosen(tmp_path):
+    trainer = tiny_trainer(tmp_path, config=SINGLE, train=images_of(4), max_steps=2)
+    assert list(trainer.search_space.blocks) == ["down_blocks.0.attentions.0"] and trainer.trainable_parameters == 3
+    trainer.train()
+    with pytest.raises(ValueError, match=r"names 1 module.* that no block has, such as up.to_q$"):
+        tiny_trainer(tmp_path, config=MemControlConfig(singular_values={"up.to_q": [0]}), train=images_of(4))
+    with pytest.raises(ValueError, match=r"such as text_encoder.q: .* with --text_encoder_blocks"):
+        tiny_trainer(tmp_path, config=MemControlConfig(singular_values={"text_encoder.q": [0]}), train=images_of(4))
+
+
 def test_a_stored_screening_is_read_as_it_was(tmp_path):
+    single = with_single_values()
+    single.to_json(tmp_path / "single.json")
+    assert Screening.from_json(tmp_path / "single.json") == single
     screening = made_up(3, 1, loss_before=0.5)
     screening.learns_error[next(iter(screening.learns))] = math.nan
     screening.to_json(tmp_path / "screening.json")
@@ -456,6 +549,10 @@ def test_a_stored_screening_is_read_as_it_was(tmp_path):
         ({"memorizes": {"a": "much"}}, "memorizes of a is 'much', not a number"),
         ({"extra": 1}, r"unknown field\(s\) extra"),
         ({"settings": ...}, "lacks settings"),
+        ({"singular_values": [1]}, "singular_values has no lists learns and memorizes of equal length"),
+        ({"singular_values": {"a": {"learns": [1]}}}, "singular_values of a has no lists learns and memorizes"),
+        ({"singular_values": {"a": {"learns": [1], "memorizes": []}}}, "lists learns and memorizes of equal length"),
+        ({"singular_values": {"a": {"learns": [1], "memorizes": ["b"]}}}, "singular_values of a are not all numbers"),
     ],
 )
 def test_a_broken_file_says_what_is_wrong(tmp_path, change, message):

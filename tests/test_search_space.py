@@ -131,6 +131,9 @@ def test_selected_singular_values_are_those_of_selected_blocks(unet):
     assert in_text.singular_values == {layer.removeprefix("text_encoder."): [3]}
     get_peft_model(text, in_text)
     assert config.singular_values.keys() == {*inside, layer}  # the config itself is left as it was
+    narrowed = space.narrowed(config)
+    assert list(narrowed.blocks) == [*SITES[:2], layer.partition(".self_attn")[0]]
+    assert space.narrowed(MemControlConfig()) == space
 
 
 def test_the_all_off_mask_selects_nothing(unet):

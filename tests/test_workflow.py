@@ -9,7 +9,7 @@ from conftest import images_of, tiny_pipeline, tiny_trainer
 from datasets import DatasetDict
 from transformers.trainer_utils import BestRun
 
-from memcontrol_hf import MemorizationReport, workflow
+from memcontrol_hf import MemControlConfig, MemorizationReport, workflow
 from memcontrol_hf.report import DEFAULT_GATE
 from memcontrol_hf.workflow import within_gate
 
@@ -56,14 +56,18 @@ def test_a_run_that_the_gate_would_fail_is_not_chosen_in_silence(caplog):
 
 
 def test_a_given_mask_goes_the_same_way_without_a_search(tmp_path, data):
-    trainer = tiny_trainer(tmp_path, train=data["train"], max_steps=2)
+    modules = [f"{block}.attentions.0.transformer_blocks.0.attn1.to_q" for block in ("down_blocks.0", "mid_block")]
+    config = MemControlConfig(singular_values={modules[0]: [0], modules[1]: [1, 2]})
+    trainer = tiny_trainer(tmp_path, train=data["train"], config=config, max_steps=2)
     mask = trainer.search_space.check({"mid_block.attentions.0": True})
     choice = workflow.Choice({"mask": mask, "learning_rate": 0.01})
     tuned = workflow.fine_tune(trainer, choice, data["held_out"])
     report = workflow.save(trainer, choice, tuned, data)
     assert report.search is None and report.mask == mask and report.method == "svdiff"
     assert tuned.figures["frozen base"]["trainable_parameters"] == 0 and not tuned.failed
-    assert workflow.write_card(trainer, report, choice).read_text().startswith("---")
+    assert tuned.figures["selected mask"]["trainable_parameters"] == 2 and report.training["singular_values"] == 3
+    card = workflow.write_card(trainer, report, choice).read_text()
+    assert card.startswith("---") and "3 in all blocks together were chosen one by one" in card
     assert not (tmp_path / "pareto_front.png").exists()
 
 

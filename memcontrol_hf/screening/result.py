@@ -267,6 +267,7 @@ def _check_singular_values(content: Any) -> None:
     for module, figures in content.items() if isinstance(content, dict) else [("", content)]:
         kinds = isinstance(figures, dict) and [figures.get(name) for name in ("learns", "memorizes")]
         if not (kinds and all(isinstance(values, list) for values in kinds) and len(kinds[0]) == len(kinds[1])):
-            raise ValueError(f"singular_values {module} has no lists learns and memorizes of equal length")
+            where = f" of {module}" if module else ""
+            raise ValueError(f"singular_values{where} has no lists learns and memorizes of equal length")
         if not all(isinstance(value, (int, float)) for values in kinds for value in values):
             raise ValueError(f"singular_values of {module} are not all numbers")
