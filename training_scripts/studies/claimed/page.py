@@ -1,6 +1,7 @@
 """The pages of the claims: one screen for every reader, one page with all figures, and the picture."""
 
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ PICTURED = {
     "all+rwa": ("all blocks with RWA", "tab:orange", "^"),
     "all+threshold": ("all blocks with threshold", "tab:pink", "^"),
     "all+dp_sgd": ("all blocks with DP-SGD", "tab:purple", "^"),
+    "found+rwa": ("found mask with RWA", "tab:cyan", "^"),
 }
 
 Content = Mapping[str, Any]
@@ -89,7 +91,7 @@ def render_summary(content: Content) -> str:
         f"`{COMMAND}`, by [a design](results/design.md) that is older than the first run. Small models: the demo's "
         "base (3.3 M parameters, 64 pixels), fine-tuned on 128 rows.",
         "",
-        "![Membership AUC against held-out loss along the training, for each row](results/claims.png)",
+        "![Membership AUC and CLiD against held-out loss along the training, for each row](results/claims.png)",
         "",
         "Each line is a row's way through its training: further left it has learned more, and further up an attack "
         "tells more of what was trained on. Better is left and low. Points are means over seeds with 95 % intervals.",
@@ -273,26 +275,33 @@ def _rates_table(content: Content) -> list[str]:
 
 
 def plot(content: Content, file: Path) -> None:
-    """Membership AUC against held-out loss along the training: a panel for each data set, of the first method."""
+    """Memorization against held-out loss along the training: a row of panels for each data set, of the first method.
+
+    The axes are those of the means; the intervals of few seeds reach beyond them.
+    """
     names = [name for name in groups(content) if name.endswith(next(iter(METHODS)))]
     if not names:
         return
-    figure, panels = plot_panels((7.0 * len(names), 5.4), len(names))
-    for axes, name in zip(panels, names):
-        curves = content["curves"][name]
+    figure, panels = plot_panels((5.2 * len(ATTACKS), 4.6 * len(names) + 0.8), len(ATTACKS), len(names))
+    for axes, (name, attack) in zip(panels, product(names, ATTACKS)):
+        curves, corners = content["curves"][name], []
         for row, (title, color, marker) in PICTURED.items():
             drawn = [curves[one] for one in (RANDOMS if row == "randoms" else (row,)) if one in curves]
             for number, curve in enumerate(drawn):
                 points = [curve["points"][step] for step in sorted(curve["points"], key=int)]
                 (x, x_half), (y, y_half) = (
-                    zip(*((point[of][0], point[of][2] - point[of][0]) for point in points))
-                    for of in (LOSS, ATTACKS[0])
+                    zip(*((point[of][0], point[of][2] - point[of][0]) for point in points)) for of in (LOSS, attack)
                 )
+                corners += zip(x, y)
+                halves = (None, None) if row == "randoms" else (y_half, x_half)
                 style = {"alpha": 0.35 if row == "randoms" else 0.9, "linewidth": 1.2, "markersize": 4}
                 label = title if number == 0 else None
-                axes.errorbar(x, y, y_half, x_half, color=color, marker=marker, elinewidth=0.6, label=label, **style)
+                axes.errorbar(x, y, *halves, color=color, marker=marker, elinewidth=0.6, label=label, **style)
         axes.set_title(groups(content)[name], fontsize=10)
+        for limits, values in zip((axes.set_xlim, axes.set_ylim), zip(*corners)):
+            margin = 0.05 * (max(values) - min(values))
+            limits(min(values) - margin, max(values) + margin)
         axes.set_xlabel("held-out loss (left: learned more)")
-        axes.set_ylabel("membership AUC (.5: guessing)")
+        axes.set_ylabel(f"{TITLES[attack]} (.5: guessing)")
     legend_above(figure, panels[0])
     figure.savefig(file)

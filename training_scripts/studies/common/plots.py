@@ -5,16 +5,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 
-def plot_panels(size: tuple[float, float], count: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure with panels side by side.
+def plot_panels(size: tuple[float, float], count: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure with panels side by side, row by row.
 
     Args:
         size: Width and height of the figure in inches.
-        count: Number of panels.
+        count: Number of panels in a row.
+        rows: Number of rows.
     """
     figure = Figure(figsize=size, dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = [figure.add_subplot(1, count, i + 1) for i in range(count)]
+    panels = [figure.add_subplot(rows, count, i + 1) for i in range(rows * count)]
     for axes in panels:
         axes.grid(alpha=0.3)
     return figure, panels
