@@ -14,6 +14,7 @@ import audit_controls
 import benchmark_attacks
 import benchmark_screening
 import benchmark_workers
+import caption_attacks
 import claimed.page
 import compare_mitigations
 import copy_detection
@@ -65,6 +66,7 @@ PAGES: dict[str, Callable[[dict], str]] = {
     "results/power": power.render,
     "results/growth": growth.render,
     "results/quality_rewards": quality_rewards.render,
+    "results/caption_attacks": caption_attacks.render,
 }
 
 
