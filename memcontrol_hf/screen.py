@@ -5,13 +5,16 @@ r"""Tell what each block of a model learns and what it memorizes on a data set, 
 
 It takes the flags of `memcontrol train`, and reads those of the model, the images, what is tuned and the training. The
 folder gets `screening.json` (see `memcontrol_hf.Screening`), which holds no image and no caption, and `screening.png`.
-With `--method svdiff --singular_values 2000` it also gets the configuration of the 2,000 single singular values that
-memorize least for what they learn; `memcontrol train --peft_config my_screening` searches among these alone. Several
-GPUs: `accelerate launch -m memcontrol_hf.screen`.
+With `--method svdiff --singular_values 2000` it also gets `singular_values.json`: the configuration of the 2,000
+single singular values that memorize least for what they learn. `memcontrol train` searches among these alone with
+`--peft_config my_screening/singular_values.json`.
+
+Several GPUs: `accelerate launch -m memcontrol_hf.screen`.
 
 Exit codes: 0 done, 2 wrong use, 1 an error.
 """
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +22,11 @@ from pathlib import Path
 from .command_line import ERROR, WRONG_USE
 from .flags import ScriptArguments
 from .train import FAILURES, OF_THE_MACHINE, exit_code, start
+from .whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 
-FILE, PLOT = "screening.json", "screening.png"
+FILE, PLOT, SINGULAR_VALUES = "screening.json", "screening.png", "singular_values.json"
 """What the command writes into the output folder."""
 
 
@@ -70,8 +74,9 @@ def run(args: ScriptArguments) -> None:
         print(aligned([["number", "learns", "memorizes"], *rows]))
         with exit_code(WRONG_USE, ValueError, f". The screening is kept in {folder / FILE}"):
             chosen = screening.cheapest_singular_values(single)
-        replace(trainer.peft_config, singular_values=chosen).save_pretrained(folder)
-        print(f"\n{single:,} of them, in {len(chosen)} modules, are written down: train with --peft_config {folder}")
+        config = replace(trainer.peft_config, singular_values=chosen)
+        write_whole(folder / SINGULAR_VALUES, json.dumps(config.to_dict()) + "\n")
+        print(f"\n{single:,} of them, in {len(chosen)} modules: train with --peft_config {folder / SINGULAR_VALUES}")
 
 
 if __name__ == "__main__":

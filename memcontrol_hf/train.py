@@ -87,7 +87,7 @@ def run(args: ScriptArguments) -> None:
     with exit_code(WRONG_USE, ValueError), exit_code(ERROR, OF_THE_MACHINE):
         if args.singular_values is not None:
             raise ValueError(
-                "--singular_values is a flag of memcontrol screen, which writes a folder for --peft_config: make that "
+                "--singular_values is a flag of memcontrol screen, which writes a file for --peft_config: make that "
                 "first, then train with it"
             )
         if args.dry_run:

@@ -5,6 +5,7 @@ import math
 import re
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import optuna
 import pytest
@@ -199,11 +200,13 @@ def test_the_command_writes_single_singular_values_that_a_search_tunes(tmp_path,
     out = str(tmp_path / "screened")
     cli.main(["screen", "--output_dir", out, "--singular_values", "2", "--search_max_steps", "8"])
     printed = capsys.readouterr().out
-    assert printed.splitlines()[-1] == f"2 of them, in 2 modules, are written down: train with --peft_config {out}"
+    written = f"{out}/singular_values.json"
+    assert printed.splitlines()[-1] == f"2 of them, in 2 modules: train with --peft_config {written}"
+    assert {file.name for file in Path(out).iterdir()} == {"screening.json", "screening.png", "singular_values.json"}
     assert "number  learns  memorizes\n------  ------  ---------\n1       50%     0%\n3       100%    100%" in printed
-    config = peft_config_from(out)
+    config = peft_config_from(written)
     assert config.method == "svdiff" and config.singular_values == {modules[0]: [1], modules[1]: [0]}
-    args = ScriptArguments(output_dir=str(tmp_path / "out"), peft_config=out)
+    args = ScriptArguments(output_dir=str(tmp_path / "out"), peft_config=written)
     trainer, _, rates, _ = make_trainer(args)
     assert trainer.trainable_parameters == 2 == sum(trainer.mask.values()) and rates == METHODS["svdiff"][1]
     assert re.search(r"^all blocks +2 ", dry_run(args), re.MULTILINE)
@@ -224,7 +227,7 @@ def test_the_command_writes_single_singular_values_that_a_search_tunes(tmp_path,
         (
             "train",
             ["--singular_values", "9"],
-            "is a flag of memcontrol screen, which writes a folder for --peft_config",
+            "is a flag of memcontrol screen, which writes a file for --peft_config",
         ),
     ],
 )
