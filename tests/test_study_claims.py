@@ -254,8 +254,11 @@ def test_the_picture_has_a_row_of_panels_for_each_data_set(tmp_path):
     curves = {row: {"points": {"10": point, "80": point | {"loss": [0.1, 0.0, 0.2]}}} for row in (FOUND, *RANDOMS)}
     heights = []
     for sets in (["demo"], ["demo", "elpv"]):
-        names = [f"{data}-attention" for data in sets]
-        content = {"verdicts": dict.fromkeys(names, [{}]), "curves": dict.fromkeys(names, curves)}
+        panels = [(f"{data}-attention", [{}], curves) for data in sets]
+        content = {
+            "verdicts": {name: found for name, found, _ in panels},
+            "curves": {name: of for name, _, of in panels},
+        }
         plot(content, tmp_path / "claims.png")
         heights.append(Image.open(tmp_path / "claims.png").height)
     assert heights[1] > 1.8 * heights[0]
