@@ -254,11 +254,8 @@ def test_the_picture_has_a_row_of_panels_for_each_data_set(tmp_path):
     curves = {row: {"points": {"10": point, "80": point | {"loss": [0.1, 0.0, 0.2]}}} for row in (FOUND, *RANDOMS)}
     heights = []
     for sets in (["demo"], ["demo", "elpv"]):
-        panels = [(f"{data}-attention", [{}], curves) for data in sets]
-        content = {
-            "verdicts": {name: found for name, found, _ in panels},
-            "curves": {name: of for name, _, of in panels},
-        }
+        verdicts = {f"{data}-attention": [{}] for data in sets}
+        content = {"verdicts": verdicts, "curves": dict.fromkeys(verdicts, curves)}
         plot(content, tmp_path / "claims.png")
         heights.append(Image.open(tmp_path / "claims.png").height)
     assert heights[1] > 1.8 * heights[0]
