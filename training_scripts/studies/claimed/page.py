@@ -9,7 +9,7 @@ from common.pages import table
 from common.plots import legend_above, plot_panels
 from paper_table.data_sets import DATA
 
-from .judged import ATTACKS, CAPACITY, CLAIMS, LOSS, UNMATCHED
+from .judged import ATTACKS, CAPACITY, CLAIMS, LEVEL, LOSS, REFUTED
 from .rows import ALL, BASE, EQUAL, FOUND, FULL, METHODS, RANDOMS, ROWS, SEEDS, STEPS, TRANSFERRED, WORST
 
 COMMAND = "python training_scripts/studies/claims.py"
@@ -33,6 +33,12 @@ PICTURED = {
     "all+dp_sgd": ("all blocks with DP-SGD", "tab:purple", "^"),
     "found+rwa": ("found mask with RWA", "tab:cyan", "^"),
 }
+BESIDE = {
+    "The found mask beats all blocks, stopped early or not": "all blocks",
+    "The found mask beats random masks of its size": "random masks of its size",
+    "The found mask beats RWA in all blocks": "RWA (random words in the captions) in all blocks",
+}
+"""The claims that the page says in whole sentences, and what the found mask stands beside in each."""
 
 Content = Mapping[str, Any]
 
@@ -58,8 +64,9 @@ def p_value(p: float) -> str:
 
 
 def deciding(row: Mapping[str, Any]) -> str:
-    """The figure that a verdict rests on: the test with the largest corrected p-value."""
-    test = max(row["tests"], key=lambda test: test["p_holm"])
+    """The figure that a verdict rests on: the weaker of the two tests, and the stronger one of a refuted claim."""
+    weakest = min if row["verdict"] == REFUTED else max
+    test = weakest(row["tests"], key=lambda test: test["p_holm"])
     name = "correlation with " + TITLES[test["figure"]] if row["kind"] == "correlation" else TITLES[test["figure"]]
     return f"{name} {change(test)}, p {p_value(test['p_holm'])}"
 
@@ -113,9 +120,9 @@ def render_summary(content: Content) -> str:
         "Two rows are compared at the same held-out loss, the lowest that both reach with a seed. A claim is "
         "*confirmed* when the membership AUC by the loss and CLiD, which no search and no screening sees, are both "
         "lower for the row that the claim favours, and *refuted* when one of them is higher. The cell shows the "
-        "weaker of the two, with its 95 % interval over seeds and its p-value after Holm's correction. *No common "
-        "quality*: one row never learns as much as the other has at its first measurement, and the lowest losses are "
-        "compared.",
+        "weaker of the two tests, of a refuted claim the stronger, with its 95 % interval over seeds and its p-value "
+        "after Holm's correction. *No common quality*: one row never learns as much as the other has at its first "
+        "measurement, and the lowest losses are compared.",
         "",
         *_meaning(content),
         "[All figures](results/claims.md), with intervals over images, at equal steps, the learning rates, and the "
@@ -128,15 +135,10 @@ def render_summary(content: Content) -> str:
 def _meaning(content: Content) -> list[str]:
     """What the verdicts mean and what not, in whole sentences with figures from the results."""
     lines = []
-    for name, title in groups(content).items():
+    for name, title in _pictured(content).items():
         rows = {row["claim"]: row for row in content["verdicts"][name]}
-        against_all = rows.get("The found mask beats all blocks, stopped early or not")
-        if against_all and against_all["kind"] != UNMATCHED:
-            tests = {test["figure"]: test for test in against_all["tests"]}
-            lines.append(
-                f"- {title}: at the same held-out loss, the mask of one screening has a membership AUC that is "
-                f"{_lower(tests['auc_loss'])} than that of all blocks, and a CLiD that is {_lower(tests['auc_clid'])}."
-            )
+        said = [_beside(rows[claim], others) for claim, others in BESIDE.items() if claim in rows]
+        lines.append(f"- {title}. {' '.join(said)}")
     return [
         *lines,
         "- What it does not mean: nothing here is a guarantee, the attacks are those that are known, and one small "
@@ -145,11 +147,30 @@ def _meaning(content: Content) -> list[str]:
     ]
 
 
-def _lower(test: Mapping[str, Any]) -> str:
+def _pictured(content: Content) -> dict[str, str]:
+    """The data sets of the first method, with their titles."""
+    return {name: title for name, title in groups(content).items() if name.endswith(next(iter(METHODS)))}
+
+
+def _beside(row: Mapping[str, Any], others: str) -> str:
+    """A sentence on how the mask of a screening stands beside other rows."""
+    tests = {test["figure"]: test for test in row["tests"]}
+    if LOSS in tests:
+        loss = tests[LOSS]
+        return (
+            f"Beside {others} there is no common quality; the lowest held-out loss of the screening's mask is "
+            f"{_lower(loss, 3)}."
+        )
+    aucs = [f"{TITLES[attack]} is {_lower(tests[attack])}" for attack in ATTACKS]
+    return f"Beside {others}, at the same held-out loss, the {' and the '.join(aucs)} for the screening's mask."
+
+
+def _lower(test: Mapping[str, Any], digits: int = 2) -> str:
     low, high = sorted((abs(test["low"]), abs(test["high"])))
-    if test["low"] <= 0 <= test["high"]:
-        return f"not shown to be other ({change(test)})"
-    return f"{abs(test['mean']):.2f} ({low:.2f} to {high:.2f}) {'lower' if test['mean'] < 0 else 'higher'}"
+    if test["p_holm"] >= LEVEL:
+        return f"not shown to be other ({change(test, digits)})"
+    size = f"{abs(test['mean']):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+    return f"{size} {'lower' if test['mean'] < 0 else 'higher'}"
 
 
 # ---- all figures ----
@@ -279,7 +300,7 @@ def plot(content: Content, file: Path) -> None:
 
     The axes are those of the means; the intervals of few seeds reach beyond them.
     """
-    names = [name for name in groups(content) if name.endswith(next(iter(METHODS)))]
+    names = list(_pictured(content))
     if not names:
         return
     figure, panels = plot_panels((5.2 * len(ATTACKS), 4.6 * len(names) + 0.8), len(ATTACKS), len(names))
