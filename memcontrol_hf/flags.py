@@ -425,8 +425,8 @@ class ScriptArguments:
                 setattr(self, name, value)
 
 
-SEEN_LATER = ("images", "world_size")
-"""Settings of a study that are not flags, and not known before the images are read."""
+SEEN_LATER = ("images", "world_size", "singular_values")
+"""Settings of a study that are not flags, and not known before the images are read or the trainer is made."""
 
 
 YOUNGER = {"fit": "crop", "background": "white"}

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -161,9 +162,15 @@ def mask_from(path: str) -> dict[str, bool]:
 
 
 def settings_with_images(args: ScriptArguments, trainer: MemControlTrainer) -> dict[str, Any]:
-    """The settings that a study depends on: flags, a digest of the images, and the number of processes of a trial."""
+    """The settings that a study depends on: flags, a digest of the images, and the number of processes of a trial.
+
+    Where single singular values were chosen also their digest, since the file of `--peft_config` may be written anew.
+    """
     images = images_digest(trainer.train_dataset, trainer.encode(trainer.eval_dataset))
-    return settings(args) | {"images": images, "world_size": trainer.args.world_size}
+    chosen = getattr(trainer.peft_config, "singular_values", None)
+    digest = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+    seen = {"images": images, "world_size": trainer.args.world_size}
+    return settings(args) | seen | ({"singular_values": digest} if chosen else {})
 
 
 def check_own_study(args: ScriptArguments, made_with: dict[str, Any], later: Sequence[str] = ()) -> None:

@@ -14,7 +14,7 @@ from optuna.samplers import RandomSampler
 
 from memcontrol_hf import MemControlConfig, MemControlTrainer, Screening, SearchSpace, cli
 from memcontrol_hf.flags import ScriptArguments
-from memcontrol_hf.from_flags import METHODS, dry_run, make_trainer, peft_config_from
+from memcontrol_hf.from_flags import METHODS, dry_run, make_trainer, peft_config_from, settings_with_images
 from memcontrol_hf.search import kept_screening
 from memcontrol_hf.search.claims import SCREENING, Claim
 from memcontrol_hf.search.screened import SCREENED_MASKS, screened_trials
@@ -209,6 +209,9 @@ def test_the_command_writes_single_singular_values_that_a_search_tunes(tmp_path,
     args = ScriptArguments(output_dir=str(tmp_path / "out"), peft_config=written)
     trainer, _, rates, _ = make_trainer(args)
     assert trainer.trainable_parameters == 2 == sum(trainer.mask.values()) and rates == METHODS["svdiff"][1]
+    made_with = settings_with_images(args, trainer)["singular_values"]
+    trainer.peft_config = replace(config, singular_values={modules[0]: [0, 1]})
+    assert settings_with_images(args, trainer)["singular_values"] != made_with  # another file is another study
     assert re.search(r"^all blocks +2 ", dry_run(args), re.MULTILINE)
     with pytest.raises(SystemExit) as ended:
         cli.main(["screen", "--output_dir", out, "--singular_values", "4", "--search_max_steps", "8"])
