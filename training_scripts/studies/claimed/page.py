@@ -168,7 +168,7 @@ def _beside(row: Mapping[str, Any], others: str) -> str:
 def _lower(test: Mapping[str, Any], digits: int = 2) -> str:
     low, high = sorted((abs(test["low"]), abs(test["high"])))
     if test["p_holm"] >= LEVEL:
-        return f"not shown to be other ({change(test, digits)})"
+        return f"not shown to be other after correction ({change(test, digits)})"
     size = f"{abs(test['mean']):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
     return f"{size} {'lower' if test['mean'] < 0 else 'higher'}"
 
