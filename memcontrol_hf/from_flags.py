@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -125,9 +124,8 @@ def _check_numbers(args: ScriptArguments) -> None:
     for flag in ("max_trainable_percent", "trial_timeout"):
         if (value := getattr(args, flag)) is not None and value <= 0:
             raise ValueError(f"--{flag} must be positive, but is {value:g}")
-    steps = {"max_train_steps": 1, "search_max_steps": 1, "screen_steps": 4}
-    at_least = {"n_finalists": 0, "finalist_repeats": 1, **steps, "eval_num_images": 2, "singular_values": 1}
-    for flag, least in at_least.items():
+    steps = {"max_train_steps": 1, "search_max_steps": 1, "screen_steps": 4, "singular_values": 1}
+    for flag, least in {"n_finalists": 0, "finalist_repeats": 1, **steps, "eval_num_images": 2}.items():
         if (value := getattr(args, flag)) is not None and value < least:
             raise ValueError(f"--{flag} must be at least {least}, but is {value}")
     if args.flip_canaries and args.canaries < 2:
@@ -162,15 +160,11 @@ def mask_from(path: str) -> dict[str, bool]:
 
 
 def settings_with_images(args: ScriptArguments, trainer: MemControlTrainer) -> dict[str, Any]:
-    """The settings that a study depends on: flags, a digest of the images, and the number of processes of a trial.
-
-    Where single singular values were chosen also their digest, since the file of `--peft_config` may be written anew.
-    """
+    """The settings that a study depends on: flags, and what is known when images are read and the trainer is made."""
     images = images_digest(trainer.train_dataset, trainer.encode(trainer.eval_dataset))
-    chosen = getattr(trainer.peft_config, "singular_values", None)
-    digest = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+    chosen = getattr(trainer.peft_config, "singular_values_digest", None)
     seen = {"images": images, "world_size": trainer.args.world_size}
-    return settings(args) | seen | ({"singular_values": digest} if chosen else {})
+    return settings(args) | seen | ({"singular_values": chosen} if chosen else {})
 
 
 def check_own_study(args: ScriptArguments, made_with: dict[str, Any], later: Sequence[str] = ()) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from enum import Enum
@@ -112,6 +113,13 @@ class MemControlConfig(PeftConfig):
             json.dumps([self.mask, self.search])
         except TypeError as error:
             raise ValueError(f"mask and search are saved as JSON, which cannot hold them: {error}.") from error
+
+    @property
+    def singular_values_digest(self) -> str | None:
+        """A digest of `singular_values`, by which two choices are told apart; `None` without a choice."""
+        if self.singular_values is None:
+            return None
+        return hashlib.sha256(json.dumps(self.singular_values, sort_keys=True).encode()).hexdigest()[:16]
 
     def _check_singular_values(self) -> None:
         """Raise `ValueError` for singular values that cannot be those of any module."""
