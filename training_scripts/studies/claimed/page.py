@@ -101,7 +101,10 @@ def render_summary(content: Content) -> str:
         "![Membership AUC and CLiD against held-out loss along the training, for each row](results/claims.png)",
         "",
         "Each line is a row's way through its training: further left it has learned more, and further up an attack "
-        "tells more of what was trained on. Better is left and low. Points are means over seeds with 95 % intervals.",
+        "tells more of what was trained on. Better is left and low. Points are means over seeds with 95 % intervals. "
+        "The *found mask* is what one [screening](screening.md) suggests. *RWA* adds random words to each caption, "
+        "*threshold* leaves out rows that their caption steers too strongly ([mitigations](mitigations.md)). *CLiD* "
+        "is an attack by what the caption changes ([Zhai et al.](https://huggingface.co/papers/2405.14800)).",
         "",
     ]
     by_claim: dict[str, dict[str, Mapping[str, Any]]] = {}
