@@ -238,12 +238,12 @@ def test_the_committed_results_are_taken_up_and_judged_alike(tmp_path):
 
 
 def in_few_digits(value):
-    """The same with floats in six digits after the point."""
+    """The same with floats in nine significant digits."""
     if isinstance(value, dict):
         return {name: in_few_digits(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [in_few_digits(part) for part in value]
-    return round(value, 6) + 0.0 if isinstance(value, float) else value
+    return float(f"{value:.9g}") if isinstance(value, float) else value
 
 
 def test_the_picture_has_a_row_of_panels_for_each_data_set(tmp_path):
