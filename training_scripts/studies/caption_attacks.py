@@ -22,18 +22,16 @@ import torch
 from datasets import Dataset
 from transformers import logging as transformers_logging
 
-from common.audits import attack_scores
 from common.intervals import paired_difference
-from common.pages import publish_results, read_results, table
+from common.pages import publish_results, read_results, runs_of, table
 from common.pieces import Job, Pieces, add_piece_flags, exit_if_missing, open_pieces
 from common.trainers import demo_trainer
-from memcontrol_hf import MemControlTrainer, demo_dataset, metrics
-from memcontrol_hf.adapters import merged
+from memcontrol_hf import MemControlTrainer, demo_dataset
 from memcontrol_hf.flags import ScriptArguments
 from memcontrol_hf.from_flags import training_arguments
 from memcontrol_hf.mitigations.captions import RandomWordAddition
 from memcontrol_hf.randomness import Purpose, seeded_generator
-from screened.fine_tunes import fine_tune
+from screened.fine_tunes import fine_tune, held_out_scores, losses_and_attacks
 
 COMMAND = "python training_scripts/studies/caption_attacks.py"
 STEPS = 80
@@ -66,15 +64,11 @@ def attacked(trainer: MemControlTrainer, images: dict[str, Dataset], seed: int) 
     """The AUC of each attack with each kind of caption, and the loss of the held-out images with their own."""
     figures = {}
     for kind in CAPTIONS:
-        members, others = (
-            attack_scores(
-                trainer.family, trainer.model, trainer.encode(asked_with(kind, images[split], trainer)), purpose, seed
-            )
-            for split, purpose in (("train", Purpose.AUDIT_MEMBERS), ("held_out", Purpose.AUDIT_NONMEMBERS))
-        )
-        figures[kind] = {name: metrics.membership(members[name], others[name]).auc for name in ATTACKS}
+        train, held_out = (asked_with(kind, images[split], trainer) for split in ("train", "held_out"))
+        found = losses_and_attacks(*held_out_scores(trainer, {"held_out": held_out}, seed, train))
+        figures[kind] = {name: found[f"auc_{name}"] for name in ATTACKS}
         if kind == "own":
-            figures["held_out_loss"] = -others["loss"].mean().item()
+            figures["held_out_loss"] = found["loss"]
     return figures
 
 
@@ -88,17 +82,9 @@ def jobs(pieces: Pieces, seeds: Sequence[int]) -> list[Job]:
         script = ScriptArguments(output_dir=folder, max_train_steps=STEPS, mitigation=mitigations)
         trainer = demo_trainer(data, "attention", training_arguments(script))
         fine_tune(trainer, trainer.search_space.mask(True), rate, seed)
-        trainer.model.eval()
-        with torch.no_grad(), merged(trainer.adapters.adapted.values()):
-            return attacked(trainer, data, seed)
+        return attacked(trainer, data, seed)
 
     return [Job(f"{row}/{seed}", f"{row}/{seed}", partial(run, row, seed)) for seed in seeds for row in ROWS]
-
-
-def runs_of(content: Figures, row: str) -> dict[int, Figures]:
-    """The finished fine-tunes of one row by their seed."""
-    found = content["pieces"].items()
-    return {int(piece.partition("/")[2]): run for piece, run in found if piece.partition("/")[0] == row}
 
 
 def render(content: Figures) -> str:
@@ -114,7 +100,7 @@ def render(content: Figures) -> str:
     ]
     rows = []
     for row, title in TITLES.items():
-        if runs := list(runs_of(content, row).values()):
+        if runs := list(runs_of(content["pieces"], row).values()):
             loss = f"{np.mean([run['held_out_loss'] for run in runs]):.4f}"
             for kind, caption in CAPTIONS.items():
                 aucs = [f"{np.mean([run[kind][attack] for run in runs]):.3f}" for attack in ATTACKS]
@@ -132,9 +118,10 @@ def render(content: Figures) -> str:
 
 
 def _difference(content: Figures, kind: str, attack: str) -> str:
-    values = ({seed: run[kind][attack] for seed, run in runs_of(content, row).items()} for row in ("rwa", "plain"))
+    pair = (runs_of(content["pieces"], row) for row in ("rwa", "plain"))
+    values = ({seed: run[kind][attack] for seed, run in runs.items()} for runs in pair)
     found = paired_difference(*values)
-    return f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})" if found else ""
+    return found.cell(3) if found else ""
 
 
 def main(argv: list[str] | None = None) -> None:

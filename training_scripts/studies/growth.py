@@ -28,7 +28,7 @@ from scipy.stats import linregress
 from transformers import logging as transformers_logging
 
 from common.memory import peak_memory
-from common.pages import publish_results, read_results, table
+from common.pages import publish_results, read_results, runs_of, table
 from common.pieces import Job, add_piece_flags, exit_if_missing, open_pieces
 from common.plots import legend_above, plot_panels
 from common.trainers import demo_trainer
@@ -166,17 +166,11 @@ def exponent(counts: list[int], values: list[float]) -> str:
     return f"{fit.slope:.2f} ± {fit.stderr:.2f}"
 
 
-def runs_of(pieces: dict[str, dict[str, float]], name: str) -> list[tuple[int, dict[str, float]]]:
-    """The finished runs of one kind by their size, the smallest first."""
-    found = {int(piece.rpartition("/")[2]): run for piece, run in pieces.items() if piece.partition("/")[0] == name}
-    return sorted(found.items())
-
-
 def render(content: dict[str, Any]) -> str:
     """The page."""
     rows = []
     for name, (_, _, what) in MEASURED.items():
-        if not (runs := runs_of(content["pieces"], name)):
+        if not (runs := runs_of(content["pieces"], name).items()):
             continue
         counts = [count for count, _ in runs]
         seconds, peaks = ([run[key] for _, run in runs] for key in ("seconds", "peak_mib"))
@@ -213,7 +207,7 @@ def draw(content: dict[str, Any], file: Path) -> None:
     figure, panels = plot_panels((10, 4.5), 2)
     for axes, key, title in zip(panels, ("seconds", "peak_mib"), ("seconds", "peak memory, MiB")):
         for name in MEASURED:
-            if runs := runs_of(content["pieces"], name):
+            if runs := runs_of(content["pieces"], name).items():
                 axes.loglog([count for count, _ in runs], [run[key] for _, run in runs], marker="o", label=name)
         axes.set_xlabel("images, blocks or trials")
         axes.set_ylabel(title)

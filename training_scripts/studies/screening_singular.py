@@ -26,10 +26,10 @@ import torch
 from transformers import logging as transformers_logging
 
 from common.intervals import paired_difference
-from common.pages import publish_results, read_results, table
+from common.pages import publish_results, read_results, runs_of, table
 from common.pieces import Job, Pieces, add_piece_flags, exit_if_missing, open_pieces
 from common.trainers import demo_trainer
-from memcontrol_hf import MemControlTrainer, demo_dataset
+from memcontrol_hf import MemControlConfig, MemControlTrainer, demo_dataset
 from memcontrol_hf.flags import ScriptArguments
 from memcontrol_hf.from_flags import training_arguments
 from memcontrol_hf.screening.result import Screening
@@ -75,8 +75,8 @@ def jobs(pieces: Pieces, seeds: Sequence[int]) -> list[Job]:
     script = ScriptArguments(output_dir=str(pieces.folder / "runs"), method=METHOD, max_train_steps=STEPS)
 
     def trainer(singular_values: dict[str, list[int]] | None = None) -> MemControlTrainer:
-        args = training_arguments(script)
-        return demo_trainer(data, METHOD, args, "module", singular_values=singular_values)
+        config = MemControlConfig(method=METHOD, singular_values=singular_values)
+        return demo_trainer(data, config, training_arguments(script), "module")
 
     def screen(seed: int) -> Figures:
         settings = ScreeningSettings(steps=STEPS, every=EVERY, learning_rate=RATE, seeds=1, seed=SCREENING_SEED + seed)
@@ -102,12 +102,6 @@ def jobs(pieces: Pieces, seeds: Sequence[int]) -> list[Job]:
     return found
 
 
-def runs_of(content: Figures, name: str) -> dict[int, Figures]:
-    """The finished fine-tunes of one mask by their seed."""
-    found = content["pieces"].items()
-    return {int(piece.rpartition("/")[2]): run for piece, run in found if piece.partition("/")[0] == name}
-
-
 def render(content: Figures) -> str:
     """The page."""
     lines = [
@@ -129,7 +123,7 @@ def render(content: Figures) -> str:
     }
     rows = []
     for name, title in titles.items():
-        if found := list(runs_of(content, name).values()):
+        if found := list(runs_of(content["pieces"], name).values()):
             means = {figure: np.mean([run[figure] for run in found]) for figure in ("parameters", *FIGURES)}
             cells = [f"{means['loss']:.4f}", *(f"{means[figure]:.3f}" for figure in FIGURES[1:])]
             rows.append([title, str(len(found)), f"{means['parameters']:,.0f}", *cells])
@@ -137,7 +131,7 @@ def render(content: Figures) -> str:
     rows = []
     for size in MASKS:
         for kind in ("price", "learns"):
-            pair = [runs_of(content, f"{size}-{of}") for of in (kind, "modules")]
+            pair = [runs_of(content["pieces"], f"{size}-{of}") for of in (kind, "modules")]
             cells = [_difference(*pair, figure) for figure in FIGURES]
             if all(cells):
                 rows.append([f"{size}: {KINDS[kind]}", *cells])
@@ -150,7 +144,7 @@ def render(content: Figures) -> str:
 def _difference(ones: Mapping[int, Figures], others: Mapping[int, Figures], figure: str) -> str:
     values = ({seed: run[figure] for seed, run in runs.items()} for runs in (ones, others))
     found = paired_difference(*values)
-    return f"{found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f})" if found else ""
+    return found.cell(4) if found else ""
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -23,6 +23,10 @@ class Interval(NamedTuple):
         """Half of the width of a symmetric interval."""
         return self.high - self.mean
 
+    def cell(self, digits: int) -> str:
+        """The mean and the interval with so many digits after the point."""
+        return f"{self.mean:+.{digits}f} ({self.low:+.{digits}f} to {self.high:+.{digits}f})"
+
     def __str__(self) -> str:
         return f"{self.mean:+.3g} ({self.low:+.3g} to {self.high:+.3g})"
 

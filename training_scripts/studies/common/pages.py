@@ -1,7 +1,7 @@
 """The pages that the studies write: Markdown beside the figures that it is rendered from."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = Fa
 def read_results(file: Path) -> dict[str, Any]:
     """The results in a JSON file; an empty dictionary when there is no such file."""
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def runs_of(pieces: Mapping[str, dict[str, Any]], name: str) -> dict[int, dict[str, Any]]:
+    """The finished runs of one kind by their seed or size, ascending: those of the pieces `name/number`."""
+    found = {int(piece.rpartition("/")[2]): run for piece, run in pieces.items() if piece.partition("/")[0] == name}
+    return dict(sorted(found.items()))
 
 
 def write_results(file: Path, results: dict[str, Any], page: str) -> None:

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 
 from datasets import Dataset
+from peft import PeftConfig
 from transformers import PrinterCallback
 
-from memcontrol_hf import MemControlConfig, MemControlTrainer, MemControlTrainingArguments, SearchSpace, demo_pipeline
+from memcontrol_hf import MemControlTrainer, MemControlTrainingArguments, SearchSpace, demo_pipeline
 from memcontrol_hf.from_flags import METHODS
 
 DP_SGD = "dp_sgd:epsilon=8,delta=0.001,max_grad_norm=0.05"  # the defaults of the mitigation do not fit 128 rows
@@ -13,29 +14,25 @@ DP_SGD = "dp_sgd:epsilon=8,delta=0.001,max_grad_norm=0.05"  # the defaults of th
 
 def demo_trainer(
     data: Mapping[str, Dataset],
-    method: str,
+    method: str | PeftConfig,
     args: MemControlTrainingArguments,
     blocks: str | list[str] = "block",
     mask: dict[str, bool] | None = None,
-    singular_values: dict[str, list[int]] | None = None,
 ) -> MemControlTrainer:
     """A trainer of the demo's base that prints nothing, because a study prints one line for each piece of work.
 
     Args:
         data: Splits `train` and `validation` with the columns `image` and `text`.
-        method: Name of the method, as in `--method` of train_memcontrol.py.
+        method: Name of the method, as in `--method` of train_memcontrol.py, or a PEFT config.
         args: Arguments of the training; the progress bar is switched off in them.
         blocks: Granularity of the mask, as in [`~memcontrol_hf.SearchSpace.from_model`].
         mask: Blocks that are tuned; all blocks when not given.
-        singular_values: Singular values that SV-DIFF tunes, as in [`~memcontrol_hf.MemControlConfig`].
     """
     pipeline = demo_pipeline()
     args.disable_tqdm = True
     trainer = MemControlTrainer(
         pipeline=pipeline,
-        peft_config=METHODS[method][0]
-        if singular_values is None
-        else MemControlConfig(singular_values=singular_values),
+        peft_config=METHODS[method][0] if isinstance(method, str) else method,
         args=args,
         train_dataset=data["train"],
         eval_dataset=data["validation"],

@@ -1,9 +1,10 @@
 """Fine-tunes of one mask each, measured on held-out images."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 
 from common.audits import attack_scores
 from memcontrol_hf import MemControlTrainer, metrics
@@ -29,13 +30,23 @@ Scores = dict[str, torch.Tensor]
 """The score of each distinct image by the name of the attack: `[N]`."""
 
 
-def held_out_scores(trainer: MemControlTrainer, data: DatasetDict, seed: int) -> tuple[Scores, Scores]:
-    """The scores of the training and of the held-out images, also in the middle of a training."""
+def held_out_scores(
+    trainer: MemControlTrainer, data: Mapping[str, Dataset], seed: int, train: Dataset | None = None
+) -> tuple[Scores, Scores]:
+    """The scores of the training and of the held-out images, also in the middle of a training.
+
+    Args:
+        trainer: The trainer, whose model is attacked.
+        data: Split `held_out`.
+        seed: Random seed of the attacks.
+        train: The training images where they are asked with other captions; those of the trainer by default.
+    """
     held_out, training = trainer.encode(data["held_out"]), trainer.model.training
+    seen = trainer.train_dataset if train is None else trainer.encode(train)
     with torch.no_grad(), merged(trainer.adapters.adapted.values()):
         measured = (trainer.family, trainer.model.eval())
         settings = (seed, trainer.args.eval_num_timesteps, trainer.args.per_device_eval_batch_size)
-        members = attack_scores(*measured, trainer.train_dataset, Purpose.AUDIT_MEMBERS, *settings)
+        members = attack_scores(*measured, seen, Purpose.AUDIT_MEMBERS, *settings)
         others = attack_scores(*measured, held_out, Purpose.AUDIT_NONMEMBERS, *settings)
     trainer.model.train(training)
     return members, others
