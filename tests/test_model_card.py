@@ -17,6 +17,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from memcontrol_hf import MemorizationReport, cli
+from memcontrol_hf.adapter_folder import changed_files
 from memcontrol_hf.demo import DEMO_PIPELINE
 from memcontrol_hf.masks import block_map
 from memcontrol_hf.report import REPORT_SCHEMA
@@ -298,7 +299,9 @@ def test_the_published_cards_are_what_the_code_renders(folder, tmp_path):
         f"render it again: memcontrol card model_cards/{folder.name}"
     )
     card = ModelCard.load(folder / "README.md")
-    assert card.data.eval_results and MemorizationReport.from_json(folder / "memorization_report.json").figures
+    report = MemorizationReport.from_json(folder / "memorization_report.json")
+    assert card.data.eval_results and report.figures
+    assert changed_files(folder, report.weights) == [], "these files are not those that the audit measured"
 
 
 def test_the_card_of_the_demos_pipeline_is_what_the_code_renders(tmp_path):
