@@ -1,13 +1,15 @@
 """Embeddings that are searched: they bring back what a model memorized, and the audit says what search alone does."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import RESOLUTION, images_of, tiny_pipeline
 
 from memcontrol_hf import audit_memorization, metrics
-from memcontrol_hf.audit import AuditSettings
+from memcontrol_hf.audit import AuditSettings, embedding
+from memcontrol_hf.data import EncodedImages
 from memcontrol_hf.families import family_of
 from memcontrol_hf.randomness import seeded_generator
 
@@ -97,6 +99,31 @@ def test_an_audit_compares_the_search_with_that_for_held_out_images(monkeypatch)
     model = report.audit["measures"]["embedding_attack_auc"]
     assert model["model"] == model["frozen_base"], "the model is its base, and the search is deterministic"
     assert report.judge({"embedding_attack_auc": {"min": 0.0}})
+
+
+def test_no_image_of_a_person_who_is_searched_for_calibrates_the_distances(monkeypatch):
+    """Other images of the held-out persons alone would make these persons' distances longer than those of members."""
+    people = [images_of(12, seed).add_column("group", [f"{seed}-{row // 3}" for row in range(12)]) for seed in (1, 2)]
+    members, others = (EncodedImages(images, RESOLUTION) for images in people)
+    given = []
+
+    def found(evaluator, images, rows, references, settings):
+        given.append((rows, references))
+        pixels = images.pixels(rows)
+        return metrics.extraction(pixels[:, None].repeat(1, 3, 1, 1, 1), pixels, 20.0, 3, held_out=references)
+
+    monkeypatch.setattr(embedding, "nearest_found", found)
+    evaluator = SimpleNamespace(family=family_of(tiny_pipeline()))
+    embedding.embedding_attack(evaluator, members, others, SETTINGS)
+    (_, references), (rows, same) = given
+    searched = set(others.units_of(rows))
+    free = [row for row in others.distinct if others.units[row] not in searched]
+    assert len(searched) == 2 and len(free) == 6 and torch.equal(references, same)
+    assert sorted(map(pixels_of, references)) == sorted(map(pixels_of, others.pixels(free)))
+
+
+def pixels_of(image: torch.Tensor) -> list[float]:
+    return image.flatten().tolist()
 
 
 def test_an_audit_leaves_the_search_out_unless_it_is_asked_for():

@@ -84,6 +84,19 @@ def test_prompts_and_persons_are_the_draws():
     assert by_prompt.interval == metrics.clopper_pearson(1, 3) and by_person.interval == metrics.clopper_pearson(1, 2)
 
 
+def test_several_images_of_a_held_out_person_do_not_call_other_images_copies():
+    """A held-out image is compared with those of other persons: beside its own person's, all others look far away."""
+    train, people, fresh = pictures(20, seed=1), pictures(40, seed=2), pictures(60, seed=3)
+    several = people.repeat_interleave(3, dim=0)
+    several = (several + 0.01 * torch.randn(several.shape, generator=torch.Generator().manual_seed(4))).clamp(0, 1)
+    owners = [row // 3 for row in range(len(several))]
+    careless = metrics.partial_copies(fresh, train, several)
+    result = metrics.partial_copies(fresh, train, several, held_out_persons=owners)
+    assert careless.share > 0.9 and result.share <= 0.05
+    assert result.threshold == pytest.approx(metrics.partial_copies(fresh, train, people).threshold, rel=0.1)
+    assert metrics.partial_copies(with_a_quarter_of(train, fresh), train, several, held_out_persons=owners).share == 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -93,6 +106,8 @@ def test_prompts_and_persons_are_the_draws():
         ({"train": torch.full((2, 3, 8, 8), math.nan)}, "train: images must lie in"),
         ({"held_out": pictures(9, seed=1)}, "9 of 9 held-out images hold a copy of a part of a training image"),
         ({"held_out": torch.zeros(9, 3, 8, 8)}, "9 have no contrast"),
+        ({"held_out_persons": [0] * 9}, "9 held-out images, but has 9 entries of 1 persons"),
+        ({"held_out_persons": [0, 1]}, "9 held-out images, but has 2 entries of 2 persons"),
     ],
 )
 def test_what_cannot_be_judged_is_refused(change, message):

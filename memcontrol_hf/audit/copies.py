@@ -65,7 +65,10 @@ def find_copies(
     try:
         # `features` computes any function of the images once, and a few images at a time
         sets = (of.features(metrics.comparable) for of in (members, others))
-        copies = metrics.partial_copies(metrics.comparable(images), *sets, FALSE_ALARMS, per_prompt, persons)
+        of_others = others.units_of(others.distinct)
+        copies = metrics.partial_copies(
+            metrics.comparable(images), *sets, FALSE_ALARMS, per_prompt, persons, of_others
+        )
         result.figures["partial_copy_share"] = Figure(copies.share, *copies.interval)
         if own:
             hits = (copies.distances < copies.threshold).unflatten(0, (len(own), per_prompt))

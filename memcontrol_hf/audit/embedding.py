@@ -21,7 +21,8 @@ def embedding_attack(
 
     A search alone can write an image into an embedding. What was memorized shows in how much sooner training images
     come back than held-out images, for which the same search is made. The distance of what comes back is the
-    calibrated distance of [`~memcontrol_hf.metrics.extraction`], to held-out images that are not searched for.
+    calibrated distance of [`~memcontrol_hf.metrics.extraction`], to held-out images of persons (or, where persons are
+    not known, of images) that are not searched for.
 
     Args:
         evaluator ([`~memcontrol_hf.evaluation.Evaluator`]): what measures the model.
@@ -42,7 +43,9 @@ def embedding_attack(
         return dict.fromkeys(MEASURES, not_applicable(evaluator.family, "embedding_attack")), {}
     count = min(settings.embedding_attack, len(set(others.units.values())) // 2)
     rows, other_rows = (one_of_each_unit(images, settings.seed, count) for images in (members, others))
-    references = [row for row in others.shuffled(settings.seed, Purpose.AUDIT_REFERENCES) if row not in other_rows]
+    searched = set(others.units_of(other_rows))
+    shuffled = others.shuffled(settings.seed, Purpose.AUDIT_REFERENCES)
+    references = [row for row in shuffled if others.units[row] not in searched]
     reference_pixels = others.pixels(references[:REFERENCES])
     of_members, of_others = (
         nearest_found(evaluator, images, chosen, reference_pixels, settings)

@@ -94,7 +94,7 @@ def auth_pct(generated: torch.Tensor, train: torch.Tensor) -> float:
     if len(train) < 2:
         raise ValueError("train: the authentic share needs at least 2 different training images")
     distance, nearest = nearest_euclidean(generated.double(), train)
-    among, _ = nearest_euclidean(train, train, exclude_self=True)
+    among, _ = nearest_euclidean(train, train, owners=range(len(train)))
     return 100 * (distance > among[nearest]).double().mean().item()
 
 
@@ -127,16 +127,23 @@ def c_t(generated: torch.Tensor, train: torch.Tensor, held_out: torch.Tensor) ->
 
 
 def nearest_euclidean(
-    queries: torch.Tensor, references: torch.Tensor, exclude_self: bool = False
+    queries: torch.Tensor, references: torch.Tensor, owners: Sequence[int] = ()
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Euclidean distance to the nearest reference, and its index: `[M]` each. About 2^24 distances fit in memory."""
+    """Euclidean distance to the nearest reference, and its index: `[M]` each. About 2^24 distances fit in memory.
+
+    Args:
+        queries (`torch.Tensor`): features `[M, D]`.
+        references (`torch.Tensor`): features `[N, D]`.
+        owners (list of `int`): where the queries are the references, the number of each row's owner, `[N]`. Rows of
+            one owner are not compared; with `range(N)` no row is compared with itself.
+    """
     chunk = max(1, 2**24 // len(references))
     distances, indices = [], []
     for start in range(0, len(queries), chunk):
         block = torch.cdist(queries[start : start + chunk], references)
-        if exclude_self:
-            rows = torch.arange(len(block))
-            block[rows, rows + start] = math.inf
+        if len(owners):
+            numbers = torch.tensor(owners, device=block.device)
+            block.masked_fill_(numbers[start : start + chunk, None] == numbers, math.inf)
         nearest = block.min(1)
         distances.append(nearest.values)
         indices.append(nearest.indices)

@@ -48,6 +48,7 @@ def partial_copies(
     false_alarms: float = 0.01,
     per_prompt: int = 1,
     persons: Sequence[int] = (),
+    held_out_persons: Sequence[int] = (),
 ) -> PartialCopiesResult:
     """Generated images that hold a part of a training image, at its place, while their other parts are different.
 
@@ -61,7 +62,8 @@ def partial_copies(
     common, such as a black corner, is as near in both sets and gives about 1; a copied part is near in one set alone.
     Windows whose contrast is below the floor (.02 of the brightness) are not looked at. The distance of an image is
     that of its smallest window. The image counts as a partial copy when its distance lies below the threshold that all
-    but `false_alarms` of the held-out images stay above; each of these is compared with the other held-out images.
+    but `false_alarms` of the held-out images stay above; each of these is compared with the held-out images of other
+    persons.
 
     The measure is this package's own. A copied part that was moved, turned or mirrored is not found, and neither is a
     part much smaller than a quarter of the image.
@@ -76,6 +78,7 @@ def partial_copies(
         per_prompt (`int`): number of generated images in a row that belong to one prompt, which counts as one draw.
         persons (list of `int`): number of the person of each prompt, where persons and not prompts are the draws: the
             share is then the mean over persons.
+        held_out_persons (list of `int`): number of the person of each held-out image; by default each is of another.
 
     Returns:
         [`PartialCopiesResult`]: compare the share with `false_alarms`. About 2^24 distances and one window of each
@@ -83,8 +86,8 @@ def partial_copies(
 
     Raises:
         ValueError: for images that do not fit or lie outside [0, 1], for `false_alarms` outside (0, 1), for fewer than
-            two held-out images, and when no threshold can be set: held-out images hold parts of training images, or
-            have no contrast.
+            two held-out images or persons, and when no threshold can be set: held-out images hold parts of training
+            images, or have no contrast.
     """
     if not 0 < false_alarms < 1:
         raise ValueError(f"false_alarms must lie between 0 and 1, but got {false_alarms}")
@@ -97,8 +100,14 @@ def partial_copies(
         low, high = (bound.item() for bound in torch.aminmax(images))
         if not (low >= 0 and high <= 1):  # true for NaN, too
             raise ValueError(f"{name}: images must lie in [0, 1], but reach {low:.4g} to {high:.4g}")
+    owners = held_out_persons or range(len(held_out))
+    if len(owners) != len(held_out) or len(set(owners)) < 2:
+        raise ValueError(
+            f"held_out_persons must name at least 2 persons, one for each of {len(held_out)} held-out images, but has "
+            f"{len(owners)} entries of {len(set(owners))} persons"
+        )
     generated, train, held_out = (comparable(images).to(generated.device) for images in (generated, train, held_out))
-    innocent, _ = _relative_distances(held_out, train, held_out, exclude_self=True)
+    innocent, _ = _relative_distances(held_out, train, held_out, owners)
     threshold = torch.quantile(innocent, false_alarms, interpolation="lower").item()
     if not 1e-3 < threshold < math.inf:
         raise ValueError(
@@ -111,14 +120,14 @@ def partial_copies(
 
 
 def _relative_distances(
-    images: torch.Tensor, train: torch.Tensor, held_out: torch.Tensor, exclude_self: bool = False
+    images: torch.Tensor, train: torch.Tensor, held_out: torch.Tensor, owners: Sequence[int] = ()
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The smallest relative distance of a window of each image, and the row of `train` nearest to it: `[M]` each."""
     smallest = torch.full((len(images),), math.inf)
     nearest = torch.zeros(len(images), dtype=torch.long)
     for windows, of_train, of_held_out in _windows(images, train, held_out):
         to_train, rows = nearest_euclidean(windows, of_train)
-        to_held_out, _ = nearest_euclidean(windows, of_held_out, exclude_self=exclude_self)
+        to_held_out, _ = nearest_euclidean(windows, of_held_out, owners)
         relative = to_train / (to_held_out + _FLOOR * math.sqrt(windows.shape[1]))
         flat = windows.unflatten(1, (images.shape[1], -1)).var(2).mean(1).sqrt() < _FLOOR
         relative = relative.masked_fill(flat, math.inf).cpu()
