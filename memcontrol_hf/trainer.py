@@ -122,7 +122,10 @@ class MemControlTrainer(Trainer):
         self.adapters = MaskedAdapters(self.family, self.search_space, peft_config)
         self.mask = self.search_space.check(self.search_space.mask(True) if mask is None else mask)
         self._encoder: str | nn.Module | Encoder | None = encoder
-        if {"fid", "amd"} & {*args.objectives}:
+        measured = {name for mitigation in self._mitigations.values() for name in mitigation.measured}
+        if measured and eval_dataset is None:
+            raise ValueError(f"a mitigation measures {', '.join(sorted(measured))} with validation images: give them")
+        if {"fid", "amd"} & (measured | {*args.objectives}):
             self._encoder = named_encoder(encoder, *_images_of(train_dataset, eval_dataset))
         self._given_optimizer = optimizer_cls_and_kwargs
         self._aside: Path | None = None  # where a checkpoint is written at this moment
@@ -229,7 +232,7 @@ class MemControlTrainer(Trainer):
         if checkpoint:
             self.check_resumes(checkpoint)
         for mitigation in self._mitigations.values():
-            mitigation.counts()  # sets the counts of an earlier training to zero
+            mitigation.reset()
         self._private = self._private_training()
         if self._private is not None and checkpoint:
             self._private.load(checkpoint)
@@ -516,7 +519,9 @@ class MemControlTrainer(Trainer):
         wanted = self.args.objectives if metrics is None else metrics
         check_objectives(wanted)
         _check_one_dataset(eval_dataset)
-        others = self.encode(self.eval_dataset if eval_dataset is None else eval_dataset)
+        if (given := self.eval_dataset if eval_dataset is None else eval_dataset) is None:
+            raise ValueError("there are no images to measure with: give an eval_dataset")
+        others = self.encode(given)
         measured = self.measure(wanted, self.train_dataset, others)
         figures = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.log(dict(figures))
@@ -689,6 +694,8 @@ class MemControlTrainer(Trainer):
         """
         check_backend(backend)
         check_options(kwargs)
+        if self.eval_dataset is None:
+            raise ValueError("a search measures each trial with validation images: give the trainer an eval_dataset")
         if direction is None:
             direction = [METRICS[name] for name in self.args.objectives]
         search = run_search_on_ray if backend == "ray" else run_search
@@ -699,6 +706,7 @@ class MemControlTrainer(Trainer):
 
         A call removes the adapters from the pipeline. Callbacks that the Trainer adds itself are left out.
         """
+        mask = dict(self.mask)
         self.set_mask(self.search_space.mask(False))
         args = {f.name: getattr(self.args, f.name) for f in fields(self.args) if f.init}
         args |= {"output_dir": str(Path(self.args.output_dir).resolve()), "disable_tqdm": True}
@@ -709,7 +717,7 @@ class MemControlTrainer(Trainer):
             "train_dataset": self._full_train_dataset,
             "eval_dataset": self.encode(self.eval_dataset),
             "search_space": self.search_space,
-            "mask": self.mask,
+            "mask": mask,
             "encoder": self._encoder,
             "optimizer_cls_and_kwargs": self._given_optimizer,
             "callbacks": [c for c in self.callback_handler.callbacks if c not in self._own_callbacks],

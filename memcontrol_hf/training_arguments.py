@@ -247,10 +247,6 @@ class MemControlTrainingArguments(TrainingArguments):
         }
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def is_place(text: str) -> bool:
     """Whether a text is a path on this machine."""
     return Path(text).is_absolute() or os.path.exists(text)

@@ -271,6 +271,7 @@ def test_a_report_says_what_epsilon_covers_and_what_not():
         ({"mitigations": [DP], "bf16": True, "use_cpu": True}, "combined with mixed precision"),
         ({"mitigations": [DP], "max_steps": -1}, "combined with num_train_epochs in the place of max_steps"),
         ({"mitigations": [DP], "auto_find_batch_size": True}, "combined with auto_find_batch_size"),
+        ({"mitigations": [DP], "ignore_data_skip": True}, "combined with ignore_data_skip, with which a resumed"),
     ],
 )
 def test_what_the_guarantee_does_not_allow_is_refused_in_one_line(tmp_path, arguments, message):

@@ -254,6 +254,15 @@ def test_stable_diffusion_3_draws_its_timesteps_logit_normal():
     assert logits.mean().abs() < 0.05 and abs(logits.std() - 1) < 0.05
 
 
+def test_quantiles_of_stable_diffusion_3_are_those_of_its_training():
+    noise = family_of(sd3()).noise
+    drawn = torch.stack([noise.sample_timestep(seeded_generator(i)) for i in range(4000)]).sort().values
+    for quantile in (0.05, 0.25, 0.5, 0.9):
+        below = (drawn < noise.timestep_at(quantile)).double().mean().item()
+        assert below == pytest.approx(quantile, abs=0.02)
+    assert noise.timestep_at(0.0) == noise.scheduler.timesteps[-1]
+
+
 def test_steps_of_a_flow_undo_each_other_where_the_velocity_is_constant():
     """SecMI and PIA of a denoiser that always says the same are 0: what is measured is how the model differs."""
     family = family_of(sd3())
@@ -453,6 +462,11 @@ def test_stable_diffusion_3_may_lack_t5():
         ("flux", {"resolution": 18}, "resolution 18 is not a positive multiple of 4"),
         ("dit", {"resolution": 32}, "resolution 32 is not 16, the only one"),
         ("ddpm", {"objectives": ["fid", "noise_norm"]}, "noise_norm is not applicable: an unconditional model has no"),
+        (
+            "ddpm",
+            {"mitigations": ["early_stop:metric=noise_norm,limit=20,every=1"]},
+            "early_stop cannot go by noise_norm: an unconditional model has no .*; give another metric=",
+        ),
         ("ddpm", {"mitigations": ["gaussian_noise"]}, "gaussian_noise changes a text, which UnconditionalFamily"),
         ("dit", {"mitigations": ["rwa"]}, "rwa changes a text, which DiTFamily has not"),
         ("ddpm", {"mitigations": ["threshold"]}, "threshold needs the noise norm: an unconditional model"),

@@ -7,13 +7,19 @@ import math
 import optuna
 import pytest
 import torch
-from conftest import adapter_of, images_of, tiny_trainer, tiny_unet
+from conftest import RESOLUTION, adapter_of, images_of, tiny_pipeline, tiny_trainer, tiny_unet
 from safetensors.torch import load_file
 from test_train_memcontrol import assets, flags, script  # noqa: F401  (fixtures)
 from test_trainer import equal
 from transformers import TrainerCallback
 
-from memcontrol_hf import MemControlConfig, MemControlTrainingArguments, MemorizationReport, SearchSpace
+from memcontrol_hf import (
+    MemControlConfig,
+    MemControlTrainer,
+    MemControlTrainingArguments,
+    MemorizationReport,
+    SearchSpace,
+)
 from memcontrol_hf.flags import ScriptArguments, settings
 from memcontrol_hf.metrics import steering_norms
 from memcontrol_hf.mitigations import MITIGATIONS, EarlyStopCallback, parse_mitigations
@@ -323,6 +329,23 @@ def test_training_stops_when_the_metric_passes_the_limit(tmp_path, metric):
         looks = [log["step"] for log in trainer.state.log_history if f"eval_{metric}" in log]
         assert looks == list(range(2, steps + 1, 2))
         assert [log["step"] for log in trainer.state.log_history if "loss" in log] == looks, "the loss is still logged"
+
+
+def test_what_the_metric_needs_is_asked_for_before_the_training(tmp_path):
+    amd = {"mitigations": ["early_stop:metric=amd,limit=0.1,every=2"]}
+    with pytest.raises(ValueError, match="encoder"):
+        tiny_trainer(tmp_path, encoder=None, objectives=["loss"], **amd)
+    trainer = tiny_trainer(tmp_path)
+    arguments = MemControlTrainingArguments(output_dir=str(tmp_path), resolution=RESOLUTION, max_steps=30, **amd)
+    with pytest.raises(ValueError, match="a mitigation measures amd with validation images"):
+        MemControlTrainer(tiny_pipeline(), trainer.peft_config, arguments, images_of(10, seed=1), None)
+
+
+def test_a_screening_after_a_training_leaves_no_row_out(tmp_path):
+    trainer = tiny_trainer(tmp_path, mitigations=["skip_low_loss:0.99"], max_steps=8)
+    fresh = trainer.screen(8).to_dict()
+    trainer.train()
+    assert trainer.screen(8).to_dict() == fresh
 
 
 def test_looking_at_the_metric_changes_no_weight(tmp_path):

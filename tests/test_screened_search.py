@@ -161,6 +161,20 @@ def test_a_screening_that_diverges_does_not_end_the_search(tmp_path, monkeypatch
     trainer.hyperparameter_search(n_trials=3, learning_rate_range=(1e30, 1e30))
 
 
+def test_a_screening_in_which_no_block_learned_anything_does_not_end_the_search(tmp_path, monkeypatch, caplog):
+    trainer = tiny_trainer(tmp_path, **CHEAP)
+    found = trainer.screen(4)
+    nothing = replace(found, learns=dict.fromkeys(found.learns, -0.1))
+    monkeypatch.setattr(MemControlTrainer, "screen", lambda *_, **__: nothing)
+    monkeypatch.setattr(MemControlTrainer, "train_and_evaluate", lambda self: FIGURES)
+    with caplog.at_level(logging.WARNING, "memcontrol_hf"):
+        runs = trainer.hyperparameter_search(n_trials=3, **RATES)
+    assert (
+        "no block of the screening lowers the validation loss" in caplog.text and len(runs[0].run_summary.trials) == 3
+    )
+    trainer.hyperparameter_search(n_trials=4, **RATES)
+
+
 def test_a_sampler_of_ones_own_is_queued_the_masks(tmp_path, monkeypatch):
     monkeypatch.setattr(MemControlTrainer, "train_and_evaluate", lambda self: FIGURES)
     study = searched(tmp_path, n_trials=3, sampler=RandomSampler(seed=0))

@@ -9,7 +9,7 @@ import time
 import optuna
 import pytest
 import torch
-from conftest import adapter_of, free_port, tiny_trainer
+from conftest import AVERAGES, adapter_of, free_port, tiny_trainer
 from optuna.trial import TrialState
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import BestRun
@@ -163,6 +163,39 @@ def test_other_settings_are_refused_and_named(searched, tmp_path):
     check_study(path, "another", settings)
     with pytest.raises(ValueError, match="seed was 0 and is 1"):
         trainer.hyperparameter_search(n_trials=2, settings={**settings, "seed": 1})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"objectives": ["loss"]}, "made with the directions minimize, minimize, not minimize:"),
+        (
+            {"objectives": ["loss", "noise_norm"]},
+            "made with the objectives loss, membership_auc, not loss, noise_norm",
+        ),
+        ({"objectives": ["fid", "amd"]}, "made with the directions minimize, minimize, not minimize, maximize"),
+    ],
+)
+def test_a_study_of_other_objectives_is_refused(tmp_path, given, message):
+    tiny_trainer(tmp_path).hyperparameter_search(n_trials=1)
+    encoder = {"encoder": AVERAGES} if "fid" in given["objectives"] else {}
+    with pytest.raises(ValueError, match=message):
+        tiny_trainer(tmp_path, **given, **encoder).hyperparameter_search(n_trials=2)
+
+
+def test_a_search_without_validation_images_is_refused(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    trainer.eval_dataset = None
+    with pytest.raises(ValueError, match="a search measures each trial with validation images"):
+        trainer.hyperparameter_search(n_trials=1)
+    with pytest.raises(ValueError, match="no images to measure with"):
+        trainer.evaluate()
+
+
+def test_a_recipe_keeps_the_mask(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    mask = dict(trainer.mask)
+    assert any(mask.values()) and trainer.recipe()["mask"] == mask
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

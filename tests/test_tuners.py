@@ -385,6 +385,18 @@ def test_merging_keeps_the_output_and_unmerging_restores_every_byte(case):
 
 
 @all_cases
+def test_an_adapter_that_diverged_leaves_the_base_as_it_was(case):
+    model = case.adapted()
+    bytes_before = base_bytes(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.fill_(float("nan"))
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert_same_tensors(base_bytes(model), bytes_before)
+
+
+@all_cases
 def test_merge_and_unload_leaves_a_plain_model(case):
     model = case.adapted()
     expected = case.run(model)

@@ -16,6 +16,10 @@ class StableDiffusion3Noise(FlowMatchingNoise):
         place = compute_density_for_timestep_sampling("logit_normal", 1, 0.0, 1.0, generator=generator)
         return self.scheduler.timesteps[int(place * self.scheduler.config.num_train_timesteps)]
 
+    def timestep_at(self, quantile):
+        place = torch.special.ndtri(torch.tensor(quantile, dtype=torch.double)).sigmoid().item()
+        return super().timestep_at(place)
+
     def loss_weights(self, timesteps, snr_gamma=None):
         return self.sigmas(timesteps).square()
 

@@ -71,6 +71,11 @@ class Mitigation:
     guards_weights: ClassVar[bool] = True
     number: ClassVar[int] = 0
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Names of the metrics that the callback measures on the training and the validation images."""
+        return ()
+
     def check_arguments(self, args: "TrainingArguments", others: "Mapping[str, Mitigation]") -> None:
         """Check that the mitigation works with the training arguments and the other mitigations.
 
@@ -153,6 +158,10 @@ class Mitigation:
             batch (`dict`): `latents`, `condition`, `timesteps`, `noise` and `weights` of the batch.
         """
         return losses
+
+    def reset(self) -> None:
+        """Forget what an earlier training has left, before another one, which may be a screening without callbacks."""
+        self.counts()
 
     def counts(self) -> dict[str, int | torch.Tensor]:
         """Counts on this process since the last call, for the training's log. A call sets the counts to zero."""

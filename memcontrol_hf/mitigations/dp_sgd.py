@@ -91,6 +91,7 @@ class DPSGD(Mitigation):
             "the mitigation threshold, with which rows influence each other": "threshold" in others,
             "the mitigation skip_low_loss, with which rows influence each other": "skip_low_loss" in others,
             "the mitigation early_stop, which measures the training images": "early_stop" in others,
+            "ignore_data_skip, with which a resumed training draws the same rows again": args.ignore_data_skip,
             "load_best_model_at_end, which may choose by the training images": args.load_best_model_at_end,
             "a schedule that goes by evaluations": args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"),
             "num_train_epochs in the place of max_steps": args.max_steps < 1,

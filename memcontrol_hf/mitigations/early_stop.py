@@ -58,7 +58,14 @@ class EarlyStop(Mitigation):
         if self.every < 1:
             raise ValueError(f"every is {self.every}")
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        return (self.metric,)
+
     def check(self, family: "Family", images: "Dataset", args: "TrainingArguments", tunes_text: bool) -> None:
+        if self.metric in family.not_applicable:
+            reason = family.not_applicable[self.metric]
+            raise ValueError(f"early_stop cannot go by {self.metric}: {reason}; give another metric=")
         if 0 < args.max_steps < self.every:
             raise ValueError(
                 f"early_stop looks every {self.every} steps, but there are {args.max_steps}: give another every="

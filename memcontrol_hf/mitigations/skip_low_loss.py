@@ -93,6 +93,10 @@ class SkipLowLoss(Mitigation):
     def callback(self, measure):
         return LossMeans(self)
 
+    def reset(self) -> None:
+        super().reset()
+        self.begin(None)
+
     def counts(self) -> dict[str, int | torch.Tensor]:
         skipped, self.skipped = self.skipped, 0
         return {"low_loss_samples": skipped}

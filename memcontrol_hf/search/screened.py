@@ -140,7 +140,9 @@ def screened_trials(screening: Screening | None, low: float, high: float) -> lis
     """
     if screening is None:
         return []
-    masks = screening.masks(SCREENED_MASKS)  # the largest first
+    if not (masks := screening.masks(SCREENED_MASKS)):  # the largest first
+        logger.warning("no block of the screening lowers the validation loss: the search goes on without its masks")
+        return []
     if low == high:
         order = sorted(range(len(masks)), key=lambda place: abs(place - (len(masks) - 1) / 2))
         return known_trials([masks[place] for place in order], low, high)

@@ -131,7 +131,8 @@ class SharedStudy:
                 study.set_user_attr("settings", dict(settings.settings or {}))
                 if settings.objectives is not None:
                     study.set_metric_names(list(settings.objectives))
-            study.set_user_attr("memorization_budget", settings.memorization_budget)
+        _check_objectives(study, settings)
+        study.set_user_attr("memorization_budget", settings.memorization_budget)
         wait_for_names(study)  # one that is killed before that is given up after some seconds
         shared = cls(study, settings)
         shared.queue_again_what_died()
@@ -370,6 +371,21 @@ class SharedStudy:
     def _trials(self) -> list[FrozenTrial]:
         """All trials by number. They are not copied, so they must only be read."""
         return self.study.get_trials(deepcopy=False)
+
+
+def _check_objectives(study: optuna.Study, settings: SearchSettings) -> None:
+    """Raise `ValueError` when a study has other objectives or directions: Optuna would go on with its own."""
+    directions = [direction.name.lower() for direction in study.directions]
+    names = study.metric_names if settings.objectives is not None else None
+    for what, kept, given in (
+        ("directions", directions, [getattr(given, "name", given).lower() for given in settings.directions]),
+        ("objectives", names, settings.objectives),
+    ):
+        if kept is not None and list(kept) != list(given):
+            raise ValueError(
+                f"the study {study.study_name!r} was made with the {what} {', '.join(kept)}, not {', '.join(given)}: "
+                "use the same to go on with it, or give another study_name or output_dir"
+            )
 
 
 def _counts(trial: FrozenTrial) -> bool:

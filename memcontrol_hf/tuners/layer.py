@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -174,7 +175,8 @@ class MemControlLayer(nn.Module, BaseTunerLayer):
         for kind, original in self._originals.items():
             merged = getattr(self.base_layer, kind)
             moved = (merged.dtype, merged.device) != (original.dtype, original.device)
-            if not moved and _sum(merged) != self._sums[kind]:
+            change = 0.0 if moved else _sum(merged) - self._sums[kind]
+            if change and math.isfinite(change):  # weights that are not finite hold nothing that could be kept
                 original.data = original + (merged - self._merged(kind, self.merged_adapters, gamma))
             original.data = original.to(merged)  # a no-op unless the model was moved or cast in between
             self.base_layer._parameters[kind] = original
