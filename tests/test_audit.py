@@ -270,6 +270,17 @@ def test_what_is_no_adapter_is_named(tmp_path, content):
         ({"generated": images_of(4), "held_out": images_of(9, seed=1)}, "9 images are in train and in held_out too"),
         ({"generated": images_of(4), "train": images_of(4).select_columns(["text"])}, "no column 'image'.*has: text"),
         ({"pipeline": tiny_pipeline(), "held_out": images_of(9).select_columns(["image"])}, "no column 'text'"),
+        (
+            {
+                "generated": images_of(4),
+                "train": Dataset.from_dict({"image": images_of(2)["image"], "text": ["", None]}),
+            },
+            "the caption of row 1 of the train split is no text but NoneType",
+        ),
+        (
+            {"pipeline": tiny_pipeline(), "canaries": images_of(9).select_columns(["image"])},
+            "the canaries set has no column 'text'",
+        ),
     ],
 )
 def test_bad_sets_are_named(arguments, message):
@@ -280,6 +291,8 @@ def test_bad_sets_are_named(arguments, message):
 def test_too_few_images_for_a_clique_are_named():
     with pytest.raises(ValueError, match="images_per_prompt must be at least 3, but is 2"):
         AuditSettings(images_per_prompt=2)
+    with pytest.raises(ValueError, match="num_quality_images must be at least 2, but is 1"):
+        AuditSettings(num_quality_images=1)
 
 
 def test_an_encoder_that_sees_no_difference_is_no_clean_result():

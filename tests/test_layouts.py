@@ -9,6 +9,8 @@ import re
 import tarfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import RESOLUTION, images_of
 from datasets import Dataset, DatasetDict
@@ -162,11 +164,76 @@ REFUSED = {
         lambda root: (save(root, range(6)), (root / "metadata.jsonl").write_text('{"file": "1"}')),
         "needs a file_name",
     ),
+    "a caption in Latin-1": (
+        lambda root: (save(root, range(6), lines=False), (root / "1.txt").write_bytes("é".encode("latin-1"))),
+        "the caption 1.txt is no text in UTF-8",
+    ),
     "no JSON": (
         lambda root: (save(root, range(6)), (root / "metadata.jsonl").write_text("{")),
         "cannot read metadata.jsonl",
     ),
 }
+
+
+def bytes_in_parquet(root, kind):
+    """Parquet files as pandas writes them: the bytes of PNG files, alone or beside their paths."""
+    root.mkdir()
+    pictures = []
+    for row in range(12):
+        IMAGES[row]["image"].save(file := io.BytesIO(), "PNG")
+        pictures.append(file.getvalue() if kind == "bytes" else {"bytes": file.getvalue(), "path": f"{row}.png"})
+    pq.write_table(pa.table({"image": pictures, "text": IMAGES["text"]}), root / "a.parquet")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bytes and paths"])
+def test_the_bytes_of_images_in_parquet_files_are_images(tmp_path, kind):
+    bytes_in_parquet(tmp_path / "data", kind)
+    expected = sorted(row["image"].tobytes() for row in IMAGES)
+    splits = load_images(train_data_dir=str(tmp_path / "data"))
+    assert sorted(row["image"].convert("RGB").tobytes() for split in splits.values() for row in split) == expected
+    audited = load_image_folder(str(tmp_path / "data"), "train", "text")
+    assert sorted(row["image"].convert("RGB").tobytes() for row in audited) == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"picture": [b"", b""]}, "the train split has no column 'image'; it has: picture, text"),
+        ({"image": [1, 2]}, "the column of the images of the train split holds no images but Value"),
+        ({"image": [None, None]}, "row 0 of the train split has no image"),
+    ],
+)
+def test_parquet_files_without_images_are_refused(tmp_path, columns, message):
+    pq.write_table(pa.table({**columns, "text": ["a", "b"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=message):
+        load_image_folder(str(tmp_path), "train", "text")
+
+
+def test_classes_are_captions_of_an_audit_too(tmp_path):
+    for name in "ab":
+        save(tmp_path / name, range(6), lines=False)
+    assert sorted(set(load_image_folder(str(tmp_path), "train", "label")["text"])) == ["a", "b"]
+    save(tmp_path / "more", range(6))
+    (tmp_path / "more" / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "x"}\n{"file_name": "1.png"}')
+    with pytest.raises(ValueError, match="the caption of row 1 of the train split is no text but NoneType"):
+        load_image_folder(str(tmp_path / "more"), "train", "text")
+
+
+def test_no_message_repeats_a_caption_or_an_id(tmp_path):
+    save(tmp_path, range(12), patient_id=[*range(11), "Doe^Jane 1953-02-01"])
+    with pytest.raises(ValueError, match=r"mix kinds of values in a column \('patient_id'\)") as raised:
+        load_images(train_data_dir=str(tmp_path), group_column="patient_id")
+    assert "Doe" not in str(raised.value)
+
+
+def test_lines_of_metadata_may_hold_any_separator_and_a_column_named_image(tmp_path):
+    save(tmp_path, range(6), lines=False)
+    rows = [{"file_name": f"{row}.png", "text": f"two\u2028lines\x85{row}", "image": f"id{row}"} for row in range(6)]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "metadata.jsonl").write_text(lines, encoding="utf-8")
+    data = load_image_folder(str(tmp_path), "train", "text")
+    assert data["text"][:] == [row["text"] for row in rows]
+    assert data[3]["image"].convert("RGB").tobytes() == IMAGES[3]["image"].tobytes()
 
 
 @pytest.mark.parametrize("layout", REFUSED)
@@ -238,7 +305,7 @@ def dicom_file(path, stored, photometric, bits, **elements):
     dicom.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     dicom.file_meta.MediaStorageSOPClassUID = dicom.SOPClassUID = SecondaryCaptureImageStorage
     dicom.file_meta.MediaStorageSOPInstanceUID = dicom.SOPInstanceUID = generate_uid()
-    dicom.Rows, dicom.Columns = stored.shape
+    dicom.Rows, dicom.Columns = stored.shape[:2]
     dicom.SamplesPerPixel, dicom.PixelRepresentation = 1, 0
     dicom.PhotometricInterpretation = photometric
     dicom.BitsAllocated, dicom.BitsStored, dicom.HighBit = 8 * stored.dtype.itemsize, bits, bits - 1
@@ -278,6 +345,30 @@ def test_a_dicom_file_is_shown_as_a_viewer_shows_it(tmp_path, photometric, bits,
         name: len(images) for name, images in load_images(train_data_dir=str(tmp_path), caption_column="").items()
     }
     assert sizes == {"train": 5, "validation": 2, "held_out": 2}
+
+
+COLORS = np.tile(np.array([[200, 30, 30], [20, 40, 220]], np.uint8), (8, 4, 1))
+
+
+@pytest.mark.parametrize("photometric", ["RGB", "YBR_FULL", "PALETTE COLOR"])
+def test_a_dicom_file_of_colours_has_these_colours(tmp_path, photometric):
+    pixels = pytest.importorskip("pydicom.pixels", reason="pip install 'memcontrol_hf[dicom]'")
+    if photometric == "PALETTE COLOR":
+        tables = {
+            name: table
+            for channel, color in enumerate(("Red", "Green", "Blue"))
+            for name, table in (
+                (f"{color}PaletteColorLookupTableDescriptor", [2, 0, 16]),
+                (f"{color}PaletteColorLookupTableData", (COLORS[0, :2, channel].astype(np.uint16) * 257).tobytes()),
+            )
+        }
+        stored = np.tile(np.array([0, 1], np.uint8), (8, 4))
+        dicom_file(tmp_path / "a.dcm", stored, photometric, 8, **tables)
+    else:
+        stored = COLORS if photometric == "RGB" else pixels.convert_color_space(COLORS, "RGB", photometric)
+        dicom_file(tmp_path / "a.dcm", stored, photometric, 8, SamplesPerPixel=3, PlanarConfiguration=0)
+    shown = np.asarray(read_folder(tmp_path)["train"][0]["image"].convert("RGB"))
+    np.testing.assert_allclose(shown.astype(int), COLORS.astype(int), atol=3)
 
 
 def test_a_dicom_file_with_several_frames_and_a_missing_pydicom_are_named(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import torch
 from conftest import RESOLUTION, images_of, small_report, tiny_pipeline, tiny_trainer
 from datasets import DatasetDict
 from scipy.stats import binom, norm
+from tiny_families import ddpm
 
 from memcontrol_hf import audit_memorization, metrics
 from memcontrol_hf.audit import AuditSettings, write_split
@@ -154,6 +155,15 @@ def test_the_frozen_base_tells_how_hard_an_image_is():
     losses = hardness - 0.1 * torch.tensor(canaries["included"][:])
     assert epsilon_from_coins(losses, hardness, canaries, 0.0)["lower"] > 1.4
     assert epsilon_from_coins(losses, None, canaries, 0.0)["lower"] < 0.5
+
+
+def test_canaries_of_a_model_without_captions_need_none():
+    train, canaries = flip_canaries(images_of(20, seed=1).select_columns(["image"]), 12, 1, seed=0)
+    report = audit_memorization(
+        train, images_of(12, seed=2), ddpm(), encoder=torch.nn.Flatten(), settings=SETTINGS, canaries=canaries,
+        control=False,
+    )  # fmt: skip
+    assert report.audit["epsilon"]["canaries"] == 12
 
 
 def test_the_audit_reports_it_beside_the_bound_of_dp_sgd(tmp_path):

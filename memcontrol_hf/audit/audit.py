@@ -25,7 +25,7 @@ from datasets import Dataset
 
 from .. import metrics
 from ..adapters import adapter_in_place, load_adapter, unload_adapter
-from ..data import ATTRIBUTE, EncodedImages, weights_digest, without_captions
+from ..data import ATTRIBUTE, EncodedImages, check_captions, weights_digest, without_captions
 from ..encoders import Encoder, encoder_name, load_encoder, named_encoder
 from ..families import family_of
 from ..images import near_duplicates
@@ -117,12 +117,16 @@ def audit_memorization(
         raise ValueError("give either a pipeline or generated images")
     if pipeline is not None and not family_of(pipeline).conditions:
         train, held_out = (without_captions(data) for data in (train, held_out))
+        canaries = None if canaries is None else without_captions(canaries)
     if ATTRIBUTE in train.column_names and (pipeline is None or not family_of(pipeline).conditions):
         raise ValueError("an attribute is inferred by a model that takes captions: leave --attribute_column out")
     if canaries is not None and pipeline is None:
         raise ValueError("canaries are guessed at by a model's losses: give a pipeline, not generated images")
     columns = ["image"] if pipeline is None else ["image", "text"]
-    _check_columns({"train": train, "held_out": held_out}, columns)
+    sets = {"train": train, "held_out": held_out} | ({} if canaries is None else {"canaries": canaries})
+    _check_columns(sets, columns)
+    for name, data in sets.items():
+        check_captions(data, name)
     encoder = named_encoder(encoder, train, held_out)
     if pipeline is not None:
         family_of(pipeline).check_resolution(settings.resolution)

@@ -31,6 +31,7 @@ LEAST_IMAGES = {"train": 2, "held_out": 8}
 LEAST_PERSONS = {"train": 2, "held_out": 4}
 """Smallest number of persons in each set, where persons are known."""
 
+_LEAST = {"images_per_prompt": CLIQUE, "num_quality_images": 2}  # fid needs two images
 _MAY_BE_ZERO = ("guidance_scale", "embedding_attack", "near_duplicates", "seed")
 
 
@@ -46,7 +47,8 @@ class AuditSettings:
         images_per_prompt (`int`):
             Number of images generated from each of these captions; at least 3, the size of a clique.
         num_quality_images (`int`):
-            Number of held-out captions from which images are generated to measure the quality, one image for each.
+            Number of held-out captions from which images are generated to measure the quality, one image for each; at
+                least 2.
         inference_steps (`int`):
             Number of sampling steps.
         guidance_scale (`float`):
@@ -91,7 +93,7 @@ class AuditSettings:
         for name, value in vars(self).items():
             if name in ("fit", "background"):
                 continue
-            least = {"images_per_prompt": CLIQUE, **dict.fromkeys(_MAY_BE_ZERO, 0)}.get(name, 1)
+            least = {**_LEAST, **dict.fromkeys(_MAY_BE_ZERO, 0)}.get(name, 1)
             if not value >= least:
                 raise ValueError(f"{name} must be at least {least}, but is {value}")
 

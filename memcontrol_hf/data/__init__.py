@@ -7,6 +7,7 @@ from .shapes import cropped_shares, warn_of_crops
 from .split_names import SPLITS
 from .splits import (
     ATTRIBUTE,
+    check_captions,
     check_groups,
     check_images,
     check_near_duplicates,
@@ -22,6 +23,7 @@ __all__ = [
     "INCLUDED",
     "SPLITS",
     "EncodedImages",
+    "check_captions",
     "check_groups",
     "check_images",
     "check_near_duplicates",

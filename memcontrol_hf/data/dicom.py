@@ -44,18 +44,19 @@ def dicom_to_image(dicom: "FileDataset") -> Image.Image:
     Raises:
         ValueError: for a data set without pixels, with several frames, or with colours of more than 8 bits.
     """
-    from pydicom.pixels import apply_modality_lut, apply_presentation_lut, apply_voi_lut, convert_color_space
+    from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_presentation_lut, apply_voi_lut
 
     if "PixelData" not in dicom:
         raise ValueError("the DICOM file holds no pixels")
     if (frames := int(dicom.get("NumberOfFrames", 1) or 1)) > 1:
         raise ValueError(f"the DICOM file holds {frames} frames: save each frame that you need as a file of its own")
-    pixels = dicom.pixel_array
+    pixels = dicom.pixel_array  # YCbCr comes as RGB
+    if dicom.PhotometricInterpretation == "PALETTE COLOR":
+        pixels = apply_color_lut(pixels, dicom)
+        pixels = pixels if pixels.dtype == np.uint8 else (pixels >> 8).astype(np.uint8)
     if pixels.ndim == 3:
         if pixels.dtype != np.uint8:
             raise ValueError(f"the DICOM file has colours of {8 * pixels.dtype.itemsize} bits: save them with 8")
-        if str(dicom.PhotometricInterpretation).startswith("YBR"):
-            pixels = convert_color_space(pixels, dicom.PhotometricInterpretation, "RGB")
         return Image.fromarray(pixels)
     shown = apply_presentation_lut(apply_voi_lut(apply_modality_lut(pixels, dicom), dicom), dicom).astype(np.float64)
     has_lut = "PresentationLUTShape" in dicom or "PresentationLUTSequence" in dicom

@@ -128,6 +128,7 @@ def _image_files(root: Path, by_split: dict[str, list[Path]], metadata: list[Pat
         for table in metadata:
             for row in _metadata_rows(table):
                 path = os.path.normpath(table.parent / str(row.pop("file_name")))
+                row.pop("image", None)  # the image is the file
                 if path in splits:
                     rows[splits[path]].append({"image": path, **row})
                 else:
@@ -156,8 +157,13 @@ def _image_files(root: Path, by_split: dict[str, list[Path]], metadata: list[Pat
     for name, of_split in rows.items():
         try:
             table = Dataset.from_dict({column: [row.get(column) for row in of_split] for column in columns})
-        except ArrowException as error:
-            raise ValueError(f"the metadata of {str(root)!r} mix kinds of values in a column: {error}") from None
+        except ArrowException:  # its text holds the value: a caption, or a person's id
+            mixed = [column for column in columns if not _of_one_kind([row.get(column) for row in of_split])]
+            names = ", ".join(map(repr, mixed))
+            raise ValueError(
+                f"the metadata of {str(root)!r} mix kinds of values in a column ({names}): write all values of a "
+                "column as texts, or all as numbers"
+            ) from None
         if not metadata and len(labels) > 1 and "label" not in columns:
             numbers = [labels.index(Path(row["image"]).parent.name) for row in of_split]
             table = table.add_column("label", numbers).cast_column("label", ClassLabel(names=labels))
@@ -165,6 +171,14 @@ def _image_files(root: Path, by_split: dict[str, list[Path]], metadata: list[Pat
         table._fingerprint = Hasher.hash([table._fingerprint, [_stamp(row["image"]) for row in of_split]])
         result[name] = table
     return result
+
+
+def _of_one_kind(values: list[Any]) -> bool:
+    try:
+        Dataset.from_dict({"values": values})
+    except ArrowException:
+        return False
+    return True
 
 
 def _stamp(path: str) -> tuple[str, int, int]:
@@ -178,7 +192,10 @@ def _side_files(rows: list[dict[str, Any]]) -> dict[str, str]:
     texts = {}
     for row in rows:
         if (file := Path(row["image"]).with_suffix(".txt")).is_file():
-            texts[row["image"]] = file.read_text(encoding="utf-8").strip()
+            try:
+                texts[row["image"]] = file.read_text(encoding="utf-8").strip()
+            except UnicodeDecodeError:
+                raise ValueError(f"the caption {file.name} is no text in UTF-8: save it so") from None
     return texts
 
 
@@ -189,7 +206,7 @@ def _metadata_rows(file: Path) -> list[dict[str, Any]]:
             case ".csv":
                 rows = pd.read_csv(file, dtype=str, keep_default_na=False).to_dict("records")
             case ".jsonl":
-                lines = file.read_text(encoding="utf-8").splitlines()
+                lines = file.read_text(encoding="utf-8").split("\n")  # a caption may hold U+2028
                 rows = [json.loads(line) for line in lines if line.strip()]
             case _:
                 rows = pq.read_table(file).to_pylist()

@@ -13,6 +13,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
 from datasets.exceptions import DatasetsError
 from PIL import Image as PILImage
+from pyarrow import ArrowException
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -106,9 +107,10 @@ def load_image_folder(
         `attribute` if an attribute column is given.
 
     Raises:
-        ValueError: For a missing folder, a folder without images, an image that cannot be read, and a missing column.
+        ValueError: For a missing folder, a folder without images, an image that cannot be read, a caption that is not
+            a text, and a missing column.
     """
-    data = read_folder(folder, as_one=True)["train"]
+    data = _as_images(read_folder(folder, as_one=True)["train"], split_name)
     check_readable(data, split_name)
     wanted = {"text": caption_column, "group": group_column}
     wanted = {name: column for name, column in wanted.items() if column is not None}
@@ -121,6 +123,8 @@ def load_image_folder(
             )
     columns = data.select_columns(["image", *wanted.values()])
     columns = columns.rename_columns({column: name for name, column in wanted.items() if column != name})
+    columns = _named_classes(columns)
+    check_captions(columns, split_name)
     return _with_attribute(columns, data, split_name, attribute_column)
 
 
@@ -161,9 +165,28 @@ def _columns(
             )
     dataset = dataset.select_columns(list(wanted.values()))
     dataset = dataset.rename_columns({old: new for new, old in wanted.items() if old != new})
+    dataset = _as_images(dataset, split_name)
     if caption_column == "":
         return without_captions(dataset)
-    classes = dataset.features["text"]
+    return _named_classes(dataset)
+
+
+def _as_images(dataset: Dataset, split_name: str) -> Dataset:
+    """The dataset with images in its column `image`, where Parquet files may hold the bytes of image files."""
+    if "image" not in dataset.column_names:
+        raise ValueError(f"the {split_name} split has no column 'image'; it has: {', '.join(dataset.column_names)}")
+    if isinstance(dataset.features["image"], Image):
+        return dataset
+    try:
+        return dataset.cast_column("image", Image())
+    except (ArrowException, TypeError, ValueError):
+        kind = dataset.features["image"]
+        raise ValueError(f"the column of the images of the {split_name} split holds no images but {kind}") from None
+
+
+def _named_classes(dataset: Dataset) -> Dataset:
+    """The dataset with the names of classes as captions, where its captions are classes."""
+    classes = dataset.features.get("text")
     if isinstance(classes, ClassLabel):
         return dataset.remove_columns("text").add_column("text", classes.int2str(dataset["text"][:]))
     return dataset
@@ -184,10 +207,17 @@ def check_images(data: DatasetDict) -> None:
     for name, dataset in data.items():
         if len(dataset) == 0:
             raise ValueError(f"the {name} split is empty")
-        for row, text in enumerate(dataset["text"]):
-            if not isinstance(text, str):
-                raise ValueError(f"the caption of row {row} of the {name} split is no text but {type(text).__name__}")
+        check_captions(dataset, name)
         check_readable(dataset, name)
+
+
+def check_captions(dataset: Dataset, split_name: str) -> None:
+    """Raise `ValueError` for a caption that is not a text, where there are captions. The error names the first row."""
+    for row, text in enumerate(dataset["text"] if "text" in dataset.column_names else []):
+        if not isinstance(text, str):
+            raise ValueError(
+                f"the caption of row {row} of the {split_name} split is no text but {type(text).__name__}"
+            )
 
 
 def check_readable(dataset: Dataset, split_name: str) -> None:
@@ -222,7 +252,9 @@ def _first(of: list[str], count: int = 5) -> str:
     return ", ".join(of[:count]) + (", ..." if len(of) > count else "")
 
 
-def _read_image(stored: dict, split_name: str, row: int) -> PILImage.Image:
+def _read_image(stored: dict | None, split_name: str, row: int) -> PILImage.Image:
+    if stored is None:
+        raise ValueError(f"row {row} of the {split_name} split has no image: give it one, or take the row out")
     path = stored.get("path")
     try:
         image = Image().decode_example(stored)
