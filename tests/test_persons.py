@@ -124,6 +124,12 @@ def test_a_verifier_finds_persons_again_only_where_they_are_shown():
     strangers = reidentified(shown.roll(1, 0), rows, 1, members, others, verifier)
     assert strangers["reidentified_share"].value < 0.3
 
+    def broken(one, other):
+        return torch.full((len(one), len(other)), torch.nan)
+
+    figures = reidentified(shown, rows, 1, members, others, broken)
+    assert all(figure.value is None and "no number (NaN)" in figure.note for figure in figures.values())
+
 
 def test_an_audit_takes_any_function_that_compares_two_sets_of_images():
     def mean_difference(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:

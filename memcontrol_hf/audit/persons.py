@@ -143,11 +143,13 @@ def reidentified(
     to_own = metrics.person_distances(verifier(generated, members.pixels(own_rows)), probes, own).diagonal()
     real, of_others = others.pixels(others.distinct), others.units_of(others.distinct)
     to_others = metrics.person_distances(verifier(generated, real), probes, of_others)
-    result = metrics.reidentification(to_own, to_others, FALSE_ALARMS)
-    return {
-        "reidentified_share": Figure(result.share, *result.interval),
-        "reidentified_share_real": _found_among_real(verifier(real, real), of_others),
-    }
+    try:
+        result = metrics.reidentification(to_own, to_others, FALSE_ALARMS)
+        control = _found_among_real(verifier(real, real), of_others)
+    except ValueError as error:  # a verifier of one's own may give no numbers
+        names = ("reidentified_share", "reidentified_share_real")
+        return dict.fromkeys(names, Figure(None, note=f"not estimable: {error}"))
+    return {"reidentified_share": Figure(result.share, *result.interval), "reidentified_share_real": control}
 
 
 def _found_among_real(distances: torch.Tensor, persons: Sequence[int]) -> Figure:

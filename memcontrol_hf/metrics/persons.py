@@ -116,12 +116,14 @@ def reidentification(
             others none may, and a person who cannot be found is found by chance in one of `Q + 1` cases.
 
     Raises:
-        ValueError: for shapes that do not fit, and no other person.
+        ValueError: for shapes that do not fit, distances that are NaN, and no other person.
     """
     if to_own.ndim != 1 or len(to_own) == 0 or to_others.ndim != 2 or to_others.shape[0] != len(to_own):
         raise ValueError(f"to_own must be [P] and to_others [P, Q], not {list(to_own.shape)}, {list(to_others.shape)}")
     if to_others.shape[1] == 0:
         raise ValueError("to_others: re-identification needs other persons to compare with")
+    if to_own.isnan().any() or to_others.isnan().any():
+        raise ValueError("the verifier gave a distance that is no number (NaN), by which nobody can be told")
     as_near = (to_others <= to_own[:, None]).double().mean(1)
     found = (as_near <= false_accepts).cpu()
     share = found.double().mean().item()
