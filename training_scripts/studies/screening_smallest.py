@@ -105,7 +105,7 @@ def render(content: dict[str, Any]) -> str:
         "modules, and measured on 256 held-out images, which nothing saw. Parameters are in percent of the denoiser, "
         f"the loss is in percent of that of all modules. The paper's smallest subset has {PAPER_PERCENT:g} % of the "
         "859.5 million parameters of its denoiser ([2405.19458](https://huggingface.co/papers/2405.19458)); the "
-        "demo's denoiser has 3.5 million.",
+        "demo's denoiser has 3.3 million.",
         "",
     ]
     for method, title in TITLES.items():
