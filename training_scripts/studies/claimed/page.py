@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from common.pages import table
@@ -141,12 +142,24 @@ def _meaning(content: Content) -> list[str]:
     for name, title in _pictured(content).items():
         rows = {row["claim"]: row for row in content["verdicts"][name]}
         said = [_beside(rows[claim], others) for claim, others in BESIDE.items() if claim in rows]
-        lines.append(f"- {title}. {' '.join(said)}")
+        lines.append(f"- {title}. {' '.join([*said, *_sizes(content['curves'][name])])}")
     return [
         *lines,
         "- What it does not mean: nothing here is a guarantee, the attacks are those that are known, and one small "
         "base and two sets of images do not speak for Stable Diffusion or for radiographs.",
         "",
+    ]
+
+
+def _sizes(curves: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How large the other set's mask is beside the random masks that it is compared with, as a sentence."""
+    sizes = [curves[row]["parameters"] for row in RANDOMS if row in curves]
+    if TRANSFERRED not in curves or not sizes:
+        return []
+    times = curves[TRANSFERRED]["parameters"] / fmean(sizes)
+    return [
+        f"The mask found on the other set has {times:.1f} times the parameters of the random masks, which have the "
+        "size of the own mask: what carries over can be how many blocks are trained, and not which."
     ]
 
 
