@@ -62,8 +62,11 @@ def run(args: ScriptArguments) -> None:
     plot_screening(screening.to_dict(), folder / PLOT)
     print(aligned(screening.table()))
     print("\nfall of the loss that is owed to each block, ± one standard error over the probes")
-    print(f"\nmasks along the trade-off, by memcontrol_hf.Screening.from_json({str(folder / FILE)!r}).masks(4):")
-    for mask in screening.masks(4):
+    if not (masks := screening.masks(4)):
+        print("\nno block lowers the loss on validation images: screen with more steps, or at another --learning_rate")
+    else:
+        print(f"\nmasks along the trade-off, by memcontrol_hf.Screening.from_json({str(folder / FILE)!r}).masks(4):")
+    for mask in masks:
         print("  " + ", ".join(name for name, on in mask.items() if on))
         for trainer_name, flags in other_trainers(mask).items():
             print(f"    {trainer_name}: {flags}")

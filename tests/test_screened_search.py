@@ -204,6 +204,10 @@ def test_the_command_screens_and_writes_what_it_found(tmp_path, capsys, caplog, 
     printed = capsys.readouterr().out
     assert "a      1,200       +0.5000 ± 0.0100  +0.1000 ± 0.0100" in printed
     assert printed.splitlines()[-2:] == ["  a, b", "  b"]
+    nothing = replace(MADE_UP, learns={"a": -0.5, "b": -0.25})
+    monkeypatch.setattr(MemControlTrainer, "screen", lambda *_, **__: nothing)
+    cli.main(["screen", "--output_dir", str(tmp_path), "--search_max_steps", "8"])
+    assert "no block lowers the loss on validation images: screen with more steps" in capsys.readouterr().out
 
 
 def test_the_command_writes_single_singular_values_that_a_search_tunes(tmp_path, capsys, monkeypatch):
