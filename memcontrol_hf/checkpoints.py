@@ -4,6 +4,7 @@ import json
 import logging
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -13,8 +14,56 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .adapter_checks import check_finite
 from .adapter_folder import ADAPTER, adapter_parts
+from .data import EncodedImages, images_digest
+
+if TYPE_CHECKING:
+    from .training_arguments import MemControlTrainingArguments
 
 logger = logging.getLogger(__name__)
+
+RUN = "run.json"
+"""File of a checkpoint with what its training was told; see [`run_facts`]."""
+
+_ARGUMENTS = (
+    "seed", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "snr_gamma",
+    "caption_dropout", "mitigations", "resolution", "fit", "background",
+)  # fmt: skip
+
+
+def run_facts(args: "MemControlTrainingArguments", images: EncodedImages) -> dict[str, Any]:
+    """What a training was told that decides its result, besides mask, method, learning rate and number of steps.
+
+    How the rows of a step are divided into batches and among processes does not decide it.
+
+    Args:
+        args ([`MemControlTrainingArguments`]): Training arguments.
+        images ([`~memcontrol_hf.data.EncodedImages`]): Training images.
+    """
+    facts = {name: getattr(args, name) for name in _ARGUMENTS}
+    facts["rows of a step"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    facts["training images"] = images_digest(images)
+    return json.loads(json.dumps(facts, default=str))
+
+
+def differing_facts(checkpoint: str | Path, facts: dict[str, Any], max_steps: int) -> list[str]:
+    """In which of [`run_facts`] a checkpoint's training was another, in words.
+
+    Args:
+        checkpoint (`str`): Folder of the checkpoint; one without the file, of an earlier version, agrees.
+        facts (`dict`): Facts of the training that is to go on.
+        max_steps (`int`): Its number of steps; more are no difference, fewer than the checkpoint has are.
+    """
+    run, state = Path(checkpoint) / RUN, Path(checkpoint) / TRAINER_STATE_NAME
+    stored = json.loads(run.read_text(encoding="utf-8")) if run.exists() else {}
+    found = [
+        f"{name} was {stored[name]} and is {value}"
+        for name, value in facts.items()
+        if name in stored and stored[name] != value
+    ]
+    step = json.loads(state.read_text(encoding="utf-8"))["global_step"] if state.exists() else 0
+    if 0 < max_steps < step:
+        found.append(f"it has made {step} steps, and {max_steps} are asked for")
+    return found
 
 
 def newest_whole(folder: str | Path) -> str | None:

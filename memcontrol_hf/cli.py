@@ -375,9 +375,10 @@ def _filter(args: argparse.Namespace) -> int:
 
 
 def _audit(args: argparse.Namespace) -> int:
-    from .report import DEFAULT_GATE, load_gate
+    from .report import DEFAULT_GATE, check_no_training, load_gate
 
     limits = load_gate(args.gate or DEFAULT_GATE)
+    check_no_training(args.output_dir)
     if args.adapter and not args.pipeline:
         raise ValueError("--adapter needs the --pipeline that it belongs to")
     if args.generated == "demo":

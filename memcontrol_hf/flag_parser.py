@@ -63,12 +63,17 @@ class FlagParser(HfArgumentParser):
         argv = sys.argv[1:] if argv is None else argv
         given = self.parse_args(argv)
         if given.config is not None:
-            given = self.parse_args([*self._words_of(given.config), *argv])
+            given = self.parse_args([*self._words_of(given.config, argv), *argv])
         del given.config
         return ScriptArguments(**vars(given))
 
-    def _words_of(self, file: Path) -> list[str]:
-        """The command line that a YAML file stands for, so that both are read by the same rules."""
+    def _words_of(self, file: Path, argv: list[str]) -> list[str]:
+        """The command line that a YAML file stands for, so that both are read by the same rules.
+
+        Args:
+            file (`Path`): YAML file.
+            argv (list of `str`): the command line, whose flags win.
+        """
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
@@ -77,8 +82,14 @@ class FlagParser(HfArgumentParser):
             self.error(f"--config {file} holds no flags: write one a line, name: value")
         if unknown := sorted(map(str, content.keys() - {flag.name for flag in fields(ScriptArguments)})):
             self.error(f"--config {file} has unknown flags: {', '.join(unknown)}; --help lists the flags")
+        flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
+        winning = {flag.removeprefix("--").replace("-", "_") for flag in flags}
         words: list[str] = []
         for name, value in content.items():
+            if name in winning:
+                continue
+            if isinstance(value, bool):  # YAML reads no as False
+                value = "yes" if value else "no"
             if isinstance(value, list) and value:
                 words += [f"--{name}", *map(str, value)]
             elif value is not None and value != []:

@@ -75,6 +75,7 @@ def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[
     if args.encoder is None:
         raise ValueError(NEEDS_ENCODER)
     load_gate(args.gate or DEFAULT_GATE)
+    _check_numbers(args)
     audit_settings(args)
     check_objectives(args.objectives)
     if args.backend == "ray":
@@ -87,7 +88,6 @@ def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[
         raise ValueError("--log_images is for --report_to wandb: give that, too, or neither")
     if args.push_to_hub:
         check_login(args.hub_model_id or Path(args.output_dir).resolve().name, args.hub_public)
-    _check_numbers(args)
     resume = args.resume_from_checkpoint
     if resume not in (None, "latest") and not Path(resume).is_dir():
         raise ValueError(f"--resume_from_checkpoint {resume!r} is no folder: give a checkpoint's, or latest")
@@ -125,7 +125,8 @@ def _check_numbers(args: ScriptArguments) -> None:
         if (value := getattr(args, flag)) is not None and value <= 0:
             raise ValueError(f"--{flag} must be positive, but is {value:g}")
     steps = {"max_train_steps": 1, "search_max_steps": 1, "screen_steps": 4, "singular_values": 1}
-    for flag, least in {"n_finalists": 0, "finalist_repeats": 1, **steps, "eval_num_images": 2}.items():
+    counts = {"n_finalists": 0, "finalist_repeats": 1, "eval_num_images": 2, "log_images": 0}
+    for flag, least in (counts | steps).items():
         if (value := getattr(args, flag)) is not None and value < least:
             raise ValueError(f"--{flag} must be at least {least}, but is {value}")
     if args.flip_canaries and args.canaries < 2:

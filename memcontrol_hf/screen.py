@@ -43,6 +43,8 @@ def run(args: ScriptArguments) -> None:
     from .screening import other_trainers
 
     with exit_code(WRONG_USE, ValueError), exit_code(ERROR, OF_THE_MACHINE):
+        if args.dry_run:
+            raise ValueError("--dry_run is a flag of memcontrol train, whose plan has the screening as a stage")
         trainer, _, rates, mask = make_trainer(args)
         single, total = args.singular_values, trainer.trainable_parameters
         if obstacle := trainer.obstacle_to_screening(args.screen_steps, single is not None):

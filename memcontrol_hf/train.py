@@ -115,10 +115,10 @@ def run(args: ScriptArguments) -> None:
     if not trainer.is_world_process_zero():
         return
 
-    with exit_code(ERROR, OF_THE_MACHINE, f". What was finished is kept in {args.output_dir}"):
+    with exit_code(ERROR, FAILURES, f". What was finished is kept in {args.output_dir}"):
+        report = workflow.save(trainer, choice, tuned, data, **report_facts(args, trainer))
         if args.log_images:
             workflow.show_images(trainer, data["held_out"], args.validation_prompt, args.log_images)
-        report = workflow.save(trainer, choice, tuned, data, **report_facts(args, trainer))
         workflow.audit(trainer, report, data, audit_settings(args), args.gate or DEFAULT_GATE)
         workflow.write_card(trainer, report, choice)
     print(f"\n{report.summary()}\n\n{last_words(report, Path(args.output_dir))}")

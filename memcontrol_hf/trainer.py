@@ -4,6 +4,7 @@ The loop, checkpoints, resuming, mixed precision, distribution, schedulers and t
 is one file, because the Trainer is extended by overriding its methods in one class.
 """
 
+import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ from transformers.trainer_utils import (
 
 from .adapter_folder import REPORT
 from .adapters import MaskedAdapters, merged
-from .checkpoints import check_parameters, check_whole, newest_whole
+from .checkpoints import RUN, check_parameters, check_whole, differing_facts, newest_whole, run_facts
 from .data import EncodedImages, warn_of_crops, weights_digest
 from .demo import DEMO_PIPELINE
 from .encoders import Encoder, load_encoder, named_encoder
@@ -51,7 +52,7 @@ from .tracking import adjust_trackers
 from .training_arguments import MemControlTrainingArguments, check_trainer_arguments, is_place
 from .training_loss import TrainingLoss
 from .tuners import MemControlConfig, quantized_type
-from .whole_files import move_whole
+from .whole_files import move_whole, write_whole
 
 if TYPE_CHECKING:
     import optuna
@@ -253,13 +254,14 @@ class MemControlTrainer(Trainer):
         return output
 
     def check_resumes(self, checkpoint: str) -> None:
-        """Raise `ValueError` for a checkpoint that is damaged, or of another mask, method or learning rate."""
+        """Raise `ValueError` for a checkpoint that is damaged, or of a training that was told something else."""
         check_whole(checkpoint)
         differing = self.adapters.differences(Path(checkpoint))
         file = Path(checkpoint) / SCHEDULER_NAME
         rates = torch.load(file, map_location="cpu", weights_only=True).get("base_lrs", []) if file.exists() else []
         if rates and not math.isclose(rates[0], self.args.learning_rate):
             differing.append(f"the learning rate was {rates[0]:g} and is {self.args.learning_rate:g}")
+        differing += differing_facts(checkpoint, run_facts(self.args, self.train_dataset), self.args.max_steps)
         if differing:
             raise ValueError(
                 f"the checkpoint {checkpoint} is of another run: {'; '.join(sorted(differing))}. Use the same "
@@ -373,6 +375,9 @@ class MemControlTrainer(Trainer):
                 state.best_model_checkpoint = str(checkpoint)
                 if writes:
                     state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
+            if writes:
+                facts = run_facts(self.args, self.train_dataset)
+                write_whole(unfinished / RUN, json.dumps(facts, indent=1) + "\n")
             if self._private is not None and writes:
                 self._private.save(unfinished)
             self.accelerator.wait_for_everyone()  # each process saves its own random state

@@ -235,7 +235,7 @@ def fine_tune(
 
 
 def check_resumes(trainer: MemControlTrainer, choice: Choice, checkpoint: str) -> None:
-    """Raise `ValueError` when a checkpoint is of another mask, method or learning rate than the choice."""
+    """Raise `ValueError` when a checkpoint is of another choice, or its training was told something else."""
     trainer.apply_hyperparameters(choice.hyperparameters, final_model=True)
     trainer.check_resumes(checkpoint)
 

@@ -281,6 +281,7 @@ def test_what_is_no_adapter_is_named(tmp_path, content):
             {"pipeline": tiny_pipeline(), "canaries": images_of(9).select_columns(["image"])},
             "the canaries set has no column 'text'",
         ),
+        ({"pipeline": tiny_pipeline(), "delta": 5.0}, r"delta must lie in \[0, 1\), but is 5.0"),
     ],
 )
 def test_bad_sets_are_named(arguments, message):
@@ -528,13 +529,17 @@ def test_a_bad_gate_is_named(tmp_path, content, message):
         ({"copy_share": figure(0.0, 0.0, 0.1)}, "and about 100 and 180 would do"),
         ({"membership_auc_pia": figure(None)}, "No figure could be had of membership_auc_pia"),
         ({"membership_auc_pia": figure(0.5, 0.4, 0.6)}, "In every attack that the gate limits"),
+        # no number of images would do
+        ({"extraction_rate": figure(0.0, 0.0, 0.1)}, "There are too few images to tell by extraction_rate."),
     ],
 )  # fmt: skip
 def test_the_verdict_says_whether_it_leaks_or_there_are_too_few_images(figures, said):
     report = report_with(**{name: {"model": of} for name, of in figures.items()})
     report.audit |= {"subject": "adapter", "images": {"train": 50, "held_out": 90}}
     limits = {"membership_auc_pia": {"max": 0.65}, "copy_share": {"max": 0.05}, "fid": {"max": 5}}
+    limits["extraction_rate"] = {"max": 0.0}
     report.judge({name: limits[name] for name in figures})
+    json.dumps(report.gate, allow_nan=False)
     assert said in verdict(report.gate, report.audit)
     assert ("too few images" in verdict(report.gate, report.audit)) == ("would do" in said or "too few" in said)
 
@@ -612,6 +617,11 @@ def test_exit_codes(tmp_path, capsys):
     (tmp_path / "in_the_way" / "memorization_report.json").mkdir(parents=True)
     assert main(["audit", "--generated", str(tmp_path / "fresh"), *common[:-1], str(tmp_path / "in_the_way")]) == 1
     assert "DirectoryError: " in capsys.readouterr().err
+    trained = adapter_folder(tmp_path / "trained")
+    before = (trained / "memorization_report.json").read_bytes()
+    assert main(["audit", "--generated", str(tmp_path / "fresh"), *common[:-1], str(trained)]) == 2
+    assert "is the report of a training, which would be lost" in capsys.readouterr().err
+    assert (trained / "memorization_report.json").read_bytes() == before
     with pytest.raises(SystemExit) as stop:
         main(["audit", *common])
     assert stop.value.code == 2

@@ -67,6 +67,10 @@ def test_weights_that_were_changed_after_the_audit_are_said(tmp_path):
     with (folder / "adapter_config.json").open("a") as file:
         file.write(" ")
     assert lines_of(Dossier.from_folder(folder, Facts(), TODAY))[label].startswith("NO")
+    (folder / "adapter_config.json").unlink()
+    assert lines_of(Dossier.from_folder(folder, Facts(), TODAY))[label].startswith("NO")
+    (folder / "adapter_model.safetensors").unlink()
+    assert lines_of(Dossier.from_folder(folder, Facts(), TODAY))[label].startswith("not known")
 
 
 def test_the_file_to_fill_in_names_every_fact_and_can_be_read(tmp_path):

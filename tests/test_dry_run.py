@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -165,10 +166,13 @@ def broken(folder: Path) -> str:
     return str(folder)
 
 
-def strange(folder: Path) -> str:
-    folder.mkdir(exist_ok=True)
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "NoPipeline"}))
-    return str(folder)
+def index(content: object) -> Callable[[Path], str]:
+    def make(folder: Path) -> str:
+        folder.mkdir(exist_ok=True)
+        (folder / "model_index.json").write_text(json.dumps(content))
+        return str(folder)
+
+    return make
 
 
 @pytest.mark.parametrize(
@@ -176,7 +180,10 @@ def strange(folder: Path) -> str:
     [
         (lambda path: str(path), "a dry run needs the model_index.json"),
         (broken, "cannot build the transformer"),
-        (strange, "is a NoPipeline, which diffusers lacks"),
+        (index({"_class_name": "NoPipeline"}), "is a NoPipeline, which diffusers lacks"),
+        (index([]), "names no pipeline"),
+        (index({}), "names no pipeline"),
+        (index({"_class_name": "DDPMPipeline"}), "lacks components: .*'unet' and 'scheduler'"),
     ],
 )
 def test_configs_that_do_not_suffice_are_named(tmp_path, folder, message):

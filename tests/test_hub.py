@@ -17,6 +17,7 @@ from memcontrol_hf import MemorizationReport, cli
 from memcontrol_hf.adapter_folder import PUBLIC_FILES
 from memcontrol_hf.families import family_of
 from memcontrol_hf.publish.hub import CARD_BY_HAND, WAITS, PushError, push
+from memcontrol_hf.report.mask_card import MaskCard
 
 PUSHED = sorted(
     name
@@ -329,7 +330,10 @@ def test_a_mask_alone_is_shared_without_weights(hub, folder):
     card = ModelCard(files["README.md"].decode())
     assert "memcontrol-mask" in card.data.tags
     assert "--mask_from owner/mask --method svdiff" in card.text and f"1 of {len(content['mask'])} blocks" in card.text
+    assert "--train_data_dir my_images --encoder YOUR_ENCODER" in card.text
     assert not re.search(r"\{\{|None|\n\n\n", card.text) and "| frozen base |" in card.text
+    command = MaskCard({**content, "method": "oft"}, "owner/mask").render()
+    assert "--method" not in command and "--peft_config YOUR_PEFT_CONFIG" in command
 
 
 def test_the_trainer_pushes_what_it_trained(hub, tmp_path):

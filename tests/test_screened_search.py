@@ -245,6 +245,7 @@ def test_the_command_writes_single_singular_values_that_a_search_tunes(tmp_path,
         ("screen", ["--singular_values", "0"], "--singular_values must be at least 1, but is 0"),
         ("screen", ["--singular_values", "10369"], "--singular_values 10369: the blocks have 10368 singular values"),
         ("screen", ["--singular_values", "9", "--method", "lora"], "are tuned by SV-DIFF alone"),
+        ("screen", ["--dry_run"], "--dry_run is a flag of memcontrol train, whose plan has the screening as a stage"),
         (
             "train",
             ["--singular_values", "9"],

@@ -392,6 +392,7 @@ def test_a_mask_file_that_is_no_object_is_said_to_hold_none(tmp_path):
         ({"encoder": "/nowhere"}, "cannot load the image encoder '/nowhere'"),
         ({"peft_config": "/nowhere"}, "--peft_config '/nowhere' is no PEFT config"),
         ({"mask_from": "/nowhere"}, "--mask_from '/nowhere' cannot be read"),
+        ({"log_images": -1}, "--log_images must be at least 0, but is -1"),
         ({"log_images": 2}, "--log_images shows what the model makes of a --validation_prompt: give one"),
         (
             {"log_images": 2, "validation_prompt": "a b"},

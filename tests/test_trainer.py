@@ -116,6 +116,28 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, config):
         tiny_trainer(tmp_path, mask={SITE: True}, **{**settings, "config": other}).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 7}, "another run: seed was 42 and is 7. Use"),
+        ({"mitigations": ["rwa:1"]}, r"another run: mitigations was \[\] and is \['rwa:1'\]. Use"),
+        ({"snr_gamma": 5.0}, "snr_gamma was None and is 5.0"),
+        ({"per_device_train_batch_size": 8}, "rows of a step was 4 and is 8"),
+        ({"train": images_of(10, seed=9)}, "training images was v.* and is v"),
+        ({"max_steps": 1}, "it has made 2 steps, and 1 are asked for"),
+    ],
+)
+def test_a_checkpoint_of_a_training_that_was_told_something_else_is_refused(tmp_path, change, message):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    tiny_trainer(tmp_path, **settings).train()
+    with pytest.raises(ValueError, match=message):
+        tiny_trainer(tmp_path, **{**settings, **change}).train(resume_from_checkpoint=True)
+    same = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3}
+    trainer = tiny_trainer(tmp_path, **{**settings, **same})
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3, "batches of another size, and more steps, are no other run"
+
+
 def test_one_batch_and_its_parts_train_the_same(tmp_path):
     runs = []
     for size, accumulation in ((4, 1), (1, 4)):

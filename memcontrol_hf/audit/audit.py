@@ -122,6 +122,8 @@ def audit_memorization(
         raise ValueError("an attribute is inferred by a model that takes captions: leave --attribute_column out")
     if canaries is not None and pipeline is None:
         raise ValueError("canaries are guessed at by a model's losses: give a pipeline, not generated images")
+    if not 0 <= delta < 1:
+        raise ValueError(f"delta must lie in [0, 1), but is {delta}")
     columns = ["image"] if pipeline is None else ["image", "text"]
     sets = {"train": train, "held_out": held_out} | ({} if canaries is None else {"canaries": canaries})
     _check_columns(sets, columns)

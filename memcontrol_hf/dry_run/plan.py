@@ -47,6 +47,10 @@ def load_architecture(name: str, revision: str | None = None) -> DiffusionPipeli
     except (OSError, json.JSONDecodeError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"a dry run needs the model_index.json and the configs of {name!r}: {reason}") from None
+    if not isinstance(index, dict) or "_class_name" not in index:
+        raise ValueError(
+            f"the model_index.json of {name!r} names no pipeline (_class_name): give a diffusers pipeline"
+        )
     components: dict[str, Any] = {}
     for component, value in index.items():
         if component.startswith("_"):
@@ -64,7 +68,10 @@ def load_architecture(name: str, revision: str | None = None) -> DiffusionPipeli
     cls = getattr(diffusers, index["_class_name"], None)
     if cls is None:
         raise ValueError(f"{name!r} is a {index['_class_name']}, which diffusers lacks")
-    return cls(**components)
+    try:
+        return cls(**components)
+    except TypeError as error:
+        raise ValueError(f"the model_index.json of {name!r} lacks components: {error}") from None
 
 
 def _without_weights(cls: type | None, folder: Path) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..adapter_folder import ADAPTER, CONFIG, REPORT, adapter_parts
@@ -84,7 +85,10 @@ def filter_adapter(
         )
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"{str(output_dir)!r} is there and not empty: give another --output_dir")
-    config, tensors = read_json(folder / CONFIG), load_file(folder / ADAPTER)
+    try:
+        config, tensors = read_json(folder / CONFIG), load_file(folder / ADAPTER)
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"the adapter in {str(folder)!r} cannot be read: {error}") from None
     known = ("LORA", "MEMCONTROL")
     if config.get("peft_type") not in known or config.get("modules_to_save"):
         raise ValueError(

@@ -5,7 +5,15 @@ Matplotlib) are imported by their own names.
 """
 
 from .gate import DEFAULT_GATE, LIMITS, MEASURES, load_gate
-from .report import ALL_ON, FROZEN_BASE, REPORT_SCHEMA, SCHEMA_VERSION, SELECTED, MemorizationReport
+from .report import (
+    ALL_ON,
+    FROZEN_BASE,
+    REPORT_SCHEMA,
+    SCHEMA_VERSION,
+    SELECTED,
+    MemorizationReport,
+    check_no_training,
+)
 from .verdict import NOT_APPLICABLE, verdict
 
 __all__ = [
@@ -19,6 +27,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "SELECTED",
     "MemorizationReport",
+    "check_no_training",
     "load_gate",
     "verdict",
 ]

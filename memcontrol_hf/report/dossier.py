@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ..adapter_folder import REPORT, adapter_digests
+from ..adapter_folder import PLOT, REPORT, adapter_digests, changed_files
 from .attack_table import attack_rows
 from .cross_references import CROSS_REFERENCES
 from .dossier_facts import NOT_STATED, Facts
@@ -82,8 +82,8 @@ class Dossier:
             raise ValueError(
                 f"the report in {str(folder)!r} has no audit, so there is nothing to say: audit the model"
             )
-        found = adapter_digests(folder)
-        agree = {**report.weights, **found} == report.weights if found and report.weights else None
+        files = adapter_digests(folder).keys() - {PLOT}
+        agree = not changed_files(folder, report.weights) if files and report.weights else None
         return cls(folder.resolve().name, report, facts, agree, today or datetime.date.today())
 
     @property
@@ -113,7 +113,8 @@ class Dossier:
         gate, said = report.gate, "no gate was applied"
         if gate:
             said = f"The gate {'passed' if gate['passed'] else 'FAILED'}. {verdict(gate, report.audit)}"
-        agree = {True: "yes", False: "NO: the files were changed after the audit", None: "not known: no digests"}
+        changed, unknown = "NO: the files were changed after the audit", "not known: digests or weights are missing"
+        agree = {True: "yes", False: changed, None: unknown}
         overdue = ": THIS DATE HAS PASSED" if facts.overdue(self.today) else ""
         lines = [
             Line("What was audited", self._subject(), "audit.subject, base_model"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..adapter_folder import REPORT
 from ..whole_files import read_json, write_whole
 from .gate import check_limits
 from .verdict import NOT_APPLICABLE, asked_of, unit_of, verdict, violation
@@ -300,6 +301,16 @@ class MemorizationReport:
             passed = "passed" if self.gate["passed"] else "FAILED"
             parts.append("\n".join([f"gate: {passed}", *self.gate["failures"], verdict(self.gate, self.audit)]))
         return "\n\n".join(parts)
+
+
+def check_no_training(folder: Path) -> None:
+    """Raise `ValueError` for a folder that holds the report of a training, which another report would replace."""
+    file = folder / REPORT
+    if file.is_file() and MemorizationReport.from_json(file).mask:
+        raise ValueError(
+            f"{file} is the report of a training, which would be lost with what it says of the mask and the weights: "
+            "give another --output_dir"
+        )
 
 
 def _no_number(name: str) -> None:

@@ -11,6 +11,9 @@ NOT_APPLICABLE = "not applicable"
 GENERATED = "generated images"
 """Subject of an audit that had no weights to attack."""
 
+_ENDLESS = 1e9
+"""Factor of a limit that no number of images would keep, in a report that holds finite numbers alone."""
+
 _QUALITY = ("fid", "kid", "precision", "recall", "clip_score")
 _OF_A_MODEL = (
     *("membership_", "dataset_inference_", "extraction_", "embedding_attack_", "trajectory_norm_", "reidentified_"),
@@ -87,7 +90,8 @@ def violation(
         found = "poor" if name in _QUALITY else "leaks"
         return Violation(name, found, f"{name}: {said}; the value itself, {value:.3f}, is beyond it, too")
     room, width = abs(over - value), abs(end - value)
-    factor = math.inf if room == 0 else width / room if value == 0 else (width / room) ** 2
+    ratio = width / room if room else _ENDLESS
+    factor = min(ratio if value == 0 else ratio**2, _ENDLESS)
     more = ""
     if name.startswith("membership_auc") and (model["low"] or 0) > 0.5:
         more = ", but the attack is better than guessing"
