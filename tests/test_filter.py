@@ -154,7 +154,7 @@ def test_what_has_no_channels_to_filter_is_said_and_writes_nothing(tmp_path, bas
 def test_an_adapter_that_cannot_be_read_is_named(tmp_path, name):
     folder = adapter_folder(tmp_path / "adapter")
     (folder / name).write_text("{")
-    with pytest.raises(ValueError, match="the adapter in .*adapter' cannot be read: "):
+    with pytest.raises(ValueError, match=r"the adapter in .*adapter' cannot be read: "):
         filter_adapter(folder, tmp_path / "out", shrink=0.5)
 
 
