@@ -17,7 +17,7 @@ from .adapter_folder import ADAPTER, adapter_parts
 from .data import EncodedImages, images_digest
 
 if TYPE_CHECKING:
-    from .training_arguments import MemControlTrainingArguments
+    from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ _ARGUMENTS = (
 )  # fmt: skip
 
 
-def run_facts(args: "MemControlTrainingArguments", images: EncodedImages) -> dict[str, Any]:
+def run_facts(args: "TrainingArguments", images: EncodedImages) -> dict[str, Any]:
     """What a training was told that decides its result, besides mask, method, learning rate and number of steps.
 
     How the rows of a step are divided into batches and among processes does not decide it.

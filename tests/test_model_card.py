@@ -22,7 +22,7 @@ from memcontrol_hf.demo import DEMO_PIPELINE
 from memcontrol_hf.masks import block_map
 from memcontrol_hf.report import REPORT_SCHEMA
 from memcontrol_hf.report.card import write_card
-from memcontrol_hf.report.loading_snippet import _OUR_METHODS
+from memcontrol_hf.report.loading_snippet import OUR_METHODS
 from memcontrol_hf.report.screening_table import screening_table
 from memcontrol_hf.tuners import METHODS
 
@@ -331,4 +331,4 @@ def test_the_plot_of_a_search_is_drawn_from_the_report_alone(tmp_path):
 
 
 def test_the_snippet_registers_every_method_that_peft_lacks():
-    assert {*_OUR_METHODS} == {*METHODS, "attention"}, "attention is what the training script also calls weights"
+    assert {*OUR_METHODS} == {*METHODS, "attention"}, "attention is what the training script also calls weights"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from .report import MemorizationReport
 
 # `attention` is what the training script calls `weights`. Their adapters need this package; PEFT reads all others.
-_OUR_METHODS = ("svdiff", "difffit", "attention", "weights", "norm", "bias")
+OUR_METHODS = ("svdiff", "difffit", "attention", "weights", "norm", "bias")
 
 
 def loading_snippet(report: MemorizationReport, location: str, export_format: str | None, parts: Sequence[str]) -> str:
@@ -21,7 +21,7 @@ def loading_snippet(report: MemorizationReport, location: str, export_format: st
     """
     from_demo = report.base_model == "demo" and export_format != "merged"
     as_adapter = export_format in (None, "peft")
-    registers = report.method in _OUR_METHODS and as_adapter
+    registers = report.method in OUR_METHODS and as_adapter
     lines = []
     if registers:
         lines.append("import memcontrol_hf  # registers the PEFT method; without it PEFT says KeyError: 'MEMCONTROL'")

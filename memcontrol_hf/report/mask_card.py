@@ -3,16 +3,16 @@
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from ..adapter_folder import MASK
-from ..flags import Method
 from ..masks import block_map, selected_blocks
 from ..whole_files import read_json
 from .card_metadata import as_yaml, base_metadata, last_part, readable_base
 from .escaping import render_template
+from .loading_snippet import OUR_METHODS
 from .report import MemorizationReport
 
 
@@ -47,8 +47,9 @@ class MaskCard:
             tags=["memcontrol", "memcontrol-mask", *([method] if method else []), "diffusers", "memorization"],
         )
         command = ["memcontrol", "train", "--mask_from", self.location]
-        command += ["--method", method] if method in get_args(Method) else []
-        command += ["--peft_config", "YOUR_PEFT_CONFIG"] if method and method not in get_args(Method) else []
+        if method:
+            known = method in (*OUR_METHODS, "lora")
+            command += ["--method", method] if known else ["--peft_config", "YOUR_PEFT_CONFIG"]
         command += ["--text_encoder_blocks"] if tunes_text else []
         command += ["--pretrained_model_name_or_path", base] if base and base != "demo" else []
         command += ["--train_data_dir", "my_images", "--encoder", "YOUR_ENCODER"]
