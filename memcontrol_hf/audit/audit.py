@@ -125,9 +125,9 @@ def audit_memorization(
     if not 0 <= delta < 1:
         raise ValueError(f"delta must lie in [0, 1), but is {delta}")
     columns = ["image"] if pipeline is None else ["image", "text"]
-    sets = {"train": train, "held_out": held_out} | ({} if canaries is None else {"canaries": canaries})
-    _check_columns(sets, columns)
-    for name, data in sets.items():
+    given = {"train": train, "held_out": held_out} | ({} if canaries is None else {"canaries": canaries})
+    _check_columns(given, columns)
+    for name, data in given.items():
         check_captions(data, name)
     encoder = named_encoder(encoder, train, held_out)
     if pipeline is not None:
