@@ -11,7 +11,22 @@ from common.plots import legend_above, plot_panels
 from paper_table.data_sets import DATA
 
 from .judged import ATTACKS, CAPACITY, CLAIMS, LEVEL, LOSS, REFUTED
-from .rows import ALL, BASE, EQUAL, FOUND, FULL, METHODS, RANDOMS, ROWS, SEEDS, STEPS, TRANSFERRED, WORST
+from .rows import (
+    ALL,
+    BASE,
+    EQUAL,
+    FOUND,
+    FULL,
+    METHODS,
+    OWN_RATE,
+    RANDOMS,
+    RATE_SEED,
+    ROWS,
+    SEEDS,
+    STEPS,
+    TRANSFERRED,
+    WORST,
+)
 
 COMMAND = "python training_scripts/studies/claims.py"
 TITLES = {
@@ -142,7 +157,8 @@ def _meaning(content: Content) -> list[str]:
     for name, title in _pictured(content).items():
         rows = {row["claim"]: row for row in content["verdicts"][name]}
         said = [_beside(rows[claim], others) for claim, others in BESIDE.items() if claim in rows]
-        lines.append(f"- {title}. {' '.join([*said, *_sizes(content['curves'][name])])}")
+        said += [*_sizes(content["curves"][name]), *_own_rate(content["pieces"], name)]
+        lines.append(f"- {title}. {' '.join(said)}")
     return [
         *lines,
         "- What it does not mean: nothing here is a guarantee, the attacks are those that are known, and one small "
@@ -163,6 +179,17 @@ def _sizes(curves: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
+def _own_rate(pieces: Mapping[str, Any], name: str) -> list[str]:
+    """That the comparison at the mask's own rate is no other one, as a sentence, where the two rates are the same."""
+    rates = [pieces.get(f"rates/{name}/{row}-{RATE_SEED}", {}).get("learning_rate") for row in (ALL, OWN_RATE)]
+    if None in rates or rates[0] != rates[1]:
+        return []
+    return [
+        "The rate that was chosen for the found mask is that of all blocks: the last line has the runs of the third, "
+        "corrected in the smaller family, and is no further evidence."
+    ]
+
+
 def _pictured(content: Content) -> dict[str, str]:
     """The data sets of the first method, with their titles."""
     return {name: title for name, title in groups(content).items() if name.endswith(next(iter(METHODS)))}
@@ -178,13 +205,16 @@ def _beside(row: Mapping[str, Any], others: str) -> str:
             f"{_lower(loss, 3)}."
         )
     aucs = [f"{TITLES[attack]} is {_lower(tests[attack])}" for attack in ATTACKS]
-    return f"Beside {others}, at the same held-out loss, the {' and the '.join(aucs)} for the screening's mask."
+    said = f"Beside {others}, at the same held-out loss, the {' and the '.join(aucs)} for the screening's mask"
+    if row["left_out"]:
+        said += f"; {row['left_out']} of {row['pairs']} pairs have no common loss and are left out"
+    return said + "."
 
 
 def _lower(test: Mapping[str, Any], digits: int = 2) -> str:
     low, high = sorted((abs(test["low"]), abs(test["high"])))
     if test["p_holm"] >= LEVEL:
-        return f"not shown to be other after correction ({change(test, digits)})"
+        return f"not shown to differ after correction ({change(test, digits)})"
     size = f"{abs(test['mean']):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
     return f"{size} {'lower' if test['mean'] < 0 else 'higher'}"
 
