@@ -254,12 +254,12 @@ def test_the_picture_has_a_row_of_panels_for_each_data_set(tmp_path):
     curves = {row: {"points": {"10": point, "80": point | {"loss": [0.1, 0.0, 0.2]}}} for row in (FOUND, *RANDOMS)}
     heights = []
     for sets in (["demo"], ["demo", "elpv"]):
-        verdicts = {f"{data}-attention": [{}] for data in sets}
-        content = {"verdicts": verdicts, "curves": dict.fromkeys(verdicts, curves)}
+        names = [f"{data}-attention" for data in sets]
+        content = {"seeds": dict.fromkeys(names, 3), "curves": dict.fromkeys(names, curves)}
         plot(content, tmp_path / "claims.png")
         heights.append(Image.open(tmp_path / "claims.png").height)
     assert heights[1] > 1.8 * heights[0]
-    plot({"verdicts": {}, "curves": {}}, tmp_path / "none.png")
+    plot({"seeds": {"demo-attention": 2}, "curves": dict.fromkeys(names, curves)}, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 

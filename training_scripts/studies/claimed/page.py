@@ -59,13 +59,17 @@ BESIDE = {
 Content = Mapping[str, Any]
 
 
+SHOWN = 3
+"""Number of finished seeds from which on a data set and a method are shown: intervals of two span the whole scale."""
+
+
 def groups(content: Content) -> dict[str, str]:
-    """The data sets and methods that are judged, with their titles."""
+    """The data sets and methods that are shown, with their titles."""
     return {
         f"{data}-{method}": f"{DATA[data].title}, {title}"
         for method, title in METHODS.items()
         for data in DATA
-        if content["verdicts"].get(f"{data}-{method}")
+        if content["seeds"].get(f"{data}-{method}", 0) >= SHOWN
     }
 
 
@@ -103,7 +107,7 @@ def render_summary(content: Content) -> str:
             "# What is memorized, and what to do about it\n\n"
             f"`{COMMAND}`\n\n"
             "The claims of the paper are being tested again, by [a design](results/design.md) that is older than the "
-            "first run. No two seeds are finished yet, so there is no verdict. [What is finished](results/claims.md) "
+            "first run. No three seeds are finished yet, so there is no verdict. [What is finished](results/claims.md) "
             "are learning rates and single runs. Until then there are [what screenings predict](screening.md), "
             "[the mask of a screening with ten seeds](results/screening_paired.md), and [the earlier table]"
             "(results/paper_table.md) of all methods with three seeds.\n"
