@@ -108,7 +108,8 @@ def render_summary(content: Content) -> str:
             f"`{COMMAND}`\n\n"
             "The claims of the paper are being tested again, by [a design](results/design.md) that is older than the "
             "first run. No three seeds are finished yet, so no verdict is shown. [What is finished]"
-            "(results/claims.md) are learning rates and single runs. Until then there are [what screenings predict](screening.md), "
+            "(results/claims.md) are learning rates and single runs. Until then there are [what screenings predict]"
+            "(screening.md), "
             "[the mask of a screening with ten seeds](results/screening_paired.md), and [the earlier table]"
             "(results/paper_table.md) of all methods with three seeds.\n"
         )
