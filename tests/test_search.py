@@ -673,7 +673,7 @@ def test_a_trial_that_fails_in_all_its_processes_is_recorded_and_the_search_goes
 
 
 def test_a_trial_that_fails_in_one_process_alone_is_recorded_and_nothing_hangs(tmp_path):
-    code, study = search_in_two_processes(tmp_path, {1}, patience=30)
+    code, study = search_in_two_processes(tmp_path, {1}, patience=10)
     assert code != 0
     assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL"]
     assert study.trials[1].user_attrs["failure"] == "MemoryError: no memory left"
