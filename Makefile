@@ -4,27 +4,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
-# Empty is as good as unset: Python keeps what it compiles of a module at its first import. Most of what is installed is
-# never imported, and compiling all of it at once takes a minute.
-export PYTHONDONTWRITEBYTECODE :=
 
 # The stamps are rebuilt when what they install from has changed.
-INSTALL := $(BIN)/pip install -q --no-compile -c constraints.txt
-
-$(BIN)/python:
-	$(PYTHON) -m venv .venv
-
-.venv/core: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -e .
+.venv/core: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e .
 	touch $@
 
-.venv/dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -e '.[test,quality]'
-	$(INSTALL) --no-deps torchxrayvision  # for the reports in it, which need no torchvision
-	touch .venv/core $@
+.venv/dev: .venv/core
+	$(BIN)/pip install -q -c constraints.txt -e '.[test,quality]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps torchxrayvision  # for the reports in it, which need no torchvision
+	touch $@
 
 .venv/docs: .venv/core
-	$(INSTALL) -e '.[docs]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
 	touch $@
 
 quickstart: .venv/core  ## search, fine-tune, measure and save an adapter, on the demo that ships in the package
