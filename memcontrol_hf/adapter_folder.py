@@ -70,11 +70,16 @@ def adapter_parts(folder: Path) -> tuple[str, ...]:
     return tuple(p for p in PARTS if all((folder / p / name).is_file() for name in (ADAPTER, CONFIG)))
 
 
-def adapter_digests(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file of an adapter or a pipeline, and of the plot: what a report is bound to."""
+def bound_files(folder: Path) -> list[str]:
+    """The files of an adapter or a pipeline, and the plot: what a report is bound to."""
     names = [_within(part, name) for part in PARTS for name in (ADAPTER, CONFIG)]
     names += [*pipeline_files(folder), LORA, PLOT]
-    return {name: file_digest(folder / name) for name in names if (folder / name).is_file()}
+    return [name for name in names if (folder / name).is_file()]
+
+
+def adapter_digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each of the [`bound_files`]."""
+    return {name: file_digest(folder / name) for name in bound_files(folder)}
 
 
 def file_digest(file: Path) -> str:

@@ -138,11 +138,11 @@ def nearest_euclidean(
             one owner are not compared; with `range(N)` no row is compared with itself.
     """
     chunk = max(1, 2**24 // len(references))
+    numbers = torch.tensor(owners, device=queries.device)
     distances, indices = [], []
     for start in range(0, len(queries), chunk):
         block = torch.cdist(queries[start : start + chunk], references)
         if len(owners):
-            numbers = torch.tensor(owners, device=block.device)
             block.masked_fill_(numbers[start : start + chunk, None] == numbers, math.inf)
         nearest = block.min(1)
         distances.append(nearest.values)

@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ..adapter_folder import PLOT, REPORT, adapter_digests, changed_files
+from ..adapter_folder import PLOT, REPORT, bound_files, changed_files
 from .attack_table import attack_rows
 from .cross_references import CROSS_REFERENCES
 from .dossier_facts import NOT_STATED, Facts
@@ -82,7 +82,7 @@ class Dossier:
             raise ValueError(
                 f"the report in {str(folder)!r} has no audit, so there is nothing to say: audit the model"
             )
-        files = adapter_digests(folder).keys() - {PLOT}
+        files = {*bound_files(folder)} - {PLOT}
         agree = not changed_files(folder, report.weights) if files and report.weights else None
         return cls(folder.resolve().name, report, facts, agree, today or datetime.date.today())
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from common.intervals import Interval
 from common.pages import table
 from common.plots import legend_above, plot_panels
 from paper_table.data_sets import DATA
@@ -75,7 +76,7 @@ def groups(content: Content) -> dict[str, str]:
 
 def change(test: Mapping[str, Any], digits: int = 3) -> str:
     """A mean difference with its interval."""
-    return f"{test['mean']:+.{digits}f} ({test['low']:+.{digits}f} to {test['high']:+.{digits}f})"
+    return Interval(*(test[name] for name in Interval._fields)).cell(digits)
 
 
 def p_value(p: float) -> str:
