@@ -76,7 +76,7 @@ def groups(content: Content) -> dict[str, str]:
 
 def change(test: Mapping[str, Any], digits: int = 3) -> str:
     """A mean difference with its interval."""
-    return Interval(*(test[name] for name in Interval._fields)).cell(digits)
+    return Interval.of(test).cell(digits)
 
 
 def p_value(p: float) -> str:

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import bootstrap, ttest_1samp
@@ -17,6 +17,11 @@ class Interval(NamedTuple):
     low: float
     high: float
     seeds: int
+
+    @classmethod
+    def of(cls, test: Mapping[str, Any]) -> "Interval":
+        """The interval of a test that was stored with the names of these fields."""
+        return cls(*(test[name] for name in cls._fields))
 
     @property
     def half(self) -> float:

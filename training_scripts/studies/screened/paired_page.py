@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from common.intervals import t_interval
+from common.intervals import Interval, t_interval
 from common.pages import table
 from common.plots import legend_above, plot_panels
 
@@ -94,9 +94,8 @@ def _differences(content: dict[str, Any]) -> list[list[str]]:
     rows = []
     for row in content["verdicts"]:
         digits = 3 if row["figure"] == "fid" else 4
-        mean, low, high = (f"{row[end]:+.{digits}f}" for end in ("mean", "low", "high"))
         verdict = "no difference is shown" if row["p_holm"] >= 0.05 else "lower" if row["mean"] < 0 else "higher"
-        cells = [str(row["seeds"]), f"{mean} ({low} to {high})", f"{row['p_holm']:.2g}", verdict]
+        cells = [str(row["seeds"]), Interval.of(row).cell(digits), f"{row['p_holm']:.2g}", verdict]
         rows.append([KINDS[row["other"]][0], TITLES[row["figure"]], *cells])
     return rows
 
