@@ -1,8 +1,16 @@
 """A mask over blocks, `{block name: bool}`, as it is shown to people."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
+# UNets: each attention site (16 in Stable Diffusion 1.5). Transformers (DiT): each block. CLIP and T5: each layer.
+BLOCK = re.compile(
+    r"^(?:.+\.)?attentions\.\d+$|^(?:single_)?transformer_blocks\.\d+$"
+    r"|^text_encoder\w*\.(?:text_model\.)?encoder\.(?:layers|block)\.\d+$"
+)
+"""Name of a block."""
+SITE = re.compile(r"\.(?:attn\d*|ff(?:_context)?|self_attn|mlp|layer\.\d+)$")
+"""How the name of a site inside of a block ends."""
 # Blocks, and what a finer granularity names inside of them, are together in a part.
 _PART = re.compile(r"(.+?)\.attentions\.\d+|(text_encoder.*?\.(?:layers|block)|.*?transformer_blocks)\.\d+(?=\.|$)")
 
@@ -33,3 +41,25 @@ def part_of(block: str) -> str:
 def selected_blocks(mask: Mapping[str, bool]) -> list[str]:
     """Names of the blocks that a mask has on."""
     return [name for name, on in mask.items() if on]
+
+
+def granularity_of_names(names: Collection[str]) -> str | None:
+    """The granularity of a mask, by the names in it.
+
+    Args:
+        names (list of `str`): Names of a mask, as [`SearchSpace.from_model`] gives them.
+
+    Returns:
+        `str`: `"block"`, `"site"` or `"module"`; `None` for other names, which are regular expressions.
+    """
+
+    def size(name: str) -> str | None:
+        if BLOCK.search(name):
+            return "block"
+        parts = name.split(".")
+        if not any(BLOCK.search(".".join(parts[:count])) for count in range(1, len(parts))):
+            return None
+        return "site" if SITE.search(name) else "module"
+
+    sizes = {size(name) for name in names}
+    return None if None in sizes else next((size for size in ("module", "site", "block") if size in sizes), None)

@@ -14,18 +14,13 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
+from .masks import BLOCK, SITE, granularity_of_names
 from .tuners import METHODS, MemControlConfig, tunable_modules
 
 if TYPE_CHECKING:
     import optuna
 
-# UNets: each attention site (16 in Stable Diffusion 1.5). Transformers (DiT): each block. CLIP and T5: each layer.
-_BLOCK = re.compile(
-    r"^(?:.+\.)?attentions\.\d+$|^(?:single_)?transformer_blocks\.\d+$"
-    r"|^text_encoder\w*\.(?:text_model\.)?encoder\.(?:layers|block)\.\d+$"
-)
 _LINEAR_MAPS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_SITE = re.compile(r"\.(?:attn\d*|ff(?:_context)?|self_attn|mlp|layer\.\d+)$")
 
 
 @dataclass(frozen=True)
@@ -76,7 +71,7 @@ class SearchSpace:
         for name, module in (*denoiser.named_children(), *(text_encoders or {}).items()):
             model.add_module(name, module)
         modules = [name for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
-        names = sorted((name for name, _ in model.named_modules() if _BLOCK.search(name)), key=_stage)
+        names = sorted((name for name, _ in model.named_modules() if BLOCK.search(name)), key=_stage)
         for part in {*penultimate} & {*(text_encoders or ())}:
             unread = [name for name in names if name.startswith(f"{part}.")][-1]
             names.remove(unread)
@@ -88,7 +83,7 @@ class SearchSpace:
                     "expressions over its module names"
                 )
             if granularity == "site":
-                sites = [name for name, _ in model.named_modules() if _SITE.search(name)]
+                sites = [name for name, _ in model.named_modules() if SITE.search(name)]
                 inside = {block: [s for s in sites if s.startswith(block + ".")] for block in names}
                 names = [name for block in names for name in inside[block] or [block]]
             elif granularity == "module":
@@ -144,10 +139,13 @@ class SearchSpace:
         unknown = sorted(set(mask) - set(self.blocks))
         if unknown:
             text = any(name.startswith("text_encoder") for name in unknown) and not self.text_encoders
+            granularity = granularity_of_names(mask)
+            other = granularity not in (None, granularity_of_names(self.blocks))
             raise ValueError(
                 f"the mask names {len(unknown)} block(s) that the model lacks: {', '.join(unknown)}; "
                 f"it has: {', '.join(self.blocks)}"
                 + (" (those of text encoders are there with --text_encoder_blocks)" if text else "")
+                + (f" (by its names, it is a mask of --granularity {granularity})" if other else "")
             )
         wrong = {name: value for name, value in mask.items() if value not in (False, True)}
         if wrong:

@@ -630,7 +630,8 @@ def test_exit_codes(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--generated", "x", "--adapter", "a"], "--adapter needs the --pipeline"),
+        (["--generated", "x", "--adapter", "a", "--clip_model", "c"], "or leave out --adapter, --clip_model"),
+        (["--generated", "x", "--num_prompts", "100", "--inference_steps", "9"], "leave out --inference_steps"),
         (["--pipeline", "demo", "--adapter", "a", "--base_pipeline", "b"], "--base_pipeline is for a whole"),
         (["--generated", "x", "--gate", "nowhere.yaml"], "cannot read the gate 'nowhere.yaml'"),
         (["--pipeline", "demo"], "has no column 'text'"),

@@ -334,6 +334,10 @@ def test_a_mask_alone_is_shared_without_weights(hub, folder):
     assert not re.search(r"\{\{|None|\n\n\n", card.text) and "| frozen base |" in card.text
     command = MaskCard({**content, "method": "oft"}, "owner/mask").render()
     assert "--method" not in command and "--peft_config YOUR_PEFT_CONFIG" in command
+    assert "--granularity" not in command
+    for name, flag in (("mid_block.attentions.0.proj_in", "module"), ("--push_to_hub", "YOUR_EXPRESSIONS")):
+        command = MaskCard({**content, "mask": {name: True}}, "owner/mask").render()
+        assert f"--granularity {flag} -" in command
 
 
 def test_the_trainer_pushes_what_it_trained(hub, tmp_path):

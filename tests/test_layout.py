@@ -54,6 +54,7 @@ ROOMS = [
     "from_flags",
     "train",
     "screen",
+    "audit_command",
     "cli",
 ]
 """Every room, each after all that it may import. Only the lazy `memcontrol_hf/__init__.py` stands outside."""

@@ -278,7 +278,8 @@ def test_a_block_map_has_a_row_for_each_part_of_the_model():
 
 
 def test_a_folder_without_anything_to_say_is_refused(tmp_path, capsys):
-    assert cli.main(["card", str(tmp_path)]) == 2
+    for arguments in ([], ["--gate", "default"]):
+        assert cli.main(["card", str(tmp_path), *arguments]) == 2
     assert "holds no memorization_report.json and no mask.json" in capsys.readouterr().err
 
 

@@ -9,6 +9,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from memcontrol_hf import MemControlConfig, SearchSpace
 from memcontrol_hf.flags import ScriptArguments
 from memcontrol_hf.from_flags import granularity_of
+from memcontrol_hf.masks import granularity_of_names
 
 SITES = [
     "down_blocks.0.attentions.0",
@@ -144,6 +145,21 @@ def test_the_all_off_mask_selects_nothing(unet):
 def test_unknown_blocks_of_a_mask_are_listed(unet):
     with pytest.raises(ValueError, match=r"names 2 block.*lacks: a, b; it has: down_blocks"):
         SearchSpace.from_model(unet).apply(MemControlConfig(), {"a": True, "b": False, SITES[0]: True})
+
+
+@pytest.mark.parametrize("granularity", ["block", "site", "module", ["to_q$", "to_k$"]])
+def test_the_names_of_a_mask_tell_its_granularity(unet, granularity):
+    text_encoder = CLIPTextModel(CLIPTextConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
+                                                num_attention_heads=2))  # fmt: skip
+    for encoders in ({}, {"text_encoder": text_encoder}):
+        space = SearchSpace.from_model(unet, granularity, encoders)
+        assert granularity_of_names(space.blocks) == (granularity if isinstance(granularity, str) else None)
+
+
+def test_a_mask_of_another_granularity_is_known_by_its_names(unet):
+    sites = SearchSpace.from_model(unet, "site").mask(True)
+    with pytest.raises(ValueError, match=r"\(by its names, it is a mask of --granularity site\)$"):
+        SearchSpace.from_model(unet).check(sites)
 
 
 def test_a_mask_holds_booleans(unet):

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from ..adapter_folder import MASK
-from ..masks import block_map, selected_blocks
+from ..masks import block_map, granularity_of_names, selected_blocks
 from ..whole_files import read_json
 from .card_metadata import as_yaml, base_metadata, last_part, readable_base
 from .escaping import render_template
@@ -50,6 +50,8 @@ class MaskCard:
         if method:
             known = method in (*OUR_METHODS, "lora")
             command += ["--method", method] if known else ["--peft_config", "YOUR_PEFT_CONFIG"]
+        granularity = granularity_of_names(mask)
+        command += ["--granularity", granularity or "YOUR_EXPRESSIONS"] if granularity != "block" else []
         command += ["--text_encoder_blocks"] if tunes_text else []
         command += ["--pretrained_model_name_or_path", base] if base and base != "demo" else []
         command += ["--train_data_dir", "my_images", "--encoder", "YOUR_ENCODER"]
