@@ -4,20 +4,26 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
+INSTALL = $(BIN)/pip install -q --no-compile -c constraints.txt
+# pip would compile on one core, and also the tests that other packages bring
+COMPILE = $(BIN)/python -m compileall -qq -j 0 -x '/tests?/' .venv/lib || true
 
 # The stamps are rebuilt when what they install from has changed.
 .venv/core: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt -e .
+	$(INSTALL) -e .
+	$(COMPILE)
 	touch $@
 
 .venv/dev: .venv/core
-	$(BIN)/pip install -q -c constraints.txt -e '.[test,quality]'
-	$(BIN)/pip install -q -c constraints.txt --no-deps torchxrayvision  # for the reports in it, which need no torchvision
+	$(INSTALL) -e '.[test,quality]'
+	$(INSTALL) --no-deps torchxrayvision  # for the reports in it, which need no torchvision
+	$(COMPILE)
 	touch $@
 
 .venv/docs: .venv/core
-	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
+	$(INSTALL) -e '.[docs]'
+	$(COMPILE)
 	touch $@
 
 quickstart: .venv/core  ## search, fine-tune, measure and save an adapter, on the demo that ships in the package
