@@ -26,7 +26,7 @@ from claimed.judged import (
     value,
     verdict,
 )
-from claimed.page import plot, render_summary
+from claimed.page import pictures, plot, render, render_summary
 from claimed.results import finished, read_runs, restore, write_runs
 from claimed.rows import ALL, BASE, FOUND, OWN_RATE, RANDOMS, RATE_SEED, ROWS, SEEDS, SHARES, STEPS, WORST, piece_of
 from claimed.runs import SETTINGS, Study, mask_from, max_norm, train_along
@@ -256,16 +256,47 @@ def test_the_picture_has_a_row_of_panels_for_each_data_set(tmp_path):
     for sets in (["demo"], ["demo", "elpv"]):
         names = [f"{data}-attention" for data in sets]
         content = {"seeds": dict.fromkeys(names, 3), "curves": dict.fromkeys(names, curves)}
-        plot(content, tmp_path / "claims.png")
+        plot(content, names, tmp_path / "claims.png")
         heights.append(Image.open(tmp_path / "claims.png").height)
     assert heights[1] > 1.8 * heights[0]
-    plot({"seeds": {"demo-attention": 2}, "curves": dict.fromkeys(names, curves)}, tmp_path / "none.png")
-    assert not (tmp_path / "none.png").exists()
 
 
-def test_the_page_of_one_screen_is_rendered_from_the_committed_figures():
-    page = (DOCS / "results.md").read_text(encoding="utf-8")
-    assert page == render_summary(read_results(DOCS / "results" / "claims.json"))
+def test_each_method_has_a_picture_of_the_data_sets_that_are_shown():
+    seeds = {"demo-attention": 10, "elpv-attention": 3, "demo-svdiff": 4, "elpv-svdiff": 2, "demo-lora": 2}
+    assert pictures({"seeds": seeds}) == {
+        "claims.png": ["demo-attention", "elpv-attention"],
+        "claims_svdiff.png": ["demo-svdiff"],
+    }
+
+
+def test_the_page_counts_over_all_that_is_shown():
+    committed = read_results(DOCS / "results" / "claims.json")
+    one, names = (
+        "demo-attention",
+        [f"{data}-{method}" for data in ("demo", "elpv") for method in ("attention", "lora")],
+    )
+    rates = {
+        f"rates/{name}/{row}-{RATE_SEED}": {"learning_rate": 0.1} for name in names[1:] for row in (ALL, OWN_RATE)
+    }
+    content = {
+        "seeds": dict.fromkeys(names, 10),
+        "verdicts": dict.fromkeys(names, committed["verdicts"][one]),
+        "curves": dict.fromkeys(names, committed["curves"][one]),
+        "pieces": rates,
+    }
+    page = render_summary(content)
+    assert "memorize less, in 4 of 4 columns." in page and "less than all blocks of the method in 4." in page
+    assert "stopped early or not, in 0, than random masks of its size in 0," in page
+    assert "RWA leaks less than the mask in 4, and random words on top of the mask help in 4." in page
+    assert page.count("2.8 times (") == 4 and page.count("25 of 50 (") == 4
+    assert "that of all blocks (solar cells, attention weights; emoji, LoRA; solar cells, LoRA)" in page
+
+
+def test_both_pages_are_rendered_from_the_committed_figures():
+    content = read_results(DOCS / "results" / "claims.json")
+    for page, rendered in (("results.md", render_summary(content)), ("results/claims.md", render(content))):
+        assert (DOCS / page).read_text(encoding="utf-8") == rendered
+    assert all((DOCS / "results" / file).is_file() for file in pictures(content))
 
 
 # ---- real runs, with next to no steps ----

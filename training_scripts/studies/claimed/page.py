@@ -1,6 +1,6 @@
 """The pages of the claims: one screen for every reader, one page with all figures, and the picture."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -11,7 +11,7 @@ from common.pages import table
 from common.plots import legend_above, plot_panels
 from paper_table.data_sets import DATA
 
-from .judged import ATTACKS, CAPACITY, CLAIMS, LEVEL, LOSS, REFUTED
+from .judged import ATTACKS, CAPACITY, CLAIMS, CONFIRMED, LOSS, REFUTED
 from .rows import (
     ALL,
     BASE,
@@ -50,15 +50,11 @@ PICTURED = {
     "all+dp_sgd": ("all blocks with DP-SGD", "tab:purple", "^"),
     "found+rwa": ("found mask with RWA", "tab:cyan", "^"),
 }
-BESIDE = {
-    "The found mask beats all blocks, stopped early or not": "all blocks",
-    "The found mask beats random masks of its size": "random masks of its size",
-    "The found mask beats RWA in all blocks": "RWA (random words in the captions) in all blocks",
-}
-"""The claims that the page says in whole sentences, and what the found mask stands beside in each."""
+SHORT = {"demo": "emoji", "elpv": "solar cells"}
+"""Names of the data sets inside of a sentence."""
 
 Content = Mapping[str, Any]
-
+Row = Mapping[str, Any]
 
 SHOWN = 3
 """Number of finished seeds from which on a data set and a method are shown: intervals of two span the whole scale."""
@@ -89,7 +85,8 @@ def deciding(row: Mapping[str, Any]) -> str:
     weakest = min if row["verdict"] == REFUTED else max
     test = weakest(row["tests"], key=lambda test: test["p_holm"])
     name = "correlation with " + TITLES[test["figure"]] if row["kind"] == "correlation" else TITLES[test["figure"]]
-    return f"{name} {change(test)}, p {p_value(test['p_holm'])}"
+    interval = Interval.of(test)
+    return f"{name} {interval.mean:+.3f} ± {interval.half:.3f}, p {p_value(test['p_holm'])}"
 
 
 def _preliminary(content: Content, name: str) -> str:
@@ -129,7 +126,7 @@ def render_summary(content: Content) -> str:
         "is an attack by what the caption changes ([Zhai et al.](https://huggingface.co/papers/2405.14800)).",
         "",
     ]
-    by_claim: dict[str, dict[str, Mapping[str, Any]]] = {}
+    by_claim: dict[str, dict[str, Row]] = {}
     for name in shown:
         for row in content["verdicts"][name]:
             by_claim.setdefault(row["claim"], {})[name] = row
@@ -145,11 +142,11 @@ def render_summary(content: Content) -> str:
         "Two rows are compared at the same held-out loss, the lowest that both reach with a seed. A claim is "
         "*confirmed* when the membership AUC by the loss and CLiD, which no search and no screening sees, are both "
         "lower for the row that the claim favours, and *refuted* when one of them is higher. The cell shows the "
-        "weaker of the two tests, of a refuted claim the stronger, with its 95 % interval over seeds and its p-value "
-        "after Holm's correction. *No common quality*: one row never learns as much as the other has at its first "
-        "measurement, and the lowest losses are compared.",
+        "weaker of the two tests, of a refuted claim the stronger: the mean difference with half the width of its "
+        "95 % interval over seeds, and the p-value after Holm's correction, which decides. *No common quality*: one "
+        "row never learns as much as the other has at its first measurement, and the lowest losses are compared.",
         "",
-        *_meaning(content),
+        *_meaning(content, shown),
         "[All figures](results/claims.md), with intervals over images, at equal steps, the learning rates, and the "
         "authors' reward beside ours. [The earlier table](results/paper_table.md) of all methods with three seeds, "
         "fid, copies and extracted images was made before the search had screenings.",
@@ -157,72 +154,86 @@ def render_summary(content: Content) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _meaning(content: Content) -> list[str]:
-    """What the verdicts mean and what not, in whole sentences with figures from the results."""
-    lines = []
-    for name, title in _pictured(content).items():
-        rows = {row["claim"]: row for row in content["verdicts"][name]}
-        said = [_beside(rows[claim], others) for claim, others in BESIDE.items() if claim in rows]
-        said += [*_sizes(content["curves"][name]), *_own_rate(content["pieces"], name)]
-        lines.append(f"- {title}. {' '.join(said)}")
+def _meaning(content: Content, shown: Iterable[str]) -> list[str]:
+    """What the verdicts mean, what weakens them and what they do not mean, with figures from the results."""
+
+    def count(one: str, others: list[str], verdict: str = CONFIRMED) -> int:
+        return sum(row["verdict"] == verdict for row in _compared(content, shown, one, others).values())
+
+    rows = [row for name in shown for row in content["verdicts"][name]]
+    capacity = sum(row["claim"] == CAPACITY and row["verdict"] == CONFIRMED for row in rows)
+    columns = len([*shown])
     return [
-        *lines,
-        "- What it does not mean: nothing here is a guarantee, the attacks are those that are known, and one small "
+        f"- What it means. After the same steps, fewer parameters memorize less, in {capacity} of {columns} "
+        f"{'column' if columns == 1 else 'columns'}. The rest is at the same held-out loss, where learning less is no "
+        f"advantage. A full fine-tune leaks less than all blocks of the method in {count(ALL, [FULL], REFUTED)}. The "
+        f"mask of a screening leaks less than all blocks, stopped early or not, in {count(FOUND, [ALL])}, than random "
+        f"masks of its size in {count(FOUND, [*RANDOMS])}, and than RWA (random words in the captions) in all blocks "
+        f"in {count(FOUND, ['all+rwa'])}. RWA leaks less than the mask in {count(FOUND, ['all+rwa'], REFUTED)}, and "
+        f"random words on top of the mask help in {count('found+rwa', [FOUND])}. Columns are counted where this is "
+        "shown; *undecided* says that the seeds do not tell, not that there is no difference.",
+        f"- What weakens it. {' '.join(_weaker(content, shown))}",
+        "- What it does not mean. Nothing here is a guarantee, the attacks are those that are known, and one small "
         "base and two sets of images do not speak for Stable Diffusion or for radiographs.",
         "",
     ]
 
 
-def _sizes(curves: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """How large the other set's mask is beside the random masks that it is compared with, as a sentence."""
-    sizes = [curves[row]["parameters"] for row in RANDOMS if row in curves]
-    if TRANSFERRED not in curves or not sizes:
-        return []
-    times = curves[TRANSFERRED]["parameters"] / fmean(sizes)
-    return [
-        f"The mask found on the other set has {times:.1f} times the parameters of the random masks, which have the "
-        "size of the own mask: what carries over can be how many blocks are trained, and not which."
+def _compared(content: Content, shown: Iterable[str], one: str, others: list[str]) -> dict[str, Row]:
+    """The judged comparison of two rows in each data set and method where it was made."""
+    return {
+        name: row
+        for name in shown
+        for row in content["verdicts"][name]
+        if (row.get("one"), row.get("others")) == (one, others)
+    }
+
+
+def _weaker(content: Content, shown: Iterable[str]) -> Iterator[str]:
+    """What makes single lines of the table say less than they seem to, in sentences."""
+    left_out = [
+        f"{row['left_out']} of {row['pairs']} ({_short(name)})"
+        for name, row in _compared(content, shown, FOUND, [*RANDOMS]).items()
+        if row["left_out"]
     ]
-
-
-def _own_rate(pieces: Mapping[str, Any], name: str) -> list[str]:
-    """That the comparison at the mask's own rate is no other one, as a sentence, where the two rates are the same."""
-    rates = [pieces.get(f"rates/{name}/{row}-{RATE_SEED}", {}).get("learning_rate") for row in (ALL, OWN_RATE)]
-    if None in rates or rates[0] != rates[1]:
-        return []
-    return [
-        "The rate that was chosen for the found mask is that of all blocks: the last line has the runs of the third, "
-        "corrected in the smaller family, and is no further evidence."
-    ]
-
-
-def _pictured(content: Content) -> dict[str, str]:
-    """The data sets of the first method, with their titles."""
-    return {name: title for name, title in groups(content).items() if name.endswith(next(iter(METHODS)))}
-
-
-def _beside(row: Mapping[str, Any], others: str) -> str:
-    """A sentence on how the mask of a screening stands beside other rows."""
-    tests = {test["figure"]: test for test in row["tests"]}
-    if LOSS in tests:
-        loss = tests[LOSS]
-        return (
-            f"Beside {others} there is no common quality; the lowest held-out loss of the screening's mask is "
-            f"{_lower(loss, 3)}."
+    if left_out:
+        yield f"Of the pairs of the mask with random ones, {_and(left_out)} have no common loss and are left out."
+    sizes = [f"{times:.1f} times ({_short(name)})" for name in shown if (times := _times(content, name))]
+    if sizes:
+        yield (
+            f"The mask found on the other set has {_and(sizes)} the parameters of the random masks beside it, which "
+            "have the size of the own mask: what carries over can be how many blocks are trained, and not which."
         )
-    aucs = [f"{TITLES[attack]} is {_lower(tests[attack])}" for attack in ATTACKS]
-    said = f"Beside {others}, at the same held-out loss, the {' and the '.join(aucs)} for the screening's mask"
-    if row["left_out"]:
-        said += f"; {row['left_out']} of {row['pairs']} pairs have no common loss and are left out"
-    return said + "."
+    same = [_short(name) for name in shown if _same_rate(content["pieces"], name)]
+    if same:
+        yield (
+            f"Where the rate that was chosen for the found mask is that of all blocks ({'; '.join(same)}), the line "
+            "with its own rate has the runs of the line on all blocks, corrected in a smaller family: no further "
+            "evidence."
+        )
+    yield "All seeds have the same images; intervals over images, too, are on the page with all figures."
 
 
-def _lower(test: Mapping[str, Any], digits: int = 2) -> str:
-    low, high = sorted((abs(test["low"]), abs(test["high"])))
-    if test["p_holm"] >= LEVEL:
-        return f"not shown to differ after correction ({change(test, digits)})"
-    size = f"{abs(test['mean']):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-    return f"{size} {'lower' if test['mean'] < 0 else 'higher'}"
+def _short(name: str) -> str:
+    data, method = name.split("-")
+    return f"{SHORT[data]}, {METHODS[method]}"
+
+
+def _and(parts: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+
+
+def _times(content: Content, name: str) -> float | None:
+    """How many times the parameters of the random masks the other set's mask has; `None` where one is missing."""
+    curves = content["curves"][name]
+    sizes = [curves[row]["parameters"] for row in RANDOMS if row in curves]
+    return curves[TRANSFERRED]["parameters"] / fmean(sizes) if TRANSFERRED in curves and sizes else None
+
+
+def _same_rate(pieces: Mapping[str, Any], name: str) -> bool:
+    """Whether the rate that was chosen for the found mask is that of all blocks."""
+    rates = [pieces.get(f"rates/{name}/{row}-{RATE_SEED}", {}).get("learning_rate") for row in (ALL, OWN_RATE)]
+    return None not in rates and rates[0] == rates[1]
 
 
 # ---- all figures ----
@@ -237,8 +248,14 @@ def render(content: Content) -> str:
         f"run. Each run has {STEPS[-1]} steps of batch size 32.",
         "",
     ]
+    files = {names[0]: file for file, names in pictures(content).items()}
     for name, title in groups(content).items():
         lines += [f"## {title}", "", f"{_preliminary(content, name).capitalize()}.", ""]
+        if name in files:
+            lines += [
+                f"![Membership AUC and CLiD against held-out loss, for each row of the method]({files[name]})",
+                "",
+            ]
         lines += _rows_table(content["curves"][name])
         lines += _verdict_table(content["verdicts"][name])
         lines += _equal_table(content["verdicts"][name])
@@ -347,14 +364,23 @@ def _rates_table(content: Content) -> list[str]:
 # ---- the picture ----
 
 
-def plot(content: Content, file: Path) -> None:
-    """Memorization against held-out loss along the training: a row of panels for each data set, of the first method.
+def pictures(content: Content) -> dict[str, list[str]]:
+    """The file of each picture, and the data sets with the method of it that it shows: a method each."""
+    shown = list(groups(content))
+    by_method = {method: [name for name in shown if name.endswith(f"-{method}")] for method in METHODS}
+    first = next(iter(METHODS))
+    return {
+        "claims.png" if method == first else f"claims_{method}.png": names
+        for method, names in by_method.items()
+        if names
+    }
+
+
+def plot(content: Content, names: Sequence[str], file: Path) -> None:
+    """Memorization against held-out loss along the training: a row of panels for each data set with its method.
 
     The axes are those of the means; the intervals of few seeds reach beyond them.
     """
-    names = list(_pictured(content))
-    if not names:
-        return
     figure, panels = plot_panels((5.2 * len(ATTACKS), 4.6 * len(names) + 0.8), len(ATTACKS), len(names))
     for axes, (name, attack) in zip(panels, product(names, ATTACKS)):
         curves, corners = content["curves"][name], []

@@ -12,7 +12,7 @@ from common.pieces import Pieces
 from paper_table.data_sets import DATA
 
 from .judged import judge, mean_points, parameters_of, seeds_of
-from .page import COMMAND, plot, render, render_summary
+from .page import COMMAND, pictures, plot, render, render_summary
 from .rows import METHODS, ROWS, SEEDS
 from .runs import SETTINGS
 
@@ -86,4 +86,5 @@ def collect(pieces: Pieces, docs: Path) -> None:
     write_runs(runs, docs / "claims.parquet")
     publish_results(docs / "claims.json", content, render)
     (docs.parent / "results.md").write_text(render_summary(content), encoding="utf-8")
-    plot(content, docs / "claims.png")
+    for file, names in pictures(content).items():
+        plot(content, names, docs / file)
