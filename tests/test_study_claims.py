@@ -23,6 +23,7 @@ from claimed.judged import (
     judge,
     matched,
     place,
+    reward,
     value,
     verdict,
 )
@@ -205,6 +206,20 @@ def test_claims_are_judged_at_matched_quality_and_corrected_within_their_family(
     assert randoms["pairs"] == 20 and randoms["tests"][0]["seeds"] == 4
     assert [test["figure"] for test in found["equal"]] == ["loss", "auc_loss", "auc_clid"]
     assert {row["verdict"] for row in judged.values()} > {CONFIRMED, UNDECIDED}
+
+
+def test_the_reward_is_ranked_beside_what_was_learned_and_what_was_memorized():
+    runs = made_up(3)
+    for number, row in enumerate(ROWS):
+        for seed in range(3):
+            for point in runs[piece_of("runs", "demo", "attention", row, seed)]["points"].values():
+                point |= {"max_norm": number, "loss": 0.1 * number, "auc_loss": -number, "auc_clid": (-1) ** number}
+    found = reward(runs, "demo", "attention", range(3))
+    assert (found["loss"].mean, found["auc_loss"].mean, found["loss"].seeds) == pytest.approx((1, -1, 3))
+    assert abs(found["auc_clid"].mean) < 0.2
+    del runs[piece_of("runs", "demo", "attention", WORST, 1)]
+    assert reward(runs, "demo", "attention", range(3))["loss"].seeds == 2
+    assert reward(runs, "demo", "attention", range(2)) == {}
 
 
 def test_one_seed_decides_nothing():

@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 
 from common.intervals import Interval, holm, t_interval, t_test
 
-from .rows import ALL, BASE, EQUAL, FOUND, FULL, OWN_RATE, RANDOMS, SHARES, TRANSFERRED, WORST, piece_of
+from .rows import ALL, BASE, EQUAL, FOUND, FULL, OWN_RATE, RANDOMS, ROWS, SHARES, TRANSFERRED, WORST, piece_of
 
 ATTACKS = ("auc_loss", "auc_clid")
 LOSS = "loss"
@@ -226,18 +226,37 @@ def seeds_of(runs: Runs, data: str, method: str, rows: Iterable[str], seeds: Ite
     return [seed for seed in seeds if all(piece_of("runs", data, method, row, seed) in runs for row in rows)]
 
 
+def rank_correlations(
+    runs: Runs, data: str, method: str, seeds: Iterable[int], rows: Sequence[str], by: str, figures: Sequence[str]
+) -> dict[str, list[float]]:
+    """Spearman's rank correlation of `by` with each figure over rows after `EQUAL` steps, in each finished seed.
+
+    Args:
+        by: `parameters`, or a figure.
+    """
+    found: dict[str, list[float]] = {figure: [] for figure in figures}
+    for seed in seeds_of(runs, data, method, rows, seeds):
+        of_seed = [runs[piece_of("runs", data, method, row, seed)] for row in rows]
+        points = [{**run, **(steps_of(run).get(EQUAL) or steps_of(run)[0])} for run in of_seed]
+        for figure in figures:
+            correlation = spearmanr([point[by] for point in points], [point[figure] for point in points])
+            found[figure].append(float(correlation.statistic))
+    return found
+
+
 def capacity(runs: Runs, data: str, method: str, seeds: Iterable[int]) -> dict[str, Any]:
     """The rank correlation of parameters with memorization after `EQUAL` steps, in each seed, as a comparison."""
     rows = (BASE, *RANDOMS, *SHARES, ALL, FULL)
-    found: dict[str, list[float]] = {figure: [] for figure in ATTACKS}
-    for seed in seeds_of(runs, data, method, rows, seeds):
-        of_seed = [runs[piece_of("runs", data, method, row, seed)] for row in rows]
-        points = [steps_of(run).get(EQUAL) or steps_of(run)[0] for run in of_seed]
-        for figure in ATTACKS:
-            correlation = spearmanr([run["parameters"] for run in of_seed], [point[figure] for point in points])
-            found[figure].append(float(correlation.statistic))
+    found = rank_correlations(runs, data, method, seeds, rows, "parameters", ATTACKS)
     tests = [test for figure in ATTACKS if (test := test_of(figure, found[figure]))]
     return {"claim": CAPACITY, "kind": "correlation", "left_out": 0, "tests": tests}
+
+
+def reward(runs: Runs, data: str, method: str, seeds: Iterable[int]) -> dict[str, Interval]:
+    """The rank correlations of the authors' reward with quality and memorization over all rows: means over seeds."""
+    rows = [row for row in ROWS if row != OWN_RATE]  # which can have the runs of the found mask
+    found = rank_correlations(runs, data, method, seeds, rows, "max_norm", (LOSS, *ATTACKS))
+    return {figure: interval for figure, values in found.items() if (interval := t_interval(values))}
 
 
 def compare(runs: Runs, images: Images, data: str, method: str, asked: Comparison, seeds: Iterable[int]) -> dict:

@@ -259,6 +259,7 @@ def render(content: Content) -> str:
         lines += _rows_table(content["curves"][name])
         lines += _verdict_table(content["verdicts"][name])
         lines += _equal_table(content["verdicts"][name])
+    lines += ["## The authors' reward", "", *_reward_table(content)]
     lines += ["## Learning rates", "", *_rates_table(content)]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -287,7 +288,7 @@ def _rows_table(curves: Mapping[str, Mapping[str, Any]]) -> list[str]:
     head = ["row", "seeds", "parameters", *TITLES.values(), "lowest loss, at step"]
     return [
         f"After {EQUAL} steps, means over seeds with the half widths of their 95 % t intervals. `max_norm` is the "
-        "authors' reward on the validation images; lower is taken for less memorized.",
+        "authors' reward on the validation images; the paper takes lower for less memorized.",
         "",
         *table(head, rows, numbers=True),
     ]
@@ -339,6 +340,23 @@ def _equal_table(verdicts: list[Mapping[str, Any]]) -> list[str]:
     ]
     head = ["claim", *(TITLES[figure] for figure in (LOSS, *ATTACKS))]
     return [f"At equal steps ({EQUAL}), the same differences, without a verdict:", "", *table(head, rows)]
+
+
+def _reward_table(content: Content) -> list[str]:
+    """How the authors' reward ranks the rows of a seed, beside how each figure ranks them."""
+    figures = (LOSS, *ATTACKS)
+    rows = [
+        [title, *(Interval(*content["rewards"][name][figure]).cell(2) for figure in figures)]
+        for name, title in groups(content).items()
+    ]
+    return [
+        f"Rank correlation of `max_norm` with other figures over all rows of a seed after {EQUAL} steps: the mean "
+        "over seeds with its 95 % t interval. The paper takes a low `max_norm` for little memorization, which would be "
+        "+1 in the columns of the attacks; +1 in the column of the held-out loss says that it ranks the rows by how much "
+        "they learned.",
+        "",
+        *table(["", *(TITLES[figure] for figure in figures)], rows),
+    ]
 
 
 def _rates_table(content: Content) -> list[str]:

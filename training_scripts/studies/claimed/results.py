@@ -11,7 +11,7 @@ from common.pages import publish_results, read_results
 from common.pieces import Pieces
 from paper_table.data_sets import DATA
 
-from .judged import judge, mean_points, parameters_of, seeds_of
+from .judged import judge, mean_points, parameters_of, reward, seeds_of
 from .page import COMMAND, pictures, plot, render, render_summary
 from .rows import METHODS, ROWS, SEEDS
 from .runs import SETTINGS
@@ -72,12 +72,14 @@ def collect(pieces: Pieces, docs: Path) -> None:
         "pieces": {name: piece for kind in KINDS for name, piece in finished(pieces, kind).items()},
         "seeds": {},
         "verdicts": {},
+        "rewards": {},
         "curves": {},
     }
     for data, method in itertools.product(DATA, METHODS):
         name = f"{data}-{method}"
         content["seeds"][name] = len(seeds_of(runs, data, method, ROWS, range(SEEDS)))
         content["verdicts"][name] = judge(runs, data, method, range(SEEDS))
+        content["rewards"][name] = reward(runs, data, method, range(SEEDS))
         content["curves"][name] = {
             row: {"parameters": parameters_of(runs, data, method, row, range(SEEDS)), "points": points}
             for row in ROWS
