@@ -351,9 +351,9 @@ def _reward_table(content: Content) -> list[str]:
     ]
     return [
         f"Rank correlation of `max_norm` with other figures over all rows of a seed after {EQUAL} steps: the mean "
-        "over seeds with its 95 % t interval. The paper takes a low `max_norm` for little memorization, which would be "
-        "+1 in the columns of the attacks; +1 in the column of the held-out loss says that it ranks the rows by how much "
-        "they learned.",
+        "over seeds with its 95 % t interval. The paper takes a low `max_norm` for little memorization, which would "
+        "be +1 in the columns of the attacks; +1 in the column of the held-out loss says that it ranks the rows by "
+        "how much they learned.",
         "",
         *table(["", *(TITLES[figure] for figure in figures)], rows),
     ]
