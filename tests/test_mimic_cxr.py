@@ -79,7 +79,8 @@ def mimic(tmp_path, radiograph):
 def test_images_and_reports_become_a_folder_that_is_split_by_patient(mimic, tmp_path, capsys):
     mimic_cxr.main(["--mimic_dir", str(mimic), "--output_dir", str(tmp_path / "out"), "--resolution", "64"])
     printed = capsys.readouterr()
-    assert "12 images of 6 patients; 0 left out" in printed.out
+    assert "12 images of 6 patients; 0 left out without a caption, 0 that cannot be read" in printed.out
+    assert (tmp_path / "out").stat().st_mode & 0o077 == 0
     assert "blank (___) in 6" in printed.err
     data = load_images(train_data_dir=str(tmp_path / "out"), group_column="subject_id")
     patients = [set(split["group"]) for split in data.values()]
@@ -115,10 +116,20 @@ def test_a_radiograph_is_shown_with_bright_bones_on_a_dark_ground(radiograph):
     assert np.corrcoef(shown.ravel(), dicom.pixel_array.ravel())[0, 1] < -0.9
 
 
-def test_an_image_without_a_report_is_left_out_and_counted(mimic, tmp_path, capsys):
-    (mimic / "files" / "p10" / "p10000030" / "s504142610.txt").unlink()
+def test_what_has_no_caption_or_cannot_be_read_is_left_out_and_counted(mimic, tmp_path, capsys):
+    patients = mimic / "files" / "p10"
+    (patients / "p10000030" / "s504142610.txt").unlink()
+    (patients / "p10000031" / "s504142611.txt").write_text("No headings, in words that are no UTF-8: \xe9", "latin-1")
+    (patients / "p10000032" / "s504142612" / "21-a.jpg").write_bytes(b"no picture")
+    cut = patients / "p10000033" / "s504142613" / "31-a.jpg"
+    cut.write_bytes(cut.read_bytes()[:600])
+    other_format = patients / "p10000034" / "s504142614" / "41-a.dcm"
+    shutil.copy(patients / "p10000030" / "s504142610" / "00-a.dcm", other_format)
     mimic_cxr.main(["--mimic_dir", str(mimic), "--output_dir", str(tmp_path / "out"), "--resolution", "32"])
-    assert "11 images of 6 patients; 1 left out" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "8 images of 6 patients; 2 left out without a caption, 2 that cannot be read" in printed.out
+    assert "p1000" not in printed.err + printed.out
+    assert len((tmp_path / "out" / "metadata.jsonl").read_text().splitlines()) == 8
 
 
 def test_the_sections_are_chosen_in_order_or_joined():
@@ -127,6 +138,12 @@ def test_the_sections_are_chosen_in_order_or_joined():
     joined = "Clear lungs. No acute cardiopulmonary process."
     assert mimic_cxr.caption_of(report, ["findings+impression"]) == joined
     assert mimic_cxr.caption_of(report, ["history"]) is None
+
+
+def test_a_heading_that_stands_there_twice_has_both_texts():
+    report = " IMPRESSION: A small effusion.\n\n ADDENDUM: Compared.\n IMPRESSION: No change.\n FINDINGS:\n"
+    assert mimic_cxr.sections(report) == {"impression": "A small effusion. No change.", "addendum": "Compared."}
+    assert mimic_cxr.sections("") == mimic_cxr.sections("nothing but words") == {}
 
 
 def test_only_some_views_are_taken_where_their_table_is_there(mimic, tmp_path, capsys):

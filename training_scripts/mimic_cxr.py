@@ -29,14 +29,16 @@ METADATA = ("mimic-cxr-2.0.0-metadata.csv.gz", "mimic-cxr-2.0.0-metadata.csv")
 
 
 def sections(report: str) -> dict[str, str]:
-    """The sections of a report: heading in lower case -> text in one line. Empty sections are left out."""
+    """The sections of a report: heading in lower case -> text in one line. Empty sections are left out.
+
+    A heading that stands there twice, as above an addendum, has both texts.
+    """
     headings = list(_HEADING.finditer(report))
-    ends = [heading.start() for heading in headings[1:]] + [len(report)]
-    texts = {
-        heading[1].strip().lower(): " ".join(report[heading.end() : end].split())
-        for heading, end in zip(headings, ends, strict=True)
-    }
-    return {name: text for name, text in texts.items() if text}
+    ends = [*(heading.start() for heading in headings), len(report)][1:]
+    texts: dict[str, list[str]] = {}
+    for heading, end in zip(headings, ends):
+        texts.setdefault(heading[1].strip().lower(), []).extend(report[heading.end() : end].split())
+    return {name: " ".join(words) for name, words in texts.items() if words}
 
 
 def caption_of(report: str, wanted: Sequence[str]) -> str | None:
@@ -75,7 +77,7 @@ def small(image: Image.Image, resolution: int) -> Image.Image:
 
 
 def studies(mimic_dir: Path, views: Sequence[str]) -> Iterator[tuple[Path, re.Match]]:
-    """The images in a fixed order, with the match of each path.
+    """The images in a fixed order, with the match of each path; of an image in both formats the DICOM file.
 
     Args:
         mimic_dir: Folder that holds `files/`.
@@ -91,11 +93,11 @@ def studies(mimic_dir: Path, views: Sequence[str]) -> Iterator[tuple[Path, re.Ma
             raise ValueError(f"--views needs {METADATA[0]} in {mimic_dir}: it comes with MIMIC-CXR-JPG")
         metadata = pd.read_csv(table, usecols=["dicom_id", "ViewPosition"])
         wanted = set(metadata["dicom_id"][metadata["ViewPosition"].isin(views)])
-    found = False
+    found = set()
     for path in sorted((mimic_dir / "files").glob("p*/p*/s*/*")):
         match = _STUDY.match("/".join(path.parts[-3:]))
-        if match and (wanted is None or match["image"] in wanted):
-            found = True
+        if match and match["image"] not in found and (wanted is None or match["image"] in wanted):
+            found.add(match["image"])
             yield path, match
     if not found:
         raise ValueError(
@@ -104,35 +106,43 @@ def studies(mimic_dir: Path, views: Sequence[str]) -> Iterator[tuple[Path, re.Ma
         )
 
 
-def write(args: argparse.Namespace) -> tuple[list[dict[str, str]], int]:
+def write(args: argparse.Namespace) -> tuple[list[dict[str, str]], int, int]:
     """Write the images and `metadata.jsonl`.
 
     Returns:
-        The lines of `metadata.jsonl`, and the number of images without a report that has a wanted section.
+        The lines of `metadata.jsonl`, the number of images without a report that has a wanted section, and the number
+        of images that cannot be read. Which these are is not said: a path holds the ids of patient and study.
 
     Raises:
-        ValueError: No image has such a report.
+        ImportError: There are DICOM files and pydicom is missing.
+        ValueError: No image can be read and has such a report.
     """
-    lines, without = [], 0
+    lines, without, unreadable = [], 0, 0
     for path, study in studies(args.mimic_dir, args.views):
         subject = f"p{study['subject']}"
         report = (args.reports_dir or args.mimic_dir) / "files" / subject[:3] / subject / f"s{study['study']}.txt"
-        text = caption_of(report.read_text(encoding="utf-8"), args.sections) if report.is_file() else None
+        text = caption_of(report.read_text("utf-8", errors="replace"), args.sections) if report.is_file() else None
         if text is None:
             without += 1
             continue
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        small(read_image(path), args.resolution).save(args.output_dir / f"{study['image']}.png")
+        try:
+            image = small(read_image(path), args.resolution)
+        except (OSError, ValueError):
+            unreadable += 1
+            continue
+        args.output_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        image.save(args.output_dir / f"{study['image']}.png")
         line = {"file_name": f"{study['image']}.png", "text": text}
         lines.append(line | {"subject_id": study["subject"], "study_id": study["study"]})
     if not lines:
         raise ValueError(
-            f"none of {without} images has a report with one of the sections {', '.join(args.sections)}: "
-            "unpack mimic-cxr-reports.zip beside the images, or give --reports_dir, --sections"
+            f"no image is left: {without} have no report with one of the sections {', '.join(args.sections)} and "
+            f"{unreadable} cannot be read. Unpack mimic-cxr-reports.zip beside the images, or give --reports_dir, "
+            "--sections"
         )
     content = "\n".join(json.dumps(line) for line in lines) + "\n"
     (args.output_dir / "metadata.jsonl").write_text(content, encoding="utf-8")
-    return lines, without
+    return lines, without, unreadable
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -161,14 +171,17 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     try:
-        if args.output_dir.exists() and any(args.output_dir.iterdir()):
-            raise ValueError(f"{args.output_dir} is not empty: give another --output_dir, or remove it")
-        lines, without = write(args)
+        if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
+            raise ValueError(f"{args.output_dir} is no empty folder: give another --output_dir, or remove it")
+        lines, without, unreadable = write(args)
     except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     patients = Counter(line["subject_id"] for line in lines)
-    print(f"{args.output_dir}: {len(lines)} images of {len(patients)} patients; {without} left out without a caption")
+    print(
+        f"{args.output_dir}: {len(lines)} images of {len(patients)} patients; {without} left out without a caption, "
+        f"{unreadable} that cannot be read"
+    )
     if markers := caption_markers([line["text"] for line in lines]):
         found = ", ".join(f"{name} in {count}" for name, count in markers.items())
         print(
