@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -27,13 +28,15 @@ from claimed.judged import (
     value,
     verdict,
 )
-from claimed.page import pictures, plot, render, render_summary
+from claimed.page import deciding, pictures, plot, render, render_summary
 from claimed.results import finished, read_runs, restore, write_runs
 from claimed.rows import ALL, BASE, FOUND, OWN_RATE, RANDOMS, RATE_SEED, ROWS, SEEDS, SHARES, STEPS, WORST, piece_of
 from claimed.runs import SETTINGS, Study, mask_from, max_norm, train_along
+from common.intervals import t_interval
 from common.pages import read_results
 from common.pieces import Pieces
 from memcontrol_hf import metrics
+from memcontrol_hf.checkpoints import Diverged
 from memcontrol_hf.screening import Screening
 from paper_table.data_sets import images
 from screened.choice import masks_of_size, suggested_mask, worst_mask
@@ -140,7 +143,26 @@ def test_drawn_images_spread_around_the_auc_of_all_and_more_than_seeds_alone():
     standard_error = math.sqrt(expected * (1 - expected) / 60)  # about Hanley and McNeil's
     assert 0.5 * standard_error < aucs.std() < 1.5 * standard_error
     low, high = drawn.interval([{(piece, 80): 1.0} for piece in pieces], "auc_loss")  # seeds do not differ at all
-    assert low == pytest.approx(np.quantile(aucs, 0.025)) and high == pytest.approx(np.quantile(aucs, 0.975))
+    assert (low + high) / 2 == pytest.approx(expected) and (high - low) / 2 == pytest.approx(1.96 * aucs.std())
+
+
+def test_the_interval_over_seeds_and_images_covers_the_truth_and_is_never_narrower_than_that_over_seeds():
+    generator, inside, trials = np.random.default_rng(5), 0, 200
+    for _ in range(trials):
+        effects, seeds = (generator.normal(0, 1, 30), generator.normal(0, 1, 40)), 4
+        pieces = {}
+        for seed in range(seeds):
+            shift = 0.5 + generator.normal(0, 0.3)
+            point = scored(
+                effects[0] + shift + generator.normal(0, 0.3, 30), effects[1] + generator.normal(0, 0.3, 40)
+            )
+            pieces[f"runs/demo-x/{seed}"] = {"points": {"80": point}}
+        by_seed = [{(piece, 80): 1.0} for piece in pieces]
+        low, high = Images(pieces, draws=100).interval(by_seed, "auc_loss")
+        over_seeds = t_interval([run["points"]["80"]["auc_loss"] for run in pieces.values()])
+        assert high - low >= over_seeds.high - over_seeds.low
+        inside += low < NormalDist().cdf(0.5 / math.sqrt(2 * (1 + 0.3**2) + 0.3**2)) < high
+    assert inside >= 0.93 * trials
 
 
 def test_equal_runs_do_not_differ_whatever_images_are_drawn():
@@ -284,6 +306,16 @@ def test_each_method_has_a_picture_of_the_data_sets_that_are_shown():
     }
 
 
+def test_a_refuted_claim_is_shown_by_a_test_that_refutes_it():
+    test = {"low": 0, "high": 0, "seeds": 10}
+    mixed = [
+        {"figure": "auc_loss", "mean": -0.12, "p_holm": 1e-5, **test},
+        {"figure": "auc_clid", "mean": 0.05, "p_holm": 0.02, **test},
+    ]
+    assert deciding({"verdict": REFUTED, "kind": "matched", "tests": mixed}).startswith("CLiD +0.050")
+    assert deciding({"verdict": REFUTED, "kind": "correlation", "tests": mixed}).startswith("correlation with member")
+
+
 def test_the_page_counts_over_all_that_is_shown():
     committed = read_results(DOCS / "results" / "claims.json")
     one, names = (
@@ -330,6 +362,15 @@ def test_a_rate_is_judged_by_the_lowest_validation_loss_on_its_way(study):
     loss = study._lowest_validation_loss(trainer, trainer.search_space.mask(True), 1e-3)
     watched = train_along(trainer, lambda: trainer.evaluate_mid_training(["loss"])["eval_loss"])  # the same run again
     assert list(watched) == [1, 2] and loss == min(watched.values())
+
+
+def test_a_rate_at_which_the_training_diverges_is_the_worst(study, monkeypatch):
+    def diverge():
+        raise Diverged("a trained parameter", 1, 1.0)
+
+    trainer = study.trainer("demo", "lora", ())
+    monkeypatch.setattr(trainer, "train", diverge)
+    assert study._lowest_validation_loss(trainer, trainer.search_space.mask(True), 1.0) == math.inf
 
 
 @pytest.mark.parametrize(("lowest", "tried"), [(-6, 3), (-3, 6), (9, 8)], ids=["inside", "extended", "out of reach"])

@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA), help="data sets (default: both)")
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS), help="methods (default: all)")
-    parser.add_argument("--seed", type=int, nargs="+", default=list(range(SEEDS)), help="seeds (default: 0 to 9)")
+    seeds = range(SEEDS)  # no other seed is judged
+    parser.add_argument("--seed", type=int, nargs="+", choices=seeds, default=[*seeds], help="seeds (default: all)")
     add_piece_flags(parser, "claims")
     args = parser.parse_args(argv)
     pieces, failed = open_pieces(parser, args.output_dir, SETTINGS), []

@@ -79,6 +79,8 @@ def main() -> None:
         file = args.docs_dir / f"{name}.json"
         results = read_results(file)
         write_results(file, results, render(results))
+    results = read_results(args.docs_dir / "results" / "claims.json")
+    (args.docs_dir / "results.md").write_text(claimed.page.render_summary(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

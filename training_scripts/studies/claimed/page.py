@@ -11,7 +11,7 @@ from common.pages import table
 from common.plots import legend_above, plot_panels
 from paper_table.data_sets import DATA
 
-from .judged import ATTACKS, CAPACITY, CLAIMS, CONFIRMED, LOSS, REFUTED
+from .judged import ATTACKS, CAPACITY, CLAIMS, CONFIRMED, LEVEL, LOSS, REFUTED
 from .rows import (
     ALL,
     BASE,
@@ -80,10 +80,18 @@ def p_value(p: float) -> str:
     return f"{p:.2g}" if p >= 0.0001 else "< .0001"
 
 
-def deciding(row: Mapping[str, Any]) -> str:
-    """The figure that a verdict rests on: the weaker of the two tests, and the stronger one of a refuted claim."""
-    weakest = min if row["verdict"] == REFUTED else max
-    test = weakest(row["tests"], key=lambda test: test["p_holm"])
+def against(row: Row) -> list[Mapping[str, Any]]:
+    """The tests that show the opposite of a claim, which is more memorization, or a negative correlation."""
+    sign = -1 if row["kind"] == "correlation" else 1
+    return [test for test in row["tests"] if test["p_holm"] < LEVEL and sign * test["mean"] > 0]
+
+
+def deciding(row: Row) -> str:
+    """The figure that a verdict rests on: the weaker of the two tests, or the stronger of those against a claim."""
+    if row["verdict"] == REFUTED:
+        test = min(against(row), key=lambda test: test["p_holm"])
+    else:
+        test = max(row["tests"], key=lambda test: test["p_holm"])
     name = "correlation with " + TITLES[test["figure"]] if row["kind"] == "correlation" else TITLES[test["figure"]]
     interval = Interval.of(test)
     return f"{name} {interval.mean:+.3f} ± {interval.half:.3f}, p {p_value(test['p_holm'])}"
@@ -157,8 +165,12 @@ def render_summary(content: Content) -> str:
 def _meaning(content: Content, shown: Iterable[str]) -> list[str]:
     """What the verdicts mean, what weakens them and what they do not mean, with figures from the results."""
 
-    def count(one: str, others: list[str], verdict: str = CONFIRMED) -> int:
-        return sum(row["verdict"] == verdict for row in _compared(content, shown, one, others).values())
+    def less(one: str, others: list[str]) -> int:
+        return sum(row["verdict"] == CONFIRMED for row in _compared(content, shown, one, others).values())
+
+    def more(one: str, others: list[str]) -> int:
+        rows = _compared(content, shown, one, others).values()
+        return sum(len(against(row)) == len(ATTACKS) for row in rows)
 
     rows = [row for name in shown for row in content["verdicts"][name]]
     capacity = sum(row["claim"] == CAPACITY and row["verdict"] == CONFIRMED for row in rows)
@@ -166,12 +178,12 @@ def _meaning(content: Content, shown: Iterable[str]) -> list[str]:
     return [
         f"- What it means. After the same steps, fewer parameters memorize less, in {capacity} of {columns} "
         f"{'column' if columns == 1 else 'columns'}. The rest is at the same held-out loss, where learning less is no "
-        f"advantage. A full fine-tune leaks less than all blocks of the method in {count(ALL, [FULL], REFUTED)}. The "
-        f"mask of a screening leaks less than all blocks, stopped early or not, in {count(FOUND, [ALL])}, than random "
-        f"masks of its size in {count(FOUND, [*RANDOMS])}, and than RWA (random words in the captions) in all blocks "
-        f"in {count(FOUND, ['all+rwa'])}. RWA leaks less than the mask in {count(FOUND, ['all+rwa'], REFUTED)}, and "
-        f"random words on top of the mask help in {count('found+rwa', [FOUND])}. Columns are counted where this is "
-        "shown; *undecided* says that the seeds do not tell, not that there is no difference.",
+        f"advantage. A full fine-tune leaks less than all blocks of the method in {more(ALL, [FULL])}. The "
+        f"mask of a screening leaks less than all blocks, stopped early or not, in {less(FOUND, [ALL])}, than random "
+        f"masks of its size in {less(FOUND, [*RANDOMS])}, and than RWA (random words in the captions) in all blocks "
+        f"in {less(FOUND, ['all+rwa'])}. RWA leaks less than the mask in {more(FOUND, ['all+rwa'])}, and "
+        f"random words on top of the mask help in {less('found+rwa', [FOUND])}. Columns are counted where this is "
+        "shown by both attacks; *undecided* says that the seeds do not tell, not that there is no difference.",
         f"- What weakens it. {' '.join(_weaker(content, shown))}",
         "- What it does not mean. Nothing here is a guarantee, the attacks are those that are known, and one small "
         "base and two sets of images do not speak for Stable Diffusion or for radiographs.",
@@ -324,9 +336,9 @@ def _verdict_table(verdicts: list[Mapping[str, Any]]) -> list[str]:
     ]
     return [
         "At matched quality: the row that the claim favours minus the other. The tests are conditional on the images; "
-        "the wider intervals draw seeds and images. The first line has rank correlations instead of differences; "
-        "where there is no common quality, the difference is that of the lowest losses. The four comparisons at the "
-        "end are a family of their own.",
+        "the wider intervals add, by a bootstrap, what other images would change. The first line has rank "
+        "correlations instead of differences; where there is no common quality, the difference is that of the lowest "
+        "losses. The four comparisons at the end are a family of their own.",
         "",
         *table(head, rows),
     ]

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from common.pieces import Job, Pieces
 from common.trainers import demo_trainer
 from memcontrol_hf import MemControlTrainer, metrics
+from memcontrol_hf.checkpoints import Diverged
 from memcontrol_hf.data import EncodedImages
 from memcontrol_hf.flags import ScriptArguments
 from memcontrol_hf.from_flags import METHODS as SEARCHED_RATES
@@ -218,7 +219,10 @@ class Study:
     def _lowest_validation_loss(self, trainer: MemControlTrainer, mask: Mask, rate: float) -> float:
         trainer.args.seed = RATE_SEED
         trainer.apply_hyperparameters({"mask": mask, "learning_rate": rate})
-        losses = train_along(trainer, lambda: trainer.evaluate_mid_training(["loss"])["eval_loss"]).values()
+        try:
+            losses = train_along(trainer, lambda: trainer.evaluate_mid_training(["loss"])["eval_loss"]).values()
+        except Diverged:
+            return math.inf
         return min((loss for loss in losses if math.isfinite(loss)), default=math.inf)
 
     def rate(self, data: str, method: str, row: str) -> float:

@@ -3,6 +3,7 @@
 import argparse
 import fcntl
 import json
+import os
 import sys
 import time
 import traceback
@@ -69,12 +70,12 @@ class Pieces:
         return json.loads(self.file(piece).read_text(encoding="utf-8"))
 
     def write(self, piece: str, content: Mapping[str, Any]) -> None:
-        """Write a finished piece; an interruption leaves no half file."""
+        """Write a finished piece; neither an interruption nor another process leaves a half file."""
         file = self.file(piece)
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
+        part = file.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps(content), encoding="utf-8")
-        part.rename(file)
+        part.replace(file)
 
     def restore(self, contents: Mapping[str, Mapping[str, Any]]) -> None:
         """Write the pieces that are missing here, from the committed results of a study."""
