@@ -6,6 +6,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+
 from common.intervals import Interval
 from common.pages import table
 from common.plots import legend_above, plot_panels
@@ -427,9 +429,14 @@ def plot(content: Content, names: Sequence[str], file: Path) -> None:
                 label = title if number == 0 else None
                 axes.errorbar(x, y, *halves, color=color, marker=marker, elinewidth=0.6, label=label, **style)
         axes.set_title(groups(content)[name], fontsize=10)
-        for limits, values in zip((axes.set_xlim, axes.set_ylim), zip(*corners)):
-            margin = 0.05 * (max(values) - min(values))
-            limits(min(values) - margin, max(values) + margin)
+        losses, aucs = zip(*corners)
+        margin = 0.05 * (max(aucs) - min(aucs))
+        axes.set_ylim(min(aucs) - margin, max(aucs) + margin)
+        axes.set_xscale("log")  # the frozen base is far from all others
+        axes.set_xlim(0.97 * min(losses), 1.03 * max(losses))
+        axes.xaxis.set_major_locator(FixedLocator([0.08, 0.1, 0.12, 0.14, 0.16, 0.18, 0.2, 0.25, 0.3, 0.4, 0.5]))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("held-out loss (left: learned more)")
         axes.set_ylabel(f"{TITLES[attack]} (.5: guessing)")
     legend_above(figure, panels[0])
