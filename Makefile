@@ -51,4 +51,4 @@ docs: .venv/docs  ## the pages of docs/ and the docstrings as a site, in site/; 
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv outputs site build *.egg-info
+	rm -rf .venv site build *.egg-info  # not outputs: adapters, and the finished pieces of long studies

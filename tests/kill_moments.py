@@ -304,7 +304,7 @@ def main() -> None:
     """Run the matrix and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--moments", type=int, default=80, help="at least so many kills")
-    parser.add_argument("--output", type=Path, default=Path("docs/results/kill_moments.json"))
+    parser.add_argument("--output", type=Path, default=Path("outputs/kill_moments.json"))
     parser.add_argument("--disks", type=int, nargs="*", default=DISKS, help="sizes of full disks, kB; as root only")
     args = parser.parse_args()
     done = json.loads(args.output.read_text("utf-8"))["moments"] if args.output.exists() else []

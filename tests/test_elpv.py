@@ -35,7 +35,7 @@ def test_a_folder_that_is_there_already_is_not_mixed_with(folder, capsys):
     with pytest.raises(SystemExit) as stopped:
         elpv.main(["--output_dir", str(folder)])
     assert stopped.value.code == 2
-    assert "is not empty" in capsys.readouterr().err
+    assert "is no empty folder" in capsys.readouterr().err
 
 
 def test_the_eight_captions_fit_the_demos_vocabulary():

@@ -114,8 +114,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("data/elpv"), help="folder of the images")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the splits (default: 0)")
     args = parser.parse_args(argv)
-    if args.output_dir.exists() and any(args.output_dir.iterdir()):
-        print(f"error: {args.output_dir} is not empty: give another --output_dir, or remove it", file=sys.stderr)
+    if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
+        print(f"error: {args.output_dir} is no empty folder: give another --output_dir, or remove it", file=sys.stderr)
         raise SystemExit(2)
     try:
         data = elpv_dataset(args.seed)

@@ -48,11 +48,13 @@ from demo_base.emoji import load_data, to_tensor
 from demo_base.finished import measure_demo, save_demo
 from demo_base.image_encoder import train_encoder
 
+SETTINGS = ("seed", "encoder_steps", "vae_steps", "decoder_steps", "unet_steps")
+"""Flags that decide what the checkpoints are of."""
 DEMO_DIR = Path(__file__).parent.parent / "memcontrol_hf" / "demo"
 
 
 def parse_args() -> argparse.Namespace:
-    """The flags."""
+    """The flags; checkpoints of other settings are refused."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--npm_dir", type=Path, required=True, help="node_modules folder with the three packages")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo_base"), help="folder of the checkpoints")
@@ -67,13 +69,19 @@ def parse_args() -> argparse.Namespace:
         "--checkpointing_steps", type=int, default=200, help="steps between checkpoints (default: 200)"
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed of splits and training (default: 0)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    settings = {name: value for name, value in vars(args).items() if name in SETTINGS}
+    file = args.output_dir / "settings.json"
+    if file.exists() and (before := json.loads(file.read_text())) != settings:
+        parser.error(f"the checkpoints in {args.output_dir} are of {before}: give another --output_dir")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings))
+    return args
 
 
 def main() -> None:
     """Run the stages, then write and measure the demo."""
     args = parse_args()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     workers, threads = PartialState(cpu=True, timeout=timedelta(days=1)), torch.get_num_threads()
     parts = load_data(args.npm_dir, args.seed)
     libraries = ("torch", "diffusers", "transformers", "tokenizers", "datasets")
@@ -105,9 +113,11 @@ def main() -> None:
     )
     save_demo(pipe, encoder, parts, args.demo_dir)
     log["measured"] = measure_demo(args.demo_dir, parts)
+    log_file = args.demo_dir / "training_log.json"
     files = [path for path in args.demo_dir.rglob("*") if path.suffix in (".safetensors", ".json", ".parquet", ".png")]
+    files = [path for path in files if path != log_file]
     log["bytes"] = {path.relative_to(args.demo_dir).as_posix(): path.stat().st_size for path in sorted(files)}
-    (args.demo_dir / "training_log.json").write_text(json.dumps(log, indent=2) + "\n")
+    log_file.write_text(json.dumps(log, indent=2) + "\n")
     print(json.dumps(log["measured"], indent=2))
 
 

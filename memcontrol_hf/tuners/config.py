@@ -14,7 +14,7 @@ from peft import PeftConfig
 METHODS = ("svdiff", "difffit", "weights", "norm", "bias")
 
 
-class MemControlType(str, Enum):
+class MemControlType(str, Enum):  # noqa: UP042 (as PEFT declares its own)
     """The method's name. PEFT and transformers read `peft_type.value`, and PEFT's own `PeftType` is closed."""
 
     MEMCONTROL = "MEMCONTROL"

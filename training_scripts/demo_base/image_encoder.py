@@ -97,7 +97,9 @@ def train_encoder(images: torch.Tensor, args: argparse.Namespace, log: dict) -> 
         "final_loss": round(loss.item(), 4),
         "seconds": round(time.time() - start),
     }
-    torch.save({"model": encoder.state_dict(), "log": log["encoder"]}, checkpoint)
+    part = checkpoint.with_suffix(".tmp")
+    torch.save({"model": encoder.state_dict(), "log": log["encoder"]}, part)
+    part.replace(checkpoint)
     return encoder.eval()
 
 
