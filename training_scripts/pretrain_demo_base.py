@@ -47,6 +47,7 @@ from demo_base.denoiser import make_scheduler, train_unet
 from demo_base.emoji import load_data, to_tensor
 from demo_base.finished import measure_demo, save_demo
 from demo_base.image_encoder import train_encoder
+from memcontrol_hf.whole_files import write_whole
 
 SETTINGS = ("seed", "encoder_steps", "vae_steps", "decoder_steps", "unet_steps")
 """Flags that decide what the checkpoints are of."""
@@ -75,7 +76,7 @@ def parse_args() -> argparse.Namespace:
     if file.exists() and (before := json.loads(file.read_text())) != settings:
         parser.error(f"the checkpoints in {args.output_dir} are of {before}: give another --output_dir")
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings))
+    write_whole(file, json.dumps(settings))
     return args
 
 
