@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 from made_up_trials import made_up_trials
 from scipy.stats import spearmanr
@@ -13,7 +12,7 @@ import analyze_trials
 from memcontrol_hf.search import SAMPLERS
 from trials.columns import read
 from trials.pruning import pruned, pruning
-from trials.replay import PLAIN, Table, first_to_reach, hypervolumes, replay
+from trials.replay import PLAIN, SCREENED, Table, first_to_reach, hypervolumes, replay, summary
 from trials.rewards import correlations
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -85,7 +84,10 @@ def test_pruning_by_what_ranks_runs_as_the_end_does_loses_nothing():
 
 def test_the_committed_result_is_of_the_committed_table():
     result = json.loads((DOCS / "trials.json").read_text(encoding="utf-8"))
-    assert result["runs"] == len(pd.read_parquet(DOCS / "trial_table.parquet"))
+    runs = read(DOCS / "trial_table.parquet")
+    assert result["runs"] == len(runs)
+    for outcome, figures in correlations(runs, False, ["membership_auc"])["membership_auc"].items():
+        assert figures == pytest.approx(result["correlations"]["all"]["membership_auc"][outcome])
 
 
 def test_trials_to_a_goal():
@@ -98,7 +100,7 @@ def test_the_page_says_what_was_found_and_a_table_with_holes_is_not_replayed(tmp
     runs = made_up_trials()
     runs.to_parquet(tmp_path / "all.parquet")
     runs[:9].to_parquet(tmp_path / "some.parquet")
-    arguments = ["--seeds", "3", "--trials", "8", "--workers", "1"]
+    arguments = ["--seeds", "3", "--trials", "9", "--workers", "1"]
     analyze_trials.main(["--table", str(tmp_path / "all.parquet"), "--output_dir", str(tmp_path / "all"), *arguments])
     result = json.loads((tmp_path / "all" / "trials.json").read_text())
     page = (tmp_path / "all" / "trials.md").read_text()
@@ -106,6 +108,7 @@ def test_the_page_says_what_was_found_and_a_table_with_holes_is_not_replayed(tmp
     assert (tmp_path / "all" / "trials_replay.png").stat().st_size > 10_000
     for name, found in result["replay"]["samplers"].items():
         assert f"| {name} | {found['searches']} | {found['share']['4']['median']:.3f} (" in page
+    assert "search after 9 trials (10: not reached)" in page
     analyze_trials.main(
         ["--table", str(tmp_path / "some.parquet"), "--output_dir", str(tmp_path / "some"), *arguments]
     )
@@ -113,3 +116,25 @@ def test_the_page_says_what_was_found_and_a_table_with_holes_is_not_replayed(tmp
     assert "Which sampler" not in (tmp_path / "some" / "trials.md").read_text()
     with pytest.raises(SystemExit):
         analyze_trials.main(["--table", str(tmp_path / "none.parquet")])
+
+
+def test_too_few_trials_are_refused(tmp_path, capsys):
+    made_up_trials().to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(SystemExit):
+        analyze_trials.main(["--table", str(tmp_path / "t.parquet"), "--trials", "3"])
+    assert "--trials must be at least 4, but is 3" in capsys.readouterr().err
+
+
+def test_the_canaries_of_all_rows_are_counted_by_the_same_attacks(tmp_path):
+    runs = made_up_trials()
+    runs["canaries_copy"], runs["canaries_partial_copy"] = 1, [12.0, *[float("nan")] * (len(runs) - 1)]
+    runs.to_parquet(tmp_path / "t.parquet")
+    assert set(read(tmp_path / "t.parquet")["canaries"]) == {1}
+
+
+def test_the_first_trials_of_a_screened_search_are_reported_by_screening():
+    name = f"{SCREENED}tpe"
+    shares = {PLAIN: np.tile([0.1, 0.2], (40, 1)), name: np.tile([[0.1, 0.5], [0.3, 0.6]], (20, 1))}
+    found = summary(shares, [1, 2], screenings=2, screened_trials=1)["samplers"][name]["share"]
+    assert found["1"] == {"median": 0.2, "low": 0.1, "high": 0.3}
+    assert found["2"]["median"] == pytest.approx(0.55)

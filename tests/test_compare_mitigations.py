@@ -60,3 +60,10 @@ def test_the_table_of_mitigations_has_its_columns(rows):
     assert "|  | fid ↓ | amd ↑ | membership AUC ↓ | canaries caught, % ↓ | CPU seconds a step |" in text
     assert "| all blocks, rwa | 4 ± 0 | 0.1 ± 0 | 0.6 ± 0 | 50 ± 0 | 1.5 ± 0 |" in text
     assert "| all blocks, rwa | +0 (+0 to +0) | +0 (+0 to +0) | +0 (+0 to +0) | +0 (+0 to +0) |" in text
+
+
+def test_one_seed_is_shown_without_an_interval(rows):
+    figures = {"fid": 4.0, "amd": 0.1, "membership_auc": 0.6, "canaries_caught": 50.0, "seconds_per_step": 1.5}
+    settings = {"max_train_steps": 200, "weights_rate": 1e-3, "rate": 0.01, "seeds": [0]}
+    text = compare_mitigations.render({"settings": settings, "runs": {name: {"0": figures} for name in rows}})
+    assert "| full fine-tune | 4 | 0.1 | 0.6 | 50 | 1.5 |" in text and "| full fine-tune | – | – | – | – |" in text

@@ -13,7 +13,7 @@ from scipy.stats import t as student
 
 import reproduce_table
 from common.intervals import Interval
-from common.pieces import Part
+from common.pieces import Part, Pieces
 from memcontrol_hf.report import MemorizationReport
 from paper_table import runs as paper_runs
 from paper_table.claims import (
@@ -35,7 +35,7 @@ from paper_table.page import ATTACKS, CARD_ROWS, COST, EXTRACTED, over_seeds, re
 from paper_table.plots import plot
 from paper_table.rows import MAIN, ROWS
 from paper_table.sweep import sweep_of
-from paper_table.tasks import Settings, plan
+from paper_table.tasks import Settings, Task, plan
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--max_train_steps", "2", "--eval_num_images", "8", "--num_prompts", "2", "--images_per_prompt", "3",
@@ -84,7 +84,8 @@ def verdict_on(content, text, data="demo"):
 
 def test_the_committed_table_has_all_committed_runs():
     content = json.loads((ROOT / "docs" / "results" / "paper_table.json").read_text(encoding="utf-8"))
-    assert len(pd.read_parquet(ROOT / "docs" / "results" / "paper_table.parquet")) == len(content["runs"])
+    table = pd.read_parquet(ROOT / "docs" / "results" / "paper_table.parquet")
+    pd.testing.assert_frame_equal(table, pd.DataFrame(content["runs"]))
 
 
 @pytest.mark.parametrize("data", DATA)
@@ -248,6 +249,19 @@ def test_a_run_comes_after_what_it_needs_and_each_part_has_its_own():
     parts = [plan(list(DATA), MAIN, [0, 1], Part(number, 2)) for number in (1, 2)]
     runs = [{task for task in part if task.kind == "run"} for part in parts]
     assert not runs[0] & runs[1] and len(runs[0] | runs[1]) == 2 * 2 * len(MAIN)
+
+
+def test_a_search_begins_without_a_screening_as_the_committed_ones_did(tmp_path, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def asked(self, **given):
+        raise Asked(given["screen"])
+
+    monkeypatch.setattr(paper_runs.MemControlTrainer, "hyperparameter_search", asked)
+    settings = Settings(max_train_steps=2, max_images=12)
+    with pytest.raises(Asked, match="False"):
+        paper_runs.search(Task("search", "demo", "svdiff", 0), settings, Pieces(tmp_path))
 
 
 def test_an_unknown_row_is_refused_with_the_names_of_all(tmp_path, capsys):

@@ -9,9 +9,12 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
-from common.intervals import paired_difference, t_interval
+from common.audits import best_attack, canaries_caught
+from common.intervals import bootstrap_median, paired_difference, rank_correlation, t_interval, t_test
 from common.memory import peak_memory
 from common.pieces import Job, Part, Pieces, add_part_flag, exit_if_missing
 
@@ -106,6 +109,36 @@ def test_a_difference_is_of_the_seeds_that_have_both_values():
     paired = paired_difference({0: 1.0, 1: 2.0, 2: 9.0, 3: None}, {3: 1.0, 1: 1.0, 0: 3.0})
     assert paired.seeds == 2 and paired.mean == -0.5
     assert str(paired) == "-0.5 (-19.6 to +18.6)"
+
+
+def test_an_interval_of_nan_is_refused():
+    for interval in (t_interval, t_test):
+        with pytest.raises(ValueError, match="1 of 3 values are NaN"):
+            interval([1.0, float("nan"), 2.0])
+
+
+def test_only_values_that_are_all_zero_show_no_difference():
+    assert t_test([0.0, 0.0, 0.0])[1] == 1
+    assert t_test([1.0, 2.0, 4.0])[1] == pytest.approx(0.1181, abs=1e-4)
+
+
+def test_the_median_of_few_values_has_a_range_instead_of_an_interval():
+    assert bootstrap_median(np.array([3.0, 1.0])) == {"median": 2.0, "low": 1.0, "high": 3.0}
+    many = bootstrap_median(np.arange(20.0))
+    assert 0 < many["low"] < many["median"] == 9.5 < many["high"] < 19
+
+
+def test_a_rank_correlation_has_an_interval_even_where_a_draw_has_one_value_only():
+    x, y = np.array([0.0, 0.0, 0.0, 1.0]), np.array([1.0, 3.0, 2.0, 4.0])
+    found = rank_correlation(x, y)
+    assert found["rho"] == pytest.approx(spearmanr(x, y).statistic) and -1 <= found["low"] <= found["high"] <= 1
+    assert rank_correlation(np.zeros(4), y) is None and rank_correlation(x, np.ones(4)) is None
+
+
+def test_attacks_that_joined_the_audit_later_catch_no_canaries_in_the_tables():
+    caught = {"membership_loss": {"caught": 1, "of": 4}, "partial_copy": {"caught": 4, "of": 4}}
+    audit = {"canaries": {"caught": caught}}
+    assert canaries_caught(audit) == {"canaries_membership_loss": 1} and best_attack(audit) == 25
 
 
 def test_a_study_runs_by_its_path_from_any_folder(tmp_path):

@@ -50,7 +50,8 @@ def analyze(args: argparse.Namespace) -> dict:
         print(f"{table.missing} runs are missing: no sampler is replayed")
     else:
         shares = replays(table, args.samplers, args.seeds, args.trials, args.workers)
-        results["replay"] = summary(shares, [count for count in REPORTED_TRIALS if count <= args.trials])
+        counts = [count for count in REPORTED_TRIALS if count < args.trials]
+        results["replay"] = summary(shares, [*counts, args.trials])
         plot(shares, args.output_dir / "trials_replay.png")
     return results
 
@@ -76,6 +77,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.table.is_file():
         parser.error(f"there is no {args.table}: make it with training_scripts/studies/trial_table.py")
+    if args.trials < REPORTED_TRIALS[0]:
+        parser.error(f"--trials must be at least {REPORTED_TRIALS[0]}, but is {args.trials}")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     results = analyze(args)
     write_results(args.output_dir / "trials.json", results, render(results))

@@ -14,7 +14,6 @@ Writes `attack_cost.json` and `attack_cost.md`. The peak memory is what the work
 import argparse
 import multiprocessing
 import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -193,8 +192,6 @@ def main() -> None:
         "command": COMMAND,
         "settings": {name: value for name, value in vars(args).items() if name != "output_dir"},
         "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": platform.machine(),
         "measured": rows,
         "extraction_speedup": seconds["extraction, pair by pair"] / seconds["extraction"],
         "extraction_speedup_all_memorized": seconds["extraction, pair by pair"] / seconds["extraction, all memorized"],

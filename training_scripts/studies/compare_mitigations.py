@@ -141,19 +141,24 @@ def captions(text: str) -> list[str]:
     return [text, f"{text} emoji", f"an emoji of {text}", f"a picture of {text}"]
 
 
+def cell(values: list[float]) -> str:
+    """The mean ± half width over seeds; one seed has no interval."""
+    interval = t_interval(values)
+    return f"{values[0]:.4g}" if interval is None else f"{interval.mean:.4g} ± {interval.half:.2g}"
+
+
 def render(results: dict[str, Any]) -> str:
     """The page: the table, and the differences to all blocks, paired by seed."""
     runs, settings = results["runs"], results["settings"]
     figures, differences = [], []
     for name, by_seed in runs.items():
-        means = [t_interval([run[column] for run in by_seed.values()]) for column in COLUMNS]
-        figures.append([name, *(f"{mean.mean:.4g} ± {mean.half:.2g}" for mean in means)])
+        figures.append([name, *(cell([run[column] for run in by_seed.values()]) for column in COLUMNS)])
         if name != ALL_BLOCKS:
             values = [
                 [{seed: run[column] for seed, run in runs[row].items()} for row in (name, ALL_BLOCKS)]
                 for column in COMPARED
             ]
-            differences.append([name, *(str(paired_difference(*pair)) for pair in values)])
+            differences.append([name, *(str(paired_difference(*pair) or "–") for pair in values)])
     lines = [
         "# The mitigations beside none, full fine-tune and the selected mask: the demo",
         "",

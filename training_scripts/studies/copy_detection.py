@@ -198,13 +198,14 @@ def render(content: dict[str, Any]) -> str:
             "",
         ]
         names = next(iter(detectors.values()))["copies"]
-        rows = [[name, *(_share(found["copies"][name]) for found in detectors.values())] for name in names]
-        rows.append(["no copy: false alarms", *(_share(found["false_alarms"]) for found in detectors.values())])
+        rows = [[name, *(share_cell(found["copies"][name]) for found in detectors.values())] for name in names]
+        rows.append(["no copy: false alarms", *(share_cell(found["false_alarms"]) for found in detectors.values())])
         lines += table(["copy", *detectors], rows)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _share(found: dict[str, float]) -> str:
+def share_cell(found: dict[str, float]) -> str:
+    """A share with its interval."""
     return f"{found['share']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
 
 

@@ -20,7 +20,7 @@ import torch
 from transformers import logging as transformers_logging
 
 from common.audits import attack_scores
-from common.intervals import paired_difference, t_interval
+from common.intervals import Interval, paired_difference, t_interval
 from common.pages import publish_results, read_results, table
 from common.pieces import Job, add_piece_flags, exit_if_missing, open_pieces
 from common.trainers import demo_trainer
@@ -136,7 +136,7 @@ def render(content: dict[str, Any]) -> str:
         rows.append([f"`{name}`" if name.startswith("--") else name, *map(_plain, cells)])
     for name in FILTERS:
         differences = (paired_difference(by_seed[name][column], by_seed[UNFILTERED][column]) for column in COLUMNS)
-        costs.append([f"`{name}`", *map(str, differences)])
+        costs.append([f"`{name}`", *(str(difference or "–") for difference in differences)])
     against = []
     for name in FILTERS:
         if "shrink" not in FILTERS[name]:
@@ -145,7 +145,7 @@ def render(content: dict[str, Any]) -> str:
                 for column in COLUMNS
                 if column != "loss"
             )
-            against.append([f"`{name}`", *map(str, differences)])
+            against.append([f"`{name}`", *(str(difference or "–") for difference in differences)])
     screened = [run["filter"].count("attentions.") for run in measured[SCREENED].values()]
     lines = [
         "# What a filter takes from an adapter that memorized",
@@ -175,7 +175,7 @@ def render(content: dict[str, Any]) -> str:
 
 
 def shrunk_as_far(by_seed: dict[str, dict[str, dict[int, float]]], name: str, column: str) -> dict[int, float]:
-    """A figure of an adapter that is shrunk until it has the held-out loss of another adapter, for each seed.
+    """A figure of an adapter that is shrunk until it has the held-out loss of another adapter, for each finished seed.
 
     Args:
         by_seed: Adapter -> column -> seed -> figure.
@@ -184,13 +184,16 @@ def shrunk_as_far(by_seed: dict[str, dict[str, dict[int, float]]], name: str, co
     """
     shrunk = [UNFILTERED, *(other for other, how in FILTERS.items() if "shrink" in how), BASE]
     figures = {}
-    for seed, loss in by_seed[name]["loss"].items():
+    finished = set.intersection(*(set(by_seed[other]["loss"]) for other in (name, *shrunk)))
+    for seed in sorted(finished):
         points = sorted((by_seed[other]["loss"][seed], by_seed[other][column][seed]) for other in shrunk)
-        figures[seed] = float(np.interp(loss, *zip(*points)))
+        figures[seed] = float(np.interp(by_seed[name]["loss"][seed], *zip(*points)))
     return figures
 
 
-def _plain(interval: Any) -> str:
+def _plain(interval: Interval | None) -> str:
+    if interval is None:  # fewer than two seeds are finished
+        return "–"
     return f"{interval.mean:.3f} ({interval.low:.3f} to {interval.high:.3f})"
 
 

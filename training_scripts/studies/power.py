@@ -19,7 +19,7 @@ from scipy.stats import t as student
 
 from claimed.judged import CLAIMS
 from common.pages import publish_results, read_results, table
-from screened.verdicts import ALL, RANDOM, SAME, SUGGESTED, random_names
+from screened.verdicts import ALL, RANDOM, SAME, SUGGESTED, by_seed, random_names
 
 COMMAND = "python training_scripts/studies/power.py"
 DIFFERENCE, POWER, LEVEL = 0.03, 0.8, 0.05
@@ -62,31 +62,31 @@ def seeds_needed(spread: float, level: float) -> int:
 
 def differences(docs: Path) -> dict[str, dict[str, list[float]]]:
     """Paired differences by seed: comparison -> attack -> differences."""
-    runs = pd.read_parquet(docs / "results" / "paper_table.parquet").set_index(["data", "row", "seed"]).sort_index()
+    runs = pd.read_parquet(docs / "results" / "paper_table.parquet")
+
+    def figures(data: str, row: str) -> pd.DataFrame:
+        return runs[(runs["data"] == data) & (runs["row"] == row)].set_index("seed").sort_index()
+
     found: dict[str, dict[str, list[float]]] = {}
     for data in ("demo", "elpv"):
         for one, other in PAIRS:
             found[f"{data}: {one} minus {other}"] = {
-                attack: (runs.loc[data, one][column] - runs.loc[data, other][column]).tolist()
+                attack: (figures(data, one)[column] - figures(data, other)[column]).dropna().tolist()
                 for attack in ATTACKS
                 for column in [f"audit_membership_auc_{attack}"]
             }
-    pieces = read_results(docs / "results" / "screening_paired.json")["pieces"]
-    seeds = sorted(int(name.rsplit("-", 1)[1]) for name in pieces if name.startswith(f"fine_tunes/{SUGGESTED}-"))
+    pieces = read_results(docs / "results" / "screening_paired.json").get("pieces", {})
     randoms = random_names(SAME[0])
     for title, names in (
         ("all blocks", [ALL]),
         ("one random mask of its size", randoms[:1]),
         (f"mean of {RANDOM} random masks of its size", randoms),
     ):
-        found[f"demo: suggested mask minus {title}"] = {
-            attack: [
-                pieces[f"fine_tunes/{SUGGESTED}-{seed}"][f"auc_{attack}"]
-                - statistics.fmean(pieces[f"fine_tunes/{name}-{seed}"][f"auc_{attack}"] for name in names)
-                for seed in seeds
-            ]
-            for attack in ATTACKS
-        }
+        found[f"demo: suggested mask minus {title}"] = {}
+        for attack in ATTACKS:
+            own, theirs = (by_seed(pieces, kind, f"auc_{attack}") for kind in ([SUGGESTED], names))
+            values = [own[seed] - theirs[seed] for seed in own if seed in theirs]
+            found[f"demo: suggested mask minus {title}"][attack] = values
     return found
 
 
@@ -125,8 +125,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs_dir", type=Path, default=Path("docs"), help="folder of the results")
     args = parser.parse_args(argv)
-    comparisons = {}
+    comparisons: dict[str, dict[str, Any]] = {}
     for name, attacks in differences(args.docs_dir).items():
+        if few := [attack for attack, values in attacks.items() if len(values) < 2]:
+            parser.error(f"{name}, {', '.join(few)}: fewer than two seeds are finished, which a spread needs")
         comparisons[name] = {}
         for attack, values in attacks.items():
             spread = statistics.stdev(values)

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import bootstrap, spearmanr
 from transformers import logging as transformers_logging
 
+from common.intervals import rank_correlation
 from common.pages import publish_results, read_results, table
 from common.pieces import Job, Pieces, add_piece_flags, exit_if_missing, open_pieces
 from common.trainers import demo_trainer
@@ -86,17 +86,11 @@ def reliability(runs: dict[tuple[int, int], Figures], name: str) -> float:
     return max(0.0, between) / within
 
 
-def validity(runs: dict[tuple[int, int], Figures], reward: str, reference: str) -> dict[str, float]:
+def validity(runs: dict[tuple[int, int], Figures], reward: str, reference: str) -> dict[str, float] | None:
     """Spearman's rank correlation of a reward with a reference over masks, with its 95 % bootstrap interval."""
-    pairs = [[runs[number, SEEDS[0]][name] for number in range(MASKS)] for name in (reward, reference)]
-
-    def rho(x: np.ndarray, y: np.ndarray) -> float:
-        return float(spearmanr(x, y).statistic) if np.ptp(x) and np.ptp(y) else 0.0
-
-    interval = bootstrap(
-        pairs, rho, paired=True, vectorized=False, n_resamples=999, method="percentile", rng=0
-    ).confidence_interval
-    return {"rho": rho(*map(np.array, pairs)), "low": float(interval.low), "high": float(interval.high)}
+    return rank_correlation(
+        *(np.array([runs[number, SEEDS[0]][name] for number in range(MASKS)]) for name in (reward, reference))
+    )
 
 
 def verdicts(pieces: dict[str, Figures]) -> Figures:
@@ -131,7 +125,10 @@ def render(content: Figures) -> str:
             [
                 REWARDS[name],
                 f"{found['reliability']:.3g}",
-                *("{rho:.2f} ({low:.2f} to {high:.2f})".format(**found[reference]) for reference in REFERENCES),
+                *(
+                    "{rho:.2f} ({low:.2f} to {high:.2f})".format(**ranked) if (ranked := found[reference]) else "–"
+                    for reference in REFERENCES
+                ),
             ]
             for name, found in content["verdicts"].items()
         ]

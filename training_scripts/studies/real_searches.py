@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from transformers import logging as transformers_logging
 
-from common.intervals import bootstrap_median
+from common.intervals import FEW, bootstrap_median
 from common.pages import publish_results, read_results, table
 from common.pieces import Job, add_piece_flags, exit_if_missing, open_pieces
 from common.trainers import demo_trainer
@@ -153,6 +153,10 @@ def render(content: Figures) -> str:
         f"masks of a screening are compared in several orders; a screening costs {SCREENING_TRIALS:g} trials, which "
         "are not counted in the columns.",
         "",
+        f"Fewer than {FEW} searches have no interval: their brackets show the lowest and the highest search. Where at "
+        "most half of the searches reach the goal, more trials (>) are needed than a search had, the screening "
+        "counted.",
+        "",
     ]
     for granularity in GRANULARITIES:
         if not (found := shares(content["pieces"], granularity)):
@@ -163,7 +167,9 @@ def render(content: Figures) -> str:
             cells = [_interval(share[:, count - 1]) if count <= share.shape[1] else "" for count in COUNTS]
             if goal is not None:
                 needed, reached = trials_needed(found, name, goal)
-                cells += [f"{np.median(needed):.3g}", f"{reached.sum()} of {len(share)}"]
+                length = share.shape[1] + SCREENING_TRIALS * (name in ORDERS)
+                median = f"{np.median(needed):.3g}" if reached.mean() > 0.5 else f"> {length:g}"
+                cells += [median, f"{reached.sum()} of {len(share)}"]
             rows.append([name, str(len(share)), *cells])
         lines += [f"## Granularity {granularity}", ""]
         head = ["search", "searches", *map(str, COUNTS)]

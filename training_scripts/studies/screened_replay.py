@@ -31,10 +31,10 @@ QUALITIES = ("loss", "fid")
 def of_groups(screening: dict[str, Any]) -> Screening:
     """A stored screening of blocks as one of the table's groups."""
     columns = [f"mask.{group}" for group in GROUPS]
-    sums = {side: dict(zip(columns, by_group(screening[side]))) for side in ("learns", "memorizes")}
     # A block's negative figure counts as nothing, before the blocks of a group are added up.
     clipped = {block: max(value, 0.0) for block, value in screening["memorizes"].items()}
-    sums["memorizes"] = dict(zip(columns, by_group(clipped)))
+    sides = {"learns": screening["learns"], "memorizes": clipped}
+    sums = {side: dict(zip(columns, by_group(blocks))) for side, blocks in sides.items()}
     unknown = dict.fromkeys(columns, math.nan)
     return Screening(**sums, learns_error=unknown, memorizes_error=unknown, parameters=dict.fromkeys(columns, 1))
 
@@ -51,6 +51,11 @@ def render(content: dict[str, Any]) -> str:
         "with all blocks on and all blocks off; a screened search goes on with the masks of its screening, which "
         "costs one trial and a half that are not counted here. The last column counts the trials that are needed to "
         "reach what plain random search has after 64.",
+        "",
+        f"The first {content['screened_trials']} trials are the same in all screened searches that have the same "
+        f"screening, and there are {content['screenings']} screenings. For so many trials, the row of the screened "
+        "searches shows the median of the screenings, and in brackets the lowest and the highest of the screenings "
+        "instead of an interval. Where both are equal, the masks of all screenings find the same share.",
         "",
     ]
     for quality in QUALITIES:
@@ -83,11 +88,20 @@ def main(argv: list[str] | None = None) -> None:
     runs = read(Path("docs/trial_table.parquet"))
     stored = json.loads(Path("docs/results/screening_demo.json").read_text())["screenings"]
     screenings = [of_groups(found) for name, found in sorted(stored.items()) if name.startswith("one way-")]
-    content: dict[str, Any] = {"command": COMMAND, "searches": args.seeds, "replay": {}}
-    for quality in QUALITIES:
-        trials = Table(runs, [quality, "membership_auc"], screenings)
+    tables = {quality: Table(runs, [quality, "membership_auc"], screenings) for quality in QUALITIES}
+    first = tables[QUALITIES[0]]  # the screenings are the same for both
+    content: dict[str, Any] = {
+        "command": COMMAND,
+        "searches": args.seeds,
+        "screenings": len(screenings),
+        "screened_trials": len(first.queued()) + min(len(first.screened(seed)) for seed in range(len(screenings))),
+        "replay": {},
+    }
+    for quality, trials in tables.items():
         shares = replays(trials, ["tpe", f"{SCREENED}tpe"], args.seeds, max(REPORTED_TRIALS), args.workers)
-        content["replay"][quality] = summary(shares, list(REPORTED_TRIALS))
+        content["replay"][quality] = summary(
+            shares, list(REPORTED_TRIALS), content["screenings"], content["screened_trials"]
+        )
     publish_results(args.docs_dir / "screened_replay.json", content, render)
 
 

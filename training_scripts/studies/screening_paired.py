@@ -111,6 +111,12 @@ class Study:
             self.trainer.adapters.load(adapter)
         return fid(self.trainer, self.data, images)
 
+    def other_images(self, images: int) -> str:
+        """The numbers of images of the finished fids that were not measured with `--fid images`."""
+        captions = len(demo_dataset()["held_out"])  # `fid` makes equally many images of each
+        stored = {self.pieces.read(name)["images"] for name in self.pieces.names("fid")}
+        return ", ".join(map(str, sorted(stored - {-(-images // captions) * captions})))
+
 
 def collect(pieces: Pieces, file: Path) -> None:
     """Judge the finished pieces; write results, page and picture."""
@@ -136,6 +142,8 @@ def main(argv: list[str] | None = None) -> None:
     study = Study(open_pieces(parser, args.output_dir, SETTINGS))
     file, failed = args.docs_dir / "screening_paired.json", []
     study.pieces.restore(read_results(file).get("pieces", {}))
+    if args.fid is not None and (other := study.other_images(args.fid)):
+        parser.error(f"--fid {args.fid} does not go on with the finished fids of {other} images")
     if not args.collect:
         transformers_logging.set_verbosity_error()
         failed = study.pieces.work(study.jobs(args.seed, args.same, args.fid))

@@ -29,9 +29,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import bootstrap, spearmanr
 from transformers import logging as transformers_logging
 
+from common.intervals import rank_correlation, spearman
 from common.pages import publish_results, read_results, table
 from common.pieces import Job, Pieces, add_part_flag, exit_if_missing, open_pieces
 from common.trainers import demo_trainer
@@ -120,31 +120,24 @@ def readings(pieces: Pieces, seed: int) -> dict[str, Blocks]:
     return {"learns": learns, **clipped}
 
 
+def restore(pieces: Pieces, settings: dict[str, Any], file: Path) -> None:
+    """Take up the screenings that the results hold, if they were made with the same settings but for the seeds."""
+    results = read_results(file)
+    if results and {**results["settings"], "seeds": None} == {**settings, "seeds": None}:
+        pieces.restore(results["screenings"])
+
+
+def finished_screenings(pieces: Pieces) -> tuple[dict[str, Any], list[int]]:
+    """All finished trainings, whatever seeds were asked for, and the seeds of which all trainings are finished."""
+    seeds = sorted({int(file.stem.rpartition("-")[2]) for file in pieces.folder.glob("*-*.json")})
+    names = {seed: [f"{training}-{seed}" for training in TRAININGS] for seed in seeds}
+    finished = {name: pieces.read(name) for of_seed in names.values() for name in of_seed if name in pieces}
+    return finished, [seed for seed in seeds if finished.keys() >= set(names[seed])]
+
+
 def by_group(blocks: Blocks) -> list[float]:
     """The sum over the blocks of each of the trial table's groups."""
     return [sum(v for block, v in blocks.items() if re.search(pattern, block)) for pattern in GROUPS.values()]
-
-
-def correlation(predicted: np.ndarray, measured: np.ndarray) -> dict[str, float]:
-    """Spearman's rank correlation over masks, with its bootstrap interval."""
-
-    def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-        return spearmanr(x, y).statistic
-
-    drawn = bootstrap(
-        (predicted, measured),
-        rank_correlation,
-        paired=True,
-        vectorized=False,
-        n_resamples=999,
-        method="percentile",
-        rng=0,
-    )
-    return {
-        "rho": float(rank_correlation(predicted, measured)),
-        "low": float(drawn.confidence_interval.low),
-        "high": float(drawn.confidence_interval.high),
-    }
 
 
 def judge(pieces: Pieces, seeds: list[int], trials: pd.DataFrame) -> list[dict[str, Any]]:
@@ -165,17 +158,12 @@ def judge(pieces: Pieces, seeds: list[int], trials: pd.DataFrame) -> list[dict[s
         ]
         size = runs["trainable_parameters"].to_numpy(float)
         for reading, name, measured in pairs:
-            if measured.nunique() < 2:  # no copy is found in any run, say
-                continue
             predicted = size if reading == "parameters" else masks @ means[reading]
-            row = {
-                "masks_rate": rate,
-                "reading": reading,
-                "measure": name,
-                **correlation(predicted, measured.to_numpy()),
-            }
+            if (found := rank_correlation(predicted, measured.to_numpy())) is None:  # no copy is found in any run, say
+                continue
+            row = {"masks_rate": rate, "reading": reading, "measure": name, **found}
             if reading in singles:
-                each = [spearmanr(masks @ single, measured).statistic for single in singles[reading]]
+                each = [spearman(masks @ single, measured.to_numpy()) for single in singles[reading]]
                 row |= {"lowest_seed": float(min(each)), "highest_seed": float(max(each))}
             rows.append(row)
     return rows
@@ -232,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     file = args.docs_dir / f"screening_{args.data}.json"
     settings = {name: getattr(args, name) for name in ("data", "method", "learning_rate", "steps", "every")}
     pieces, failed = open_pieces(parser, args.output_dir, settings), []
-    pieces.restore(read_results(file).get("screenings", {}))
+    restore(pieces, settings, file)
     if not args.collect:
         transformers_logging.set_verbosity_error()
         jobs = [(training, seed) for seed in args.seed for training in TRAININGS]
@@ -246,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
                 for training, seed in args.part.of(jobs)
             ]
         )
-    seeds = [seed for seed in args.seed if all(f"{training}-{seed}" in pieces for training in TRAININGS)]
+    finished, seeds = finished_screenings(pieces)
     measured = Path(
         "docs/trial_table.parquet" if args.data == "demo" else f"docs/results/trial_table_{args.data}.parquet"
     )
@@ -257,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
             "settings": settings | {"seeds": seeds},
             "masks": int(runs[runs["learning_rate"] == runs["learning_rate"].min()].shape[0] - 1),
             "rows": judge(pieces, seeds, runs),
-            "screenings": {f"{t}-{s}": pieces.read(f"{t}-{s}") for s in seeds for t in TRAININGS},
+            "screenings": finished,
         }
         publish_results(file, content, render)
         plot_screening(content["screenings"][f"one way-{seeds[0]}"], file.with_suffix(".png"))

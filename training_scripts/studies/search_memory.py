@@ -116,6 +116,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--trials", type=int, default=50, help="number of trials (default: 50)")
     parser.add_argument("--docs_dir", type=Path, default=Path("docs/results"), help="folder of the results")
     args = parser.parse_args(argv)
+    if args.trials < SETTLED + 3:
+        parser.error(f"--trials must be at least {SETTLED + 3}, which a slope needs, but is {args.trials}")
     content = {"command": COMMAND, "after": measure(args.trials)}
     publish_results(args.docs_dir / "search_memory.json", content, render)
 

@@ -111,6 +111,12 @@ def render(content: dict[str, Any]) -> str:
         ]
         lines += [f"## Searched by {quality} and membership AUC", ""]
         lines += [f"Judged by {' and '.join(f'`{name}`' for name in CASES[quality])}.", ""]
+        if quality in CASES[quality]:
+            lines += [
+                f"The table holds no {quality} on held-out images, so this judge is the same {quality} on validation "
+                "images by which the searches selected. This can favour the selection by the raw figures.",
+                "",
+            ]
         lines += table(["selected by", "mean regret", "median regret"], rows, numbers=True)
     return "\n".join(lines).rstrip() + "\n"
 

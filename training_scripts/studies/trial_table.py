@@ -33,7 +33,7 @@ from transformers import TrainerCallback
 from transformers import logging as transformers_logging
 
 from common.audits import audit_trainer, canaries_caught
-from common.pieces import Job, Pieces, add_part_flag, exit_if_missing
+from common.pieces import Job, Pieces, add_part_flag, exit_if_missing, open_pieces
 from common.trainers import demo_trainer
 from memcontrol_hf import MemControlTrainer, metrics
 from memcontrol_hf.flags import ScriptArguments
@@ -194,11 +194,13 @@ def restore(pieces: Pieces, table: Path) -> None:
 
 
 def collect(runs: list[Run], pieces: Pieces, table: Path) -> None:
-    """Write the finished runs into one Parquet file."""
-    rows = [pieces.read(run.piece) for run in runs if run.piece in pieces]
+    """Write all finished runs, those that were not asked for after the others, into one Parquet file."""
+    planned = [run.piece for run in runs if run.piece in pieces]
+    others = sorted({file.stem for file in pieces.folder.glob("*-*.json")} - set(planned))
+    rows = [pieces.read(piece) for piece in (*planned, *others)]
     table.parent.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows).to_parquet(table, index=False)
-    print(f"{len(rows)} of {len(runs)} runs: {table}")
+    print(f"{len(planned)} of {len(runs)} runs, and {len(others)} others: {table}")
 
 
 def run_trainer(steps: int, folder: Path, data: DatasetDict) -> MemControlTrainer:
@@ -224,7 +226,8 @@ def main(argv: list[str] | None = None) -> None:
     name = "trial_table" if args.data == "demo" else f"trial_table_{args.data}"
     args.output_dir = args.output_dir or Path("outputs", name)
     args.results = args.results or Path("docs" if args.data == "demo" else "docs/results", f"{name}.parquet")
-    runs, pieces, failed = plan(args.max_train_steps, args.seed, args.learning_rate), Pieces(args.output_dir), []
+    pieces = open_pieces(parser, args.output_dir, {"data": args.data})
+    runs, failed = plan(args.max_train_steps, args.seed, args.learning_rate), []
     restore(pieces, args.results)
     if not args.collect:
         transformers_logging.set_verbosity_error()

@@ -80,8 +80,14 @@ def attack_scores(
     }
 
 
-LATER_ATTACKS = {"trajectory_norm_low"}
-"""Attacks of the audit that the committed tables were made without."""
+LATER_ATTACKS = {
+    "trajectory_norm_low",
+    "membership_secmi_several",
+    "membership_sima",
+    "membership_semantic_noise",
+    "partial_copy",
+}
+"""Attacks of the audit that the committed tables were made without: the best of more attacks catches more."""
 
 
 def canaries_caught(audit: dict[str, Any]) -> dict[str, int]:

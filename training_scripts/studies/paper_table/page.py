@@ -74,7 +74,7 @@ is chosen, and what a searched row is. All figures compare with held-out images 
 - *Extracted* counts the prompts of all seeds together. The exact 95 % interval treats the prompts as independent, \
 although the seeds share the same prompts.
 - *TPR* is the true positive rate at 1 % false alarms.
-- *Canaries* are the repeated training images. The column shows the share that the best of the audit's eight attacks \
+- *Canaries* are the repeated training images. The column shows the share that the best of eight attacks of the audit \
 catches. The best attack was chosen after all attacks ran, so the line of the frozen base shows how much is chance.
 - *Adapter, bytes* is the size of the adapter's safetensors files.
 

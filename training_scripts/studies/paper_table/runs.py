@@ -96,6 +96,7 @@ def search(task: Task, settings: Settings, pieces: Pieces) -> dict[str, Any]:
         learning_rate_range=METHODS[method][1],
         sampler=script.sampler,
         settings=study_settings(script),
+        screen=False,  # the committed searches were made before searches began with a screening
     )
     chosen = select_run(runs)
     return {

@@ -160,24 +160,33 @@ def first_to_reach(shares: np.ndarray, goal: float) -> np.ndarray:
     return np.where(reached.any(1), reached.argmax(1) + 1, shares.shape[1] + 1)
 
 
-def summary(shares: dict[str, np.ndarray], counts: list[int]) -> dict[str, Any]:
+def summary(
+    shares: dict[str, np.ndarray], counts: list[int], screenings: int = 0, screened_trials: int = 0
+) -> dict[str, Any]:
     """Medians over searches.
 
     Args:
         shares: sampler -> shares of the hypervolume `[seeds, trials]`.
-        counts: Numbers of trials after which the shares are reported.
+        counts: Numbers of trials after which the shares are reported, the number of all trials last.
+        screenings: Number of screenings, which the searches of a screened sampler take in turn.
+        screened_trials: Number of first trials that are the same in all searches of a screening: up to there, one
+            search of each screening is reported.
 
     Returns:
         `goal`, the median share of plain random search after the last trial, and for each sampler its shares and the
         number of trials that it needs to reach the goal.
     """
     goal = float(np.median(shares[PLAIN][:, -1]))
+
+    def different(name: str, count: int) -> np.ndarray:
+        return shares[name][: screenings if name.startswith(SCREENED) and count <= screened_trials else None]
+
     return {
         "goal": goal,
         "samplers": {
             name: {
                 "searches": len(of_sampler),
-                "share": {str(count): bootstrap_median(of_sampler[:, count - 1]) for count in counts},
+                "share": {str(count): bootstrap_median(different(name, count)[:, count - 1]) for count in counts},
                 "trials_to_goal": bootstrap_median(first_to_reach(of_sampler, goal)),
             }
             for name, of_sampler in shares.items()
