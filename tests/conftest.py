@@ -2,9 +2,21 @@
 
 import os
 import socket
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests themselves run beside each other
+if "MEMCONTROL_TESTS_CACHE" not in os.environ:  # workers of pytest-xdist and subprocesses of the tests inherit it
+    _caches = tempfile.TemporaryDirectory(prefix="memcontrol_tests_")
+    os.environ["MEMCONTROL_TESTS_CACHE"] = _caches.name
+os.environ.update(  # the libraries read them when they are imported; each worker has its own folders
+    {
+        f"{owner}_CACHE": os.path.join(
+            os.environ["MEMCONTROL_TESTS_CACHE"], os.environ.get("PYTEST_XDIST_WORKER", "one"), owner.lower()
+        )
+        for owner in ("HF_DATASETS", "HF_EVALUATE", "HF_METRICS", "HF_MODULES", "MEMCONTROL_SVD")
+    }
+)
 
 import pytest
 import torch
@@ -14,18 +26,6 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 RESOLUTION = 16
-
-
-@pytest.fixture(scope="session", autouse=True)
-def datasets_cache(tmp_path_factory):
-    """What the tests compute once does not go to the user's cache."""
-    import datasets.config
-
-    os.environ["MEMCONTROL_SVD_CACHE"] = str(tmp_path_factory.mktemp("svd"))
-    before = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
-    yield
-    datasets.config.HF_DATASETS_CACHE = before
 
 
 def free_port() -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jsonschema
 import pytest
@@ -94,7 +95,7 @@ def test_the_value_whose_caption_fits_the_image_best_is_guessed():
 def test_an_attribute_that_cannot_be_asked_for_is_refused_and_no_value_is_shown(train, held_out, message):
     with pytest.raises(ValueError, match=message) as raised:
         check_attribute(train, held_out)
-    assert "xx" not in str(raised.value)
+    assert not re.search("xx|yy", str(raised.value), re.IGNORECASE)
 
 
 def test_the_audit_reports_the_advantage_beside_its_controls_and_no_value(tmp_path):
@@ -109,7 +110,7 @@ def test_the_audit_reports_the_advantage_beside_its_controls_and_no_value(tmp_pa
     assert figures["model"]["value"] == pytest.approx(accuracies[0] - accuracies[1])
     assert report.audit["attribute"] == {"values": 2}
     jsonschema.validate(dataclasses.asdict(report), json.loads(REPORT_SCHEMA.read_text()))
-    assert "xx" not in json.dumps(dataclasses.asdict(report))
+    assert not re.search("xx|yy", json.dumps(dataclasses.asdict(report)), re.IGNORECASE), "nor a caption"
     report.judge({"membership_auc_loss": {"max": 0.7}})
     assert "attribute_advantage" in [row["name"] for row in attack_rows(report)]
     assert not any("ttribute" in label for label, _ in not_tested(report.audit))

@@ -44,6 +44,9 @@ SETTINGS = AuditSettings(
 )
 
 
+DARKER = {"image": images_of(10, seed=1)[4]["image"].point(lambda value: round(0.97 * value)), "text": "a"}
+
+
 def audit(**arguments) -> MemorizationReport:
     defaults = {
         "train": images_of(10, seed=1),
@@ -268,6 +271,10 @@ def test_what_is_no_adapter_is_named(tmp_path, content):
         ({"generated": images_of(4), "held_out": images_of(5)}, "has 5 different images, but an audit needs 8"),
         ({"generated": images_of(4), "train": images_of(1).select([0] * 9)}, "has 1 different images"),
         ({"generated": images_of(4), "held_out": images_of(9, seed=1)}, "9 images are in train and in held_out too"),
+        (
+            {"generated": images_of(4), "held_out": Dataset.from_list([*images_of(12, seed=2), DARKER])},
+            "^1 held-out images are near-duplicates of training images, .*: rows 4 and 12",
+        ),
         ({"generated": images_of(4), "train": images_of(4).select_columns(["text"])}, "no column 'image'.*has: text"),
         ({"pipeline": tiny_pipeline(), "held_out": images_of(9).select_columns(["image"])}, "no column 'text'"),
         (

@@ -241,9 +241,11 @@ def test_latents_and_embeddings_are_encoded_once(pipeline, train_images, monkeyp
     calls = []
     monkeypatch.setattr(pipeline.vae, "encode", lambda *a, **k: calls.append(1))
     monkeypatch.setattr(family, "encode_images", lambda pixels: calls.append(len(pixels)) or torch.zeros(1, 4, 8, 8))
+    encode_prompts = family.encode_prompts
+    monkeypatch.setattr(family, "encode_prompts", lambda texts: calls.append(texts) or encode_prompts(texts))
     second = encode(train_images, family, RESOLUTION)
-    assert calls == [1], "only the probe of the shape"
-    assert torch.equal(first[:]["latents"], second[:]["latents"])
+    assert calls == [1, train_images["text"][:1]], "only the probe of the shapes"
+    assert all(torch.equal(first[:][name], second[:][name]) for name in ("latents", "prompt_embeds"))
     expected = family_of(tiny_pipeline()).encode_images(to_pixels(train_images["image"], RESOLUTION))
     torch.testing.assert_close(first[:]["latents"], expected)
 

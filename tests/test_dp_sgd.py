@@ -252,6 +252,8 @@ def test_a_report_says_what_epsilon_covers_and_what_not():
 
 # ---- wrong use ----
 
+EVALUATED = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -272,6 +274,16 @@ def test_a_report_says_what_epsilon_covers_and_what_not():
         ({"mitigations": [DP], "max_steps": -1}, "combined with num_train_epochs in the place of max_steps"),
         ({"mitigations": [DP], "auto_find_batch_size": True}, "combined with auto_find_batch_size"),
         ({"mitigations": [DP], "ignore_data_skip": True}, "combined with ignore_data_skip, with which a resumed"),
+        ({"mitigations": [DP], "torch_compile": True}, "combined with torch_compile: train"),
+        ({"mitigations": [DP], "push_to_hub": True}, "combined with the Trainer's own push_to_hub, whose checkpoints"),
+        (
+            {"mitigations": [DP], "load_best_model_at_end": True, **EVALUATED},
+            "combined with load_best_model_at_end, which may choose by the training images",
+        ),
+        *(
+            ({"mitigations": [DP], "lr_scheduler_type": name, **EVALUATED}, "combined with a schedule that goes by")
+            for name in ("reduce_lr_on_plateau", "greedy")
+        ),
     ],
 )
 def test_what_the_guarantee_does_not_allow_is_refused_in_one_line(tmp_path, arguments, message):
@@ -292,6 +304,12 @@ def test_what_does_not_fit_is_refused_before_the_training(tmp_path, arguments, m
     with pytest.raises(ValueError, match=message) as raised:
         tiny_trainer(tmp_path, **{"mitigations": [DP], **arguments})
     assert "\n" not in str(raised.value)
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(MemControlTrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match="combined with several processes: train on one device"):
+        MemControlTrainingArguments(output_dir=str(tmp_path), mitigations=[DP], max_steps=1)
 
 
 def test_without_opacus_the_error_says_what_to_install(tmp_path, monkeypatch):

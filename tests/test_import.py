@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,10 @@ def test_public_names_are_there_without_an_import_of_their_own(tmp_path):
     assert python(code).returncode == 0
     result = python("import memcontrol_hf; memcontrol_hf.nothing")
     assert "AttributeError: module 'memcontrol_hf' has no attribute 'nothing'" in result.stderr
+
+
+def test_what_a_subprocess_of_the_tests_computes_stays_out_of_the_users_cache():
+    names = [f"{library}_CACHE" for library in ("HF_DATASETS", "HF_EVALUATE", "HF_METRICS", "HF_MODULES")]
+    result = python(f"import datasets.config as c, os; print(c.HF_DATASETS_CACHE, *map(os.getenv, {names}))")
+    folders = [Path(folder) for folder in result.stdout.split()]
+    assert len(folders) == 5 and all(Path(tempfile.gettempdir()) in folder.parents for folder in folders)

@@ -134,10 +134,11 @@ def test_a_coin_decides_which_canaries_are_trained_on():
 
 def test_the_measured_epsilon_is_below_that_of_dp_sgd_at_three_noise_levels(tmp_path, monkeypatch):
     monkeypatch.setattr("memcontrol_hf.mitigations.dp_sgd.secrets.randbits", lambda bits: 1)  # one outcome of the test
-    train, canaries = flip_canaries(images_of(12, seed=1), 12, 1, seed=0)
+    train, canaries = flip_canaries(images_of(60, seed=1), 40, 1, seed=2)
     settings = AuditSettings(resolution=RESOLUTION)
-    for noise in (8.0, 2.0, 0.7):
-        dp_sgd = f"dp_sgd:noise_multiplier={noise},delta=0.01,max_grad_norm=1"
+    perfect = epsilon_from_coins(-torch.tensor(canaries["included"][:]).double(), None, canaries, 1e-4)
+    for noise in (8.0, 2.0, 1.0):
+        dp_sgd = f"dp_sgd:noise_multiplier={noise},delta=1e-4,max_grad_norm=1"
         trainer = tiny_trainer(tmp_path, train=train, mitigations=[dp_sgd], mask={SITE: True}, max_steps=3)
         trainer.train()
         images = trainer.encode(canaries)
@@ -145,8 +146,10 @@ def test_the_measured_epsilon_is_below_that_of_dp_sgd_at_three_noise_levels(tmp_
         with denoiser_in_place(trainer.pipeline, trainer.model):
             losses = canary_losses(trainer.pipeline, images, settings)
         assert not torch.equal(base, losses), "the adapter is what is measured"
-        measured = epsilon_from_coins(losses, base, canaries, 0.01)
-        assert max(measured["lower"], measured["mu"]["epsilon"]) <= trainer.privacy["epsilon"]
+        measured = epsilon_from_coins(losses, base, canaries, 1e-4)
+        guaranteed = trainer.privacy["epsilon"]
+        assert min(perfect["lower"], perfect["mu"]["epsilon"]) > guaranteed, "losses that tell all would exceed it"
+        assert max(measured["lower"], measured["mu"]["epsilon"]) <= guaranteed
 
 
 def test_the_frozen_base_tells_how_hard_an_image_is():

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import math
+import os
 import pkgutil
 from itertools import combinations
 
@@ -196,6 +197,7 @@ def test_the_evaluate_modules_give_what_the_functions_give():
 
     result = evaluate.load(metrics.path("noise_norm")).compute(predictions=generated, references=generated + 1)
     assert result["noise_norm"] == pytest.approx(math.sqrt(6), rel=1e-6)
+    assert all(os.listdir(os.environ[f"HF_{kind}_CACHE"]) for kind in ("METRICS", "MODULES")), "not the user's"
 
 
 def test_auth_pct_counts_images_that_are_farther_than_training_images_among_themselves():

@@ -130,6 +130,13 @@ def test_no_card_has_a_placeholder_and_every_snippet_is_python(tmp_path, report)
     assert len(card.text.split()) < 900, "it is short"
 
 
+@pytest.mark.parametrize("folder", MODEL_CARDS.glob("*-svdiff"), ids=lambda folder: folder.name)
+def test_a_published_report_of_a_training_and_its_search_follows_the_schema(folder):
+    report = json.loads((folder / "memorization_report.json").read_text(encoding="utf-8"))
+    assert report["search"]["trials"] and report["audit"]
+    jsonschema.validate(report, json.loads(REPORT_SCHEMA.read_text(encoding="utf-8")))
+
+
 def test_the_card_says_what_each_block_does(tmp_path):
     card = rendered(tmp_path, small_report(screening=small_screening()))
     rows = [

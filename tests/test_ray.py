@@ -177,3 +177,11 @@ def test_what_ray_cannot_do_is_refused_before_it_is_started(tmp_path, monkeypatc
     with pytest.raises(ValueError, match=r"needs Ray: pip install 'memcontrol_hf\[ray\]'"):
         trainer.hyperparameter_search(backend="ray")
     assert not ray.is_initialized()
+
+
+def test_a_launch_of_several_processes_is_refused_since_ray_starts_the_workers(tmp_path, monkeypatch):
+    trainer = tiny_trainer(tmp_path)
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
+    with pytest.raises(ValueError, match="Ray starts the workers: launch one process, not 2"):
+        trainer.hyperparameter_search(backend="ray")
+    assert not ray.is_initialized()

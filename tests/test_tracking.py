@@ -10,7 +10,7 @@ import urllib.request
 
 import pytest
 import torch
-from conftest import adapter_folder, tiny_trainer
+from conftest import adapter_folder, small_report, tiny_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from memcontrol_hf import MemorizationReport
@@ -39,6 +39,21 @@ def test_the_run_shows_the_images_that_are_no_copies_and_counts_the_others(tmp_p
             run.summary["generated"]["count"] == 2 and run.summary["generated"]["captions"] == ["a public prompt"] * 2
         )
     log_images(images, "a public prompt", features, train, others)  # no run: nothing happens
+
+
+def test_only_an_adapter_that_passed_its_gate_is_logged(tmp_path, monkeypatch):
+    import wandb
+
+    for name, value in {"LOG_MODEL": "end", "DATA_DIR": tmp_path, "CACHE_DIR": tmp_path}.items():
+        monkeypatch.setenv(f"WANDB_{name}", str(value))
+    logged = {True: [], False: [], None: []}  # by the verdict of the gate; None: no audit
+    with wandb.init(dir=tmp_path, mode="disabled") as run:
+        for passed, names in logged.items():
+            report = small_report(passed, search=None)
+            monkeypatch.setattr(run, "log_artifact", lambda artifact, names=names: names.append(artifact.name))
+            log_report(report, adapter_folder(tmp_path / str(passed), report=report))
+    reports = ["memorization-report"]
+    assert logged == {True: [*reports, "adapter"], False: reports, None: reports}
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import optuna
 import pytest
@@ -29,9 +30,10 @@ from memcontrol_hf.audit import AuditSettings
 from memcontrol_hf.data import load_images, plant_canaries
 from memcontrol_hf.flag_parser import FlagParser
 from memcontrol_hf.flags import ScriptArguments, public_flags, settings
-from memcontrol_hf.from_flags import make_trainer, mask_from
+from memcontrol_hf.from_flags import load, make_trainer, mask_from
 from memcontrol_hf.masks import block_map
 from memcontrol_hf.publish.hub import push_mask
+from memcontrol_hf.report import REPORT_SCHEMA
 from memcontrol_hf.sampling import denoiser_in_place, generate
 from memcontrol_hf.search import open_storage
 
@@ -111,6 +113,8 @@ def test_the_report_is_complete_and_compares_three_models(finished):
         assert 0 <= figures["membership_auc_low"] <= figures["membership_auc"] <= figures["membership_auc_high"] <= 1
         assert figures["fid"] > 0 and figures["noise_norm"] > 0
     assert len(report.search["trials"]) == 3
+    content = json.loads((finished / "memorization_report.json").read_text())
+    jsonschema.validate(content, json.loads(REPORT_SCHEMA.read_text()))
     assert report.images == {
         **{"train": 26, "validation": 8, "held_out": 8},
         **{"train_different": 24, "validation_different": 8, "held_out_different": 8},
@@ -421,6 +425,18 @@ def test_wrong_use_is_one_line_before_any_training(script, assets, tmp_path, cap
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and re.search(message, errors[0])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_that_is_in_two_splits_again_a_little_darker_is_refused(assets, tmp_path):
+    shutil.copytree(assets / "images", tmp_path / "images")
+    with open(tmp_path / "images" / "metadata.jsonl", "a") as lines:
+        for i, row in enumerate(images_of(40, seed=3)):
+            row["image"].point(lambda value: round(0.97 * value)).save(tmp_path / "images" / f"darker-{i}.png")
+            lines.write("\n" + json.dumps({"file_name": f"darker-{i}.png", "text": row["text"]}))
+    arguments = flags(assets, tmp_path / "out", train_data_dir=tmp_path / "images")
+    with pytest.raises(ValueError, match="images of validation are near-duplicates of images of train"):
+        load(FlagParser().script_arguments(arguments))
+    assert len(load(FlagParser().script_arguments([*arguments, "--near_duplicates", "0"]))[1]["train"]) > 40
 
 
 def test_a_mask_of_another_model_is_refused_with_the_names(script, assets, tmp_path, capsys):

@@ -5,6 +5,7 @@ optional dependency, so it is imported where it is used.
 """
 
 import importlib.util
+import io
 import logging
 import os
 import socket
@@ -88,10 +89,17 @@ def run_search_on_ray(
 
 def _pickled(trainer: SearchableTrainer, search: tuple[Any, ...], options: Mapping[str, Any]) -> bytes:
     """The task of a worker: to build the trainer anew, and to search with it."""
-    import ray
+    from ray.cloudpickle import CloudPickler
 
+    class Pickler(CloudPickler):
+        def persistent_id(self, found: object) -> None:
+            if found is trainer:  # a worker would have another one beside its own
+                raise ValueError("it holds the trainer")
+
+    task = io.BytesIO()
     try:
-        return ray.cloudpickle.dumps((type(trainer), trainer.recipe(), search, options))
+        Pickler(task).dump((type(trainer), trainer.recipe(), search, options))
+        return task.getvalue()
     except Exception as error:
         raise ValueError(
             f"the search cannot be sent to Ray's workers ({error}): hp_space, compute_objective, hp_name and "
