@@ -6,11 +6,17 @@ those for type checkers count, too.
 
 import ast
 import re
+import sys
+import tomllib
 from dataclasses import fields
 from graphlib import CycleError, TopologicalSorter
+from importlib.metadata import packages_distributions
+from itertools import chain
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from memcontrol_hf.flags import ScriptArguments
 
@@ -108,6 +114,23 @@ def test_every_module_is_in_a_room_and_every_room_is_there():
 
 def test_a_room_imports_only_rooms_above_it():
     assert back_arrows() == []
+
+
+def test_every_library_that_is_imported_is_declared():
+    nodes = [node for file in modules().values() for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    libraries = {name.split(".")[0] for name in names} - {*sys.stdlib_module_names, "memcontrol_hf"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [*project["dependencies"], *chain.from_iterable(project["optional-dependencies"].values())]
+    declared = {canonicalize_name(Requirement(text).name) for text in asked}
+    of_module = packages_distributions()
+    missing = [
+        name
+        for name in sorted(libraries)
+        if not declared & {canonicalize_name(found) for found in of_module.get(name, [name])}
+    ]
+    assert len(libraries) > 20 and missing == []
 
 
 def test_no_files_import_each_other_in_a_circle():
