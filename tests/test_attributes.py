@@ -141,7 +141,7 @@ def test_the_attribute_is_read_from_a_column_that_may_be_that_of_the_captions(tm
     assert main([*words, "--attribute_column", "kind"]) == 2
     assert "the demo's images have none" in capsys.readouterr().err
     assert main([*words, "--attribute_column", "kind", "--caption_column", ""]) == 2
-    assert "give --pipeline and captions" in capsys.readouterr().err
+    assert "takes captions: give --caption_column" in capsys.readouterr().err
 
 
 def test_the_name_of_a_class_is_its_value(tmp_path):
