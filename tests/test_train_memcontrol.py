@@ -251,8 +251,8 @@ def test_the_mask_of_an_adapter_is_tuned_without_a_search(script, assets, finish
     assert left == set(FILES) - {"study.journal", "pareto_front.png"}
 
 
-@pytest.mark.parametrize("method", ["difffit", "attention", "norm", "bias", "lora"])
-def test_every_method_runs_through(script, assets, tmp_path, method):
+@pytest.mark.parametrize("method", ["difffit", "attention", "lora"])  # difffit trains what norm and bias train
+def test_other_methods_run_through(script, assets, tmp_path, method):
     (tmp_path / "mask.json").write_text(json.dumps({"mid_block.attentions.0": True}))
     script.main(flags(assets, tmp_path / "out", method=method, mask_from=tmp_path / "mask.json", max_train_steps=2))
     loaded = PeftModel.from_pretrained(tiny_unet(), tmp_path / "out")
