@@ -78,6 +78,12 @@ def move_whole(source: str | Path, target: str | Path) -> None:
     _sync(Path(target).parent)
 
 
+def is_new_or_empty(folder: str | Path) -> bool:
+    """Whether a folder does not exist yet, or is empty; a file is neither."""
+    folder = Path(folder)
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
 def check_writable(folder: str | Path) -> None:
     """Raise `ValueError` when a folder cannot be written, or made. Nothing is left there.
 

@@ -23,6 +23,7 @@ from PIL import Image as PILImage
 from memcontrol_hf.data import SPLITS
 from memcontrol_hf.images import near_duplicates, thumbnails
 from memcontrol_hf.randomness import seeded_generator
+from memcontrol_hf.whole_files import is_new_or_empty
 
 RESOLUTION = 64
 ONCE, CANARIES, REPEATS = 80, 12, 4
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("data/elpv"), help="folder of the images")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the splits (default: 0)")
     args = parser.parse_args(argv)
-    if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
+    if not is_new_or_empty(args.output_dir):
         print(f"error: {args.output_dir} is no empty folder: give another --output_dir, or remove it", file=sys.stderr)
         raise SystemExit(2)
     try:

@@ -22,6 +22,7 @@ from PIL import Image
 
 from memcontrol_hf.audit import caption_markers
 from memcontrol_hf.images import to_rgb
+from memcontrol_hf.whole_files import is_new_or_empty
 
 _STUDY = re.compile(r"^p(?P<subject>\d+)/s(?P<study>\d+)/(?P<image>[^/]+)\.(?:jpg|dcm)$", re.IGNORECASE)
 _HEADING = re.compile(r"^[ \t]*([A-Z][A-Z /&,()-]+):", re.MULTILINE)
@@ -171,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     try:
-        if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
+        if not is_new_or_empty(args.output_dir):
             raise ValueError(f"{args.output_dir} is no empty folder: give another --output_dir, or remove it")
         lines, without, unreadable = write(args)
     except (ValueError, ImportError) as error:

@@ -115,8 +115,8 @@ def main() -> None:
     save_demo(pipe, encoder, parts, args.demo_dir)
     log["measured"] = measure_demo(args.demo_dir, parts)
     log_file = args.demo_dir / "training_log.json"
-    files = [path for path in args.demo_dir.rglob("*") if path.suffix in (".safetensors", ".json", ".parquet", ".png")]
-    files = [path for path in files if path != log_file]
+    suffixes = (".safetensors", ".json", ".parquet", ".png")
+    files = [path for path in args.demo_dir.rglob("*") if path.suffix in suffixes and path != log_file]
     log["bytes"] = {path.relative_to(args.demo_dir).as_posix(): path.stat().st_size for path in sorted(files)}
     log_file.write_text(json.dumps(log, indent=2) + "\n")
     print(json.dumps(log["measured"], indent=2))

@@ -14,6 +14,7 @@ from ..adapter_folder import ADAPTER, CONFIG, PLOT, REPORT, adapter_digests, ada
 from ..families import family_of, load_pipeline
 from ..report import MemorizationReport
 from ..report.card import write_card
+from ..whole_files import is_new_or_empty
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -83,7 +84,7 @@ def _checked_parts(folder: Path, output_dir: Path, to: str, rank: int) -> tuple[
     for name, found in ((f"{ADAPTER} with {CONFIG}", parts), (REPORT, (folder / REPORT).is_file())):
         if not found:
             raise ValueError(f"{str(folder)!r} holds no {name}: give the folder that a fine-tune left")
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+    if not is_new_or_empty(output_dir):
         raise ValueError(f"{str(output_dir)!r} is there and not empty: give another --output_dir")
     if to == "lora" and parts != ("",):
         raise ValueError(

@@ -13,7 +13,7 @@ from ..adapter_folder import ADAPTER, CONFIG, REPORT, adapter_parts
 from ..families import family_of
 from ..report import MemorizationReport
 from ..screening import Screening
-from ..whole_files import read_json, write_whole
+from ..whole_files import is_new_or_empty, read_json, write_whole
 from .export import base_pipeline
 from .spectral import filter_channels
 
@@ -83,7 +83,7 @@ def filter_adapter(
             f"{str(folder)!r} holds no {ADAPTER} with {CONFIG} of a denoiser alone: give the folder of an adapter "
             "that tunes no text encoder"
         )
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+    if not is_new_or_empty(output_dir):
         raise ValueError(f"{str(output_dir)!r} is there and not empty: give another --output_dir")
     try:
         config, tensors = read_json(folder / CONFIG), load_file(folder / ADAPTER)

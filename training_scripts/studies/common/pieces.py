@@ -3,7 +3,6 @@
 import argparse
 import fcntl
 import json
-import os
 import sys
 import time
 import traceback
@@ -11,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from memcontrol_hf.whole_files import write_whole
 
 
 class Job(NamedTuple):
@@ -73,9 +74,7 @@ class Pieces:
         """Write a finished piece; neither an interruption nor another process leaves a half file."""
         file = self.file(piece)
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(content), encoding="utf-8")
-        part.replace(file)
+        write_whole(file, json.dumps(content))
 
     def restore(self, contents: Mapping[str, Mapping[str, Any]]) -> None:
         """Write the pieces that are missing here, from the committed results of a study."""
