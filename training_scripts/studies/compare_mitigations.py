@@ -62,9 +62,9 @@ ALL_BLOCKS, SELECTED = "SV-DIFF, all blocks", "SV-DIFF, selected mask"
 NOTES = """\
 The membership AUC and the canaries come from attacks on the weights, which everybody who downloads the weights can \
 run. `fid` and `amd` are measured on images that are sampled with the mitigation on. Canaries are the repeated \
-training images; the column shows the share that the best attack of `memcontrol audit` catches. `multiple_captions` \
-draws from four wordings that the command makes of each caption. What each mitigation protects against, and what not: \
-[mitigations.md](mitigations.md)."""
+training images; the column shows the share that the best of eight attacks of `memcontrol audit` catches. \
+`multiple_captions` draws from four wordings that the command makes of each caption. What each mitigation protects \
+against, and what not: [mitigations.md](mitigations.md)."""
 
 
 class Row(NamedTuple):

@@ -162,9 +162,10 @@ def render(content: Figures) -> str:
         if not (found := shares(content["pieces"], granularity)):
             continue
         goal = random_goal(found) if RANDOM in found else None
-        rows = []
+        longest = max(share.shape[1] for share in found.values())
+        counts, rows = [count for count in COUNTS if count <= longest], []
         for name, share in found.items():
-            cells = [_interval(share[:, count - 1]) if count <= share.shape[1] else "" for count in COUNTS]
+            cells = [_interval(share[:, count - 1]) if count <= share.shape[1] else "" for count in counts]
             if goal is not None:
                 needed, reached = trials_needed(found, name, goal)
                 length = share.shape[1] + SCREENING_TRIALS * (name in ORDERS)
@@ -172,7 +173,7 @@ def render(content: Figures) -> str:
                 cells += [median, f"{reached.sum()} of {len(share)}"]
             rows.append([name, str(len(share)), *cells])
         lines += [f"## Granularity {granularity}", ""]
-        head = ["search", "searches", *map(str, COUNTS)]
+        head = ["search", "searches", *map(str, counts)]
         if goal is not None:
             head += [f"trials to {goal:.3f}, the screening counted", "searches that reached it"]
             lines += [f"Plain random search has {goal:.3f} after its last trial.", ""]

@@ -46,9 +46,11 @@ def read_runs(file: Path) -> dict[str, Run]:
 
 
 def restore(pieces: Pieces, docs: Path) -> None:
-    """Take up the finished pieces from the committed results."""
-    pieces.restore(read_results(docs / "claims.json").get("pieces", {}))
-    pieces.restore(read_runs(docs / "claims.parquet"))
+    """Take up the finished pieces from the committed results, if they were made with the same settings."""
+    committed = read_results(docs / "claims.json")
+    if committed.get("settings") == SETTINGS:
+        pieces.restore(committed["pieces"])
+        pieces.restore(read_runs(docs / "claims.parquet"))
 
 
 def finished(pieces: Pieces, kind: str) -> dict[str, Run]:

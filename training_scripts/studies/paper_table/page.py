@@ -82,9 +82,12 @@ catches. The best attack was chosen after all attacks ran, so the line of the fr
 """
 
 RULE = f"""\
-Verdicts are computed from the differences below, which are paired by seed. Two membership AUCs decide. The searches \
-lower the AUC of the loss attack on the same training images; no search sees the AUC of CLiD. Where a row shall beat \
-another row, fid decides too: it may be worse by {100 * MARGIN:.0f} % of the other row's fid.
+[The claims](../results.md) are tested again, with more seeds, at the same held-out loss and corrected for the number \
+of tests. Where the two differ, the later verdict holds.
+
+Here, verdicts are computed from the differences below, which are paired by seed. Two membership AUCs decide. The \
+searches lower the AUC of the loss attack on the same training images; no search sees the AUC of CLiD. Where a row \
+shall beat another row, fid decides too: it may be worse by {100 * MARGIN:.0f} % of the other row's fid.
 
 - *Confirmed*: all of these 95 % t intervals lie below 0, and the interval of fid lies below the margin.
 - *Not confirmed*: one interval lies above its limit.
