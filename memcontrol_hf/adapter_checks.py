@@ -1,8 +1,11 @@
-"""Whether an adapter was loaded whole: PEFT and diffusers go on when tensors are missing or belong to no layer."""
+"""Whether an adapter was loaded whole, and onto the base that it was trained on.
+
+PEFT and diffusers go on when tensors are missing or belong to no layer, and when the base is another one.
+"""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
@@ -10,6 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 from .adapter_folder import ADAPTER, CONFIG
+from .data import weights_digest
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -100,3 +104,27 @@ def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{name!r} holds values that are not finite.")
+
+
+def base_weights(denoiser: nn.Module) -> str:
+    """What tells a base from others: the type and a digest of its denoiser's weights; empty if they are quantized."""
+    if getattr(denoiser, "hf_quantizer", None):
+        return ""
+    dtype = next(denoiser.parameters()).dtype
+    return f"{str(dtype).removeprefix('torch.')}:{weights_digest(denoiser, dtype)}"
+
+
+def check_base(training: Mapping[str, Any], denoiser: nn.Module, name: str) -> None:
+    """Raise `ValueError` when a report's training was made on another base than this, as far as the report says.
+
+    Args:
+        training (`dict`): `training` of a report.
+        denoiser (`nn.Module`): denoiser of the base, in any floating-point type.
+        name (`str`): name of the base, for the message.
+    """
+    dtype, _, digest = training.get("base_weights", "").partition(":")
+    if digest and weights_digest(denoiser, getattr(torch, dtype)) != digest:
+        raise ValueError(
+            f"{name!r} is not the base that this adapter was trained on: the denoiser's weights differ, and what was "
+            "measured would not hold. Name the right one with --pipeline"
+        )

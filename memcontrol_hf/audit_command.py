@@ -5,10 +5,11 @@ It imports what it needs when it runs, so that the other commands start without 
 
 import argparse
 import shlex
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .adapter_folder import REPORT
+from .adapter_folder import REPORT, adapter_digests
 from .command_line import GATE_FAILED, PASSED
 
 if TYPE_CHECKING:
@@ -23,6 +24,15 @@ _ASKS_A_MODEL = (
     *("num_timesteps", "embedding_attack"),
 )
 """Flags of an audit that say nothing about images which a model generated before."""
+
+_NAMES = ("pipeline", "revision", "adapter", "base_pipeline", "encoder", "verifier", "clip_model", "delta")
+"""Flags whose value stands in the published command, unless it is a path on this machine."""
+
+_PLACES = (
+    *("generated", "train", "held_out", "output_dir", "gate", "canaries"),
+    *("caption_column", "attribute_column", "group_column"),
+)
+"""Flags that name a place or a column, which the published command holds by a placeholder."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -98,8 +108,8 @@ def _add_amounts(amounts: argparse._ArgumentGroup) -> None:
     amounts.add_argument(
         "--resolution",
         type=int,
-        help="side of the images in pixels; by default the resolution that the pipeline was trained at, or the "
-        "smaller side of the first generated image",
+        help="side of the images in pixels; by default the resolution that the adapter's report or the pipeline "
+        "says it was trained at, or the smaller side of the first generated image",
     )
     amounts.add_argument("--num_prompts", type=int, default=100, help="number of training captions to sample")
     amounts.add_argument(
@@ -175,13 +185,14 @@ def _attack(args: argparse.Namespace) -> "MemorizationReport":
         raise ValueError(NEEDS_ENCODER)
     import torch
 
+    from .adapter_checks import check_base
     from .audit import AuditSettings, audit_memorization
     from .data import load_canaries, warn_of_crops
     from .families import family_of, load_pipeline
     from .images import Framing
 
-    framing = Framing(args.fit, args.background)
-    _check_framing(args.adapter, framing)
+    framing, training = Framing(args.fit, args.background), _training(args.adapter)
+    _check_as_trained(training, framing, args.resolution)
     captions = (args.caption_column or None) if args.pipeline else None
     train, held_out = (
         _images(getattr(args, name), name, captions, args.group_column, args.attribute_column)
@@ -193,7 +204,9 @@ def _attack(args: argparse.Namespace) -> "MemorizationReport":
     device = torch.device(args.device) if args.device else torch.accelerator.current_accelerator() or "cpu"
     pipeline = args.pipeline and load_pipeline(args.pipeline, args.revision).to(device)
     base = args.base_pipeline and load_pipeline(args.base_pipeline).to(device)
-    resolution = args.resolution
+    if training:
+        check_base(training, family_of(pipeline).denoiser, args.pipeline)
+    resolution = args.resolution or training.get("resolution")
     if resolution is None:
         resolution = min(generated[0]["image"].size) if pipeline is None else family_of(pipeline).trained_at
     amounts = {name: getattr(args, name) for name in AuditSettings.__dataclass_fields__ if name != "resolution"}
@@ -212,27 +225,53 @@ def _attack(args: argparse.Namespace) -> "MemorizationReport":
         settings=AuditSettings(resolution=resolution, **amounts),
         output_dir=args.output_dir,
     )
-    words = [word for name, value in amounts.items() for word in (f"--{name}", str(value))]
-    words += ["--group_column", "YOUR_GROUP_COLUMN"] if args.group_column else []
-    words += ["--attribute_column", "YOUR_ATTRIBUTE_COLUMN"] if args.attribute_column else []
-    report.command = f"memcontrol audit {shlex.join(words)}"
+    report.command = f"memcontrol audit {shlex.join(_public_words(args, report.audit['settings']))}"
+    if args.adapter is not None and Path(args.adapter).is_dir():
+        report.weights = adapter_digests(Path(args.adapter))
     return report
 
 
-def _check_framing(adapter: str | None, framing: "Framing") -> None:
-    """Raise `ValueError` when the report beside an adapter says that it was trained with images in another framing."""
-    from .images import Framing
+def _public_words(args: argparse.Namespace, settings: Mapping[str, Any]) -> Iterator[str]:
+    """The flags that repeat the audit, with `YOUR_NAME` in the place of what names a place or a column."""
+    from .flags import without_place
+
+    def public(name: str) -> Iterator[str]:
+        value = getattr(args, name)
+        if value != args.parser.get_default(name):
+            hidden = without_place(value) != value or (name in _PLACES and value != "demo")
+            yield from (f"--{name}", f"YOUR_{name.upper()}" if hidden else str(value))
+
+    for name in _NAMES:
+        yield from public(name)
+    for name, value in settings.items():
+        yield from (f"--{name}", str(value))
+    for name in _PLACES:
+        yield from public(name)
+
+
+def _training(adapter: str | None) -> dict[str, Any]:
+    """What the report beside an adapter says of its training; empty without an adapter, and without a report."""
     from .report import MemorizationReport
 
     if adapter is None or not (file := Path(adapter) / REPORT).is_file():
+        return {}
+    return MemorizationReport.from_json(file).training
+
+
+def _check_as_trained(training: dict[str, Any], framing: "Framing", resolution: int | None) -> None:
+    """Raise `ValueError` when an adapter was trained with images in another framing or at another resolution."""
+    from .images import Framing
+
+    if not training:
         return
-    training = MemorizationReport.from_json(file).training
     trained = Framing(training.get("fit", "crop"), training.get("background", "white"))
+    safer = "attack it with the same, or its figures look safer than they are"
     if trained != framing:
         raise ValueError(
-            f"the adapter was trained with images of --fit {trained.fit} --background {trained.background}: attack it "
-            "with the same, or its figures look safer than they are"
+            f"the adapter was trained with images of --fit {trained.fit} --background {trained.background}: {safer}"
         )
+    if resolution and (known := training.get("resolution")) and known != resolution:
+        raise ValueError(f"--resolution {resolution}: the adapter was trained at {known} pixels: {safer}")
 
 
 def _images(

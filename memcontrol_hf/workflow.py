@@ -19,8 +19,9 @@ import optuna
 from datasets import Dataset, DatasetDict
 from transformers.trainer_utils import BestRun
 
+from .adapter_checks import base_weights
 from .adapter_folder import LORA, PLOT, REPORT, adapter_digests, file_digest
-from .audit import AuditSettings, audit_memorization
+from .audit import AuditSettings, TooFewImages, audit_memorization
 from .data import SPLITS
 from .encoders import encoder_name
 from .evaluation import METRICS
@@ -74,11 +75,13 @@ class FineTuned:
             against held-out images.
         stopped (`dict[str, int]`): run -> the step at which a mitigation stopped it, if one did.
         failed (`dict[str, str]`): run -> why it has no figures.
+        base_weights (`str`): what [`~memcontrol_hf.adapter_checks.base_weights`] says of the frozen base's denoiser.
     """
 
     figures: dict[str, dict[str, float]] = field(default_factory=dict)
     stopped: dict[str, int] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    base_weights: str = ""
 
 
 # ---- search and choose ----
@@ -216,6 +219,8 @@ def fine_tune(
     for name, mask in masks.items():
         hyperparameters = {**choice.hyperparameters, "mask": mask}
         trainer.apply_hyperparameters(hyperparameters, final_model=True)
+        if name == FROZEN_BASE:
+            tuned.base_weights = base_weights(trainer.family.denoiser)
         logger.info(f"{name}: {'fine-tune on all of the data, then ' if any(mask.values()) else ''}held-out figures")
         config = {**hyperparameters, "objectives": list(trainer.args.objectives)}
         start_tracking(trainer, study_name, name, "final", config)
@@ -304,6 +309,7 @@ def save(
             "mitigations": [text for text in given if text not in sampling],
             **({"sampling_mitigations": sampling} if sampling else {}),
             **(canaries or {}),
+            **({"base_weights": tuned.base_weights} if tuned.base_weights else {}),
             **({"stopped_at_step": tuned.stopped} if tuned.stopped else {}),
             **({"failed": tuned.failed} if tuned.failed else {}),
             **({"dp_sgd": trainer.privacy} if trainer.privacy else {}),
@@ -358,8 +364,11 @@ def audit(
             delta=report.training.get("dp_sgd", {}).get("delta", 1e-5),
         ).audit
         report.judge(limits)
-    except ValueError as error:  # too few images, say: what was trained is kept, and it does not pass
-        report.gate = {"passed": False, "limits": limits, "failures": [f"no audit: {error}"]}
+    except ValueError as error:  # what was trained is kept, and it does not pass
+        logger.error(f"no audit: {error}")
+        # a message can hold a path or an id, and the report is published
+        said = error if isinstance(error, TooFewImages) else "the log of the training says why"
+        report.gate = {"passed": False, "limits": limits, "failures": [f"no audit: {said}"]}
     report.to_json(folder / REPORT)
     return report.gate["passed"]
 

@@ -1,6 +1,8 @@
 import dataclasses
+import datetime
 import json
 import math
+import shlex
 import socket
 
 import jsonschema
@@ -10,6 +12,7 @@ import torch
 import yaml
 from conftest import RESOLUTION, adapter_folder, images_of, tiny_pipeline
 from datasets import Dataset, DatasetDict, concatenate_datasets
+from tiny_families import dit
 
 from memcontrol_hf import (
     MemControlConfig,
@@ -31,12 +34,15 @@ from memcontrol_hf.audit import (
     write_split,
 )
 from memcontrol_hf.audit.attacks import Attacked, _compare_trajectories
-from memcontrol_hf.cli import main
+from memcontrol_hf.cli import _parser, main
 from memcontrol_hf.data import load_image_folder, weights_digest
 from memcontrol_hf.flags import ScriptArguments, public_flags, settings
 from memcontrol_hf.from_flags import check
 from memcontrol_hf.images import to_pixels
 from memcontrol_hf.report import DEFAULT_GATE, MEASURES, REPORT_SCHEMA, load_gate, verdict
+from memcontrol_hf.report.attack_table import attack_rows
+from memcontrol_hf.report.dossier import NOT_TESTED, Dossier
+from memcontrol_hf.report.dossier_facts import Facts
 
 ENCODER = torch.nn.Flatten()
 SETTINGS = AuditSettings(
@@ -76,6 +82,13 @@ def test_copies_are_found_among_images_and_fresh_ones_are_not():
     gate = {"copy_share": {"max": 0.2}}
     assert fresh.judge(gate) and not copies.judge(gate)
     assert "copy_share: may be as high as 1.000, above the limit 0.2" in copies.summary()
+
+
+def test_a_generated_image_counts_as_often_as_it_was_generated():
+    train, fresh = images_of(60, seed=1), images_of(10, seed=3).select_columns(["image"])
+    copies = Dataset.from_dict({"image": [train[0]["image"]] * 90}, features=fresh.features)
+    report = audit(train=train, held_out=images_of(40, seed=2), generated=concatenate_datasets([copies, fresh]))
+    assert value(report, "copy_share") == 0.9 and report.audit["images"]["generated"] == 100
 
 
 def test_what_needs_a_model_is_not_claimed_of_images():
@@ -329,6 +342,22 @@ def test_a_bad_adapter_or_resolution_costs_nothing(tmp_path, monkeypatch):
             audit(pipeline=tiny_pipeline(), output_dir=folder)
 
 
+def test_what_a_model_cannot_sample_costs_nothing(monkeypatch):
+    def attack(*args, **kwargs):
+        raise AssertionError("the long work began")
+
+    monkeypatch.setattr("memcontrol_hf.audit.audit.attack_pipeline", attack)
+    few = dit()
+    few.transformer.register_to_config(num_embeds_ada_norm=10)
+    sets = {}
+    for seed, name in enumerate(("train", "held_out"), 1):
+        sets[name] = images_of(12, seed=seed).remove_columns("text").add_column("text", ["3"] * 12)
+    with pytest.raises(ValueError, match="guides only models of 1000 classes, not 10"):
+        audit(pipeline=few, **sets, settings=AuditSettings(resolution=16))
+    with pytest.raises(ValueError, match="resolution 24 is not"):
+        audit(pipeline=tiny_pipeline(), base_pipeline=dit(), settings=AuditSettings(resolution=24))
+
+
 def test_features_that_are_not_finite_are_no_clean_result():
     class Broken(torch.nn.Module):
         def forward(self, images):
@@ -463,6 +492,16 @@ def test_a_report_says_of_identifiers_only_what_was_looked_for(found, reported, 
     assert report.audit.get("caption_identifiers", "none") == reported
 
 
+def test_captions_that_nobody_looked_at_are_not_said_to_be_clean():
+    train = images_of(10, seed=1)
+    for captions in (train.remove_columns("text"), train.remove_columns("text").add_column("text", [""] * 10)):
+        report = audit(train=captions, generated=images_of(10, seed=2))
+        assert not {"caption_markers", "caption_identifiers"} & report.audit.keys()
+        dossier = Dossier("folder", report, Facts(), None, datetime.date(2026, 11, 28))
+        lines = {line.label: line.text for section in dossier.sections for line in section.lines}
+        assert lines["Captions with traces of de-identification"] == NOT_TESTED
+
+
 def report_with(**measures) -> MemorizationReport:
     return MemorizationReport(audit={"measures": measures})
 
@@ -551,6 +590,42 @@ def test_the_verdict_says_whether_it_leaks_or_there_are_too_few_images(figures, 
     assert ("too few images" in verdict(report.gate, report.audit)) == ("would do" in said or "too few" in said)
 
 
+@pytest.mark.parametrize(
+    ("audit", "said"),
+    [
+        # .1 / .05: twice as many
+        ({"subject": "adapter", "images": {"train": 5000, "held_out": 900}, "settings": {"num_prompts": 100}},
+         "There are too few sampled captions (--num_prompts, or --audit_num_prompts of a training) to tell by "
+         "copy_share: there were 100, and about 200 would do"),
+        ({"subject": "generated images", "images": {"train": 5000, "held_out": 900, "generated": 40}},
+         "There are too few generated images to tell by copy_share: there were 40, and about 80 would do"),
+        ({"subject": "adapter", "images": {"train": 90, "held_out": 90}, "settings": {"num_prompts": 100}},
+         "There are too few images to tell by copy_share: 90 training and 90 held-out images were attacked"),
+    ],
+)  # fmt: skip
+def test_the_verdict_asks_for_more_of_what_the_interval_depends_on(audit, said):
+    report = report_with(copy_share={"model": figure(0.0, 0.0, 0.1)})
+    report.audit |= audit
+    report.judge({"copy_share": {"max": 0.05}})
+    assert said in verdict(report.gate, report.audit)
+    unit = said.removeprefix("There are too few ").partition(" (")[0].partition(" to tell")[0]
+    assert report.gate["failures"][0].endswith(f"about 2 times as many {unit} would tell")
+
+
+def test_a_limit_on_what_is_not_applicable_is_not_said_to_be_kept():
+    report = report_with(membership_auc_clid={who: figure(None) for who in ("model", "frozen_base")})
+    report.audit["measures"]["membership_auc_clid"] |= {"held_out_as_train": None}
+    report.audit["measures"]["membership_auc_clid"]["model"]["note"] = "not applicable: no captions"
+    assert report.judge({"membership_auc_clid": {"max": 0.65}})
+    assert [row["limit"] for row in attack_rows(report)] == ["not asked"]
+
+
+def test_a_limit_on_an_attribute_is_not_asked_of_generated_images():
+    report = report_with(copy_share={"model": figure(0.0, 0.0, 0.01)})
+    report.audit["subject"] = "generated images"
+    assert report.judge({"copy_share": {"max": 0.05}, "attribute_advantage": {"max": 0.1}})
+
+
 def test_generated_images_pass_a_gate_of_their_own_scope():
     train, held_out = images_of(60, seed=1), images_of(80, seed=2)
     fresh = audit(train=train, held_out=held_out, generated=images_of(120, seed=3))
@@ -614,7 +689,11 @@ def test_exit_codes(tmp_path, capsys):
     assert "gate: passed" in capsys.readouterr().out
     assert main(["audit", "--generated", folder_of(train, tmp_path / "copies"), *common]) == 3
     assert "gate: FAILED\namd: may be as low as" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out" / "memorization_report.json").read_text())["gate"]["passed"] is False
+    report = json.loads((tmp_path / "out" / "memorization_report.json").read_text())
+    assert report["gate"]["passed"] is False and str(tmp_path) not in report["command"]
+    words = shlex.split(report["command"].removeprefix("memcontrol "))
+    again = _parser().parse_args(words)
+    assert (again.generated, again.encoder, again.resolution) == ("YOUR_GENERATED", "demo", RESOLUTION)
     for wrong in (str(tmp_path / "nowhere"), "demo"):
         assert main(["audit", "--generated", wrong, *common]) == 2
         assert "error: --generated" in capsys.readouterr().err

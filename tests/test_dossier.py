@@ -8,6 +8,7 @@ import yaml
 from conftest import adapter_folder, small_report
 
 from memcontrol_hf.cli import main
+from memcontrol_hf.report.cross_references import cross_references
 from memcontrol_hf.report.dossier import NOT_TESTED, Dossier, not_tested
 from memcontrol_hf.report.dossier_facts import NOT_STATED, Facts, empty_facts
 from memcontrol_hf.report.dossier_pdf import write_pdf
@@ -131,7 +132,20 @@ def test_a_passed_gate_and_long_words_are_laid_out(tmp_path):
     assert "worst person" in dossier.html()
 
 
-def test_an_attack_that_no_gate_limits_stands_in_the_dossier_and_not_on_the_card(tmp_path):
+def test_a_dossier_names_only_measures_that_were_made():
+    audit = small_report().audit
+    rows = {row[0]: row[1] for _, _, table in cross_references(audit) for row in table}
+    assert rows["Extraction of personal data from the model"] == "3, membership_*, extraction_*"
+    assert rows["Resistance to membership and attribute inference"] == "3, membership_*"
+    assert "has the weights" in rows["has no special equipment or skill"]
+    audit |= {"subject": "generated images", "measures": {"copy_share": audit["measures"]["extraction_rate"]}}
+    rows = {row[0]: row[1] for _, _, table in cross_references(audit) for row in table}
+    assert rows["Extraction of personal data from the model"] == "nothing: not tested"
+    assert rows["Personal data obtained by queries"] == "3, copy_share"
+    assert "weights" not in rows["has no special equipment or skill"]
+
+
+def test_an_attack_that_no_gate_limits_has_its_row_in_the_dossier_and_its_figure_on_the_card(tmp_path):
     report = small_report()
     figure = {"value": 0.25, "low": 0.1, "high": 0.4, "note": None}
     report.audit["measures"]["reidentified_share"] = {"model": figure, "frozen_base": None, "held_out_as_train": None}
@@ -139,4 +153,6 @@ def test_an_attack_that_no_gate_limits_stands_in_the_dossier_and_not_on_the_card
     assert (
         "(reidentified_share)</td><td>25 % (10 % to 40 %)</td>" in Dossier.from_folder(folder, Facts(), TODAY).html()
     )
-    assert "again in images that are generated" not in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "again in images that are generated" not in card
+    assert "**Not judged**" in card and "`reidentified_share` 25 % (10 % to 40 %)" in card

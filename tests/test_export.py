@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from peft import LoHaConfig, LoraConfig, PeftConfig, PeftModel
 
 from memcontrol_hf import MemControlConfig, MemorizationReport, cli
+from memcontrol_hf.adapter_checks import base_weights, check_base
 from memcontrol_hf.publish.export import export
 from memcontrol_hf.report.card import render_card
 
@@ -161,6 +162,31 @@ def test_what_cannot_be_exported_is_said(base, tmp_path, capsys, method, to, mes
     assert cli.main([*command(folder, tmp_path / "out", to), *more]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+def test_another_base_than_the_one_that_was_measured_is_refused(base, tmp_path, capsys):
+    folder = adapter_of(tmp_path, MemControlConfig(method="svdiff"))
+    report = MemorizationReport.from_json(folder / "memorization_report.json")
+    report.training["base_weights"] = base_weights(StableDiffusionPipeline.from_pretrained(base).unet)
+    report.to_json(folder / "memorization_report.json")
+    other = StableDiffusionPipeline.from_pretrained(base)
+    with torch.no_grad():
+        other.unet.conv_in.bias += 0.01
+    other.save_pretrained(tmp_path / "other")
+    assert cli.main([*command(folder, tmp_path / "out", "merged"), "--pipeline", str(tmp_path / "other")]) == 2
+    assert "is not the base that this adapter was trained on" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert cli.main([*command(folder, tmp_path / "out", "merged"), "--pipeline", str(base)]) == 0
+
+
+def test_a_base_is_known_again_in_another_precision(base):
+    unet = StableDiffusionPipeline.from_pretrained(base).unet
+    trained = {"base_weights": base_weights(copy.deepcopy(unet).bfloat16())}
+    check_base(trained, unet, "base")
+    check_base({}, unet, "a report of before")
+    unet.conv_in.weight.data[0, 0, 0, 0] += 1
+    with pytest.raises(ValueError, match="'other' is not the base"):
+        check_base(trained, unet, "other")
 
 
 def test_nothing_is_overwritten_and_no_other_folder_taken(tmp_path, capsys):

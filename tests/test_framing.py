@@ -142,3 +142,5 @@ def test_an_adapter_is_attacked_with_images_as_it_was_trained_on(tmp_path, capsy
     assert "trained with images of --fit pad --background black" in capsys.readouterr().err
     assert main([*command, "--fit", "pad", "--background", "black"]) == 2
     assert "trained with" not in capsys.readouterr().err
+    assert main([*command, "--fit", "pad", "--background", "black", "--resolution", "64"]) == 2
+    assert "--resolution 64: the adapter was trained at 16 pixels" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from scipy.stats import norm
 import memcontrol_hf
 from memcontrol_hf import metrics
 from memcontrol_hf.families import family_of
+from memcontrol_hf.metrics.denoiser_calls import both_predictions, draw_noise
 from memcontrol_hf.randomness import seeded_generator
 
 
@@ -175,6 +176,21 @@ def test_noise_norm_follows_its_formula(noised):
         expected = (unet(noisy, steps, c).sample - unet(noisy, steps, noised["null"]).sample).norm()
     actual = metrics.noise_norm(unet, x, c, noised["null"], family.noise.scheduler, [300], [seed])
     assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_the_noise_norm_is_of_implied_noise_whatever_is_predicted(noised, prediction):
+    family, timesteps = family_of(tiny_pipeline(prediction)), [300, 900]
+    x, c, null = noised["latents"][:3], noised["embeds"][:3], family.named(noised["null"])
+    actual = metrics.noise_norm(family.denoiser, x, c, null, family, timesteps, [1, 2, 3])
+    for column, timestep in zip(actual.T, timesteps):
+        steps = torch.full((3,), timestep)
+        noise = torch.stack([draw_noise(seed, (2, *x.shape[1:]))[timesteps.index(timestep)] for seed in (1, 2, 3)])
+        noisy = family.noise.add_noise(x, noise, steps)
+        with torch.no_grad():
+            both = both_predictions(family, family.denoiser, noisy, steps, family.named(c), null)
+        with_text, without = (family.noise.to_epsilon(one, noisy, timestep) for one in both)
+        torch.testing.assert_close(column, (with_text - without).flatten(1).norm(dim=1), rtol=1e-4, atol=1e-5)
 
 
 def test_the_evaluate_modules_give_what_the_functions_give():

@@ -542,7 +542,7 @@ def test_the_script_takes_them_names_them_and_refuses_to_go_on_without(script, a
     assert report.training["mitigations"] == names
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"--mitigation {' '.join(names)}" in card
-    assert f"Further means against memorization: `{'` `'.join(names)}`." in card
+    assert f"Mitigations of memorization: `{'` `'.join(names)}`." in card
     assert "Stopped early: all blocks after step 2." in card and "Stopped early: selected mask after step 2." in card
     assert load_file(tmp_path / "out" / "adapter_model.safetensors")
     study = optuna.load_study(study_name="memcontrol", storage=open_storage(str(tmp_path / "out" / "study.journal")))

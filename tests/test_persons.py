@@ -155,7 +155,7 @@ def test_the_command_reads_persons_from_a_column(tmp_path, capsys):
     report = json.loads((tmp_path / "out" / "memorization_report.json").read_text())
     assert report["audit"]["persons"]["train"] == 5 and report["command"].endswith("--group_column YOUR_GROUP_COLUMN")
     assert "person 0" not in (tmp_path / "out" / "memorization_report.json").read_text()
-    assert "rates and intervals are of persons: 5 training and 6 held-out persons" in capsys.readouterr().out
+    assert "5 training and 6 held-out persons: rates and intervals are of images" in capsys.readouterr().out
     assert main([*words, "--group_column", "subject"]) == 2
     assert (
         "no column 'subject'" in (said := capsys.readouterr().err)

@@ -10,6 +10,7 @@ from datasets import DatasetDict
 from transformers.trainer_utils import BestRun
 
 from memcontrol_hf import MemControlConfig, MemorizationReport, workflow
+from memcontrol_hf.adapter_checks import base_weights
 from memcontrol_hf.report import DEFAULT_GATE
 from memcontrol_hf.workflow import within_gate
 
@@ -69,6 +70,19 @@ def test_a_given_mask_goes_the_same_way_without_a_search(tmp_path, data):
     card = workflow.write_card(trainer, report, choice).read_text()
     assert card.startswith("---") and "3 in all blocks together were chosen one by one" in card
     assert not (tmp_path / "pareto_front.png").exists()
+
+
+def test_what_stopped_an_audit_is_logged_and_not_published(tmp_path, data, caplog):
+    trainer = tiny_trainer(tmp_path, train=data["train"], max_steps=1)
+    choice = workflow.Choice({"mask": trainer.mask, "learning_rate": 0.01})
+    tuned = workflow.fine_tune(trainer, choice, data["held_out"])
+    report = workflow.save(trainer, choice, tuned, data)
+    assert report.training["base_weights"] == base_weights(tiny_pipeline().unet)
+    (tmp_path / "private").touch()
+    assert not workflow.audit(trainer, report, data)
+    assert str(tmp_path) in caplog.text
+    assert report.gate["failures"] == ["no audit: the log of the training says why"]
+    assert str(tmp_path) not in (tmp_path / "memorization_report.json").read_text()
 
 
 def test_an_audit_that_does_not_end_does_not_pass(tmp_path, data, monkeypatch):

@@ -1,7 +1,7 @@
 """The audit: every attack on a model or on generated images, beside the controls of the attack."""
 
 from .attributes import check_attribute
-from .audit import audit_memorization
+from .audit import TooFewImages, audit_memorization
 from .captions import MARKERS, caption_identifiers, caption_markers
 from .least_data import cannot_pass, least_images
 from .private import write_split
@@ -13,6 +13,7 @@ __all__ = [
     "MARKERS",
     "AuditSettings",
     "Figure",
+    "TooFewImages",
     "audit_memorization",
     "cannot_pass",
     "caption_identifiers",

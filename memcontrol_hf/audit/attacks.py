@@ -138,8 +138,13 @@ def evaluator_of(pipeline: "DiffusionPipeline", settings: AuditSettings) -> Eval
 def attack_images(
     images: EncodedImages, members: EncodedImages, others: EncodedImages, settings: AuditSettings, encoder: Encoder
 ) -> Attacked:
-    """Measure generated images without a model: how near they are to `members`, and to `others`."""
-    pixels, features = images.pixels(images.distinct), images.features(encoder)
+    """Measure generated images without a model: how near they are to `members`, and to `others`.
+
+    An image that was generated several times counts as often: models repeat what they memorized.
+    """
+    place = {images.digests[row]: i for i, row in enumerate(images.distinct)}
+    features = images.features(encoder)[[place[digest] for digest in images.digests]]
+    pixels = images.pixels(range(len(images)))
     return compare_with_training_images(pixels, features, 1, members, others, settings, encoder)
 
 

@@ -46,6 +46,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+class TooFewImages(ValueError):
+    """A set is too small to be audited. The message holds numbers alone, so that it may be published."""
+
+
 def audit_memorization(
     train: Dataset,
     held_out: Dataset,
@@ -107,7 +111,8 @@ def audit_memorization(
         [`MemorizationReport`]: report with `audit`, which no gate has judged yet.
 
     Raises:
-        ValueError: for sets that are too small or share an image or a person, for neither or both of `pipeline` and
+        TooFewImages: for a set that is too small.
+        ValueError: for sets that share an image or a person, for neither or both of `pipeline` and
             `generated`, and for images other than the demo's without an encoder; before the long work, for an adapter
             that cannot be loaded whole or changes nothing, a CLIP model that cannot be loaded, a folder that cannot be
             written to, an attribute that cannot be asked for, and canaries that do not belong to the training images.
@@ -130,9 +135,12 @@ def audit_memorization(
     for name, data in given.items():
         check_captions(data, name)
     encoder = named_encoder(encoder, train, held_out)
-    if pipeline is not None:
-        family_of(pipeline).check_resolution(settings.resolution)
-    else:
+    for attacked in (pipeline, base_pipeline):
+        if attacked is not None:
+            family = family_of(attacked)
+            family.check_resolution(settings.resolution)
+            family.pipeline_arguments(train["text"][:1], settings.resolution, settings.guidance_scale)
+    if pipeline is None:
         _check_columns({"generated": generated}, ["image"])
     if adapter is not None:
         _check_adapter(pipeline, adapter, _framed(train, settings))
@@ -192,6 +200,8 @@ def audit_memorization(
     subject = "generated images" if pipeline is None else "adapter" if adapter is not None else "pipeline"
     content = {"subject": subject, "settings": asdict(settings), "encoder": name}
     content |= _published(results, members, others, settings)
+    if generated is not None:
+        content["images"]["generated"] = len(generated)
     if members.by_person:
         exposures = {who: result and result.exposure for who, result in results.items()}
         content["persons"] = published_persons(exposures, members, others, verifier_name)
@@ -199,10 +209,10 @@ def audit_memorization(
         content["attribute"] = {"values": len(values)}
     if coins is not None:
         content["epsilon"] = epsilon_from_coins(losses["model"], losses["frozen_base"], canaries, delta)
-    captions = train["text"][:] if "text" in train.column_names else []
-    content["caption_markers"] = caption_markers(captions)
-    if (identifiers := caption_identifiers(captions)) is not None:
-        content["caption_identifiers"] = identifiers
+    if "text" in train.column_names and any(captions := train["text"][:]):  # else nobody looked at captions
+        content["caption_markers"] = caption_markers(captions)
+        if (identifiers := caption_identifiers(captions)) is not None:
+            content["caption_identifiers"] = identifiers
     if private is not None:
         content["data_fingerprint"] = fingerprint(members.digests, private / "fingerprint.key")
         write_review(results["model"], members, private / "review.html")
@@ -301,7 +311,7 @@ def _check_sets(members: EncodedImages, others: EncodedImages, threshold: float,
     """Raise `ValueError` for sets that are too small, share or nearly share an image, or have no features."""
     for name, images in (("train", members), ("held_out", others)):
         if (count := len(images.distinct)) < (least := LEAST_IMAGES[name]):
-            raise ValueError(f"the {name} set has {count} different images, but an audit needs {least} or more")
+            raise TooFewImages(f"the {name} set has {count} different images, but an audit needs {least} or more")
     shared = len(set(members.digests) & set(others.digests))
     if shared:
         raise ValueError(f"{shared} images are in train and in held_out too: they must be disjoint")

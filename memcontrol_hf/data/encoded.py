@@ -259,11 +259,18 @@ def _column_type(row: torch.Tensor) -> Value | List | Array2D:
             return Array2D(tuple(row.shape), dtype)
 
 
-def weights_digest(module: nn.Module) -> str:
-    """A digest of a module's parameters and buffers, by name and value."""
+def weights_digest(module: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """A digest of a module's parameters and buffers, by name and value.
+
+    Args:
+        module (`nn.Module`): the module.
+        dtype (`torch.dtype`, *optional*): type to which floating-point values are rounded first.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in module.state_dict().items():
         digest.update(name.encode())
+        if dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

@@ -44,9 +44,11 @@ class DiTFamily(Family):
         """
         names, count = self.pipeline.labels, self.denoiser.config.num_embeds_ada_norm
         labels = [names.get(text, int(text) if text.isdecimal() else -1) for text in captions]
-        for text, label in zip(captions, labels):
-            if not 0 <= label < count:
-                raise ValueError(f"{text!r} is no class: give a number below {count}, or a name of the id2label")
+        if wrong := sum(not 0 <= label < count for label in labels):  # a caption may be a report: none is shown
+            raise ValueError(
+                f"{wrong} of {len(labels)} captions are no class: give a number below {count}, or a name of the "
+                "pipeline's id2label"
+            )
         return labels
 
     def encode(self, prompts):

@@ -84,6 +84,12 @@ class DDPMNoise:
             case _:  # "sample"
                 return signal / noise
 
+    def epsilon_scales(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """The [`epsilon_scale`] of each of `timesteps` `[N]`: `[N]`."""
+        if self.scheduler.config.prediction_type == "epsilon":
+            return torch.ones(timesteps.shape, device=timesteps.device)
+        return torch.tensor([self.epsilon_scale(t) for t in timesteps.tolist()], device=timesteps.device)
+
     def timesteps(self, count: int) -> list[int] | list[float]:
         """`count` timesteps from low noise to high, the middles of `count` equal parts of the schedule."""
         total = self.scheduler.config.num_train_timesteps
@@ -172,6 +178,9 @@ class FlowMatchingNoise(DDPMNoise):
     def epsilon_scale(self, timestep):
         """1, because norms are taken of the velocity: a difference of implied noise would vanish at `σ = 1`."""
         return 1.0
+
+    def epsilon_scales(self, timesteps):
+        return torch.ones(timesteps.shape, device=timesteps.device)
 
     def timesteps(self, count):
         return self.scheduler.timesteps.flip(0)[super().timesteps(count)].tolist()

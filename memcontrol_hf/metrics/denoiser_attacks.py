@@ -79,7 +79,8 @@ def noise_norm(
     """How hard the text alone steers: the norm of the conditional minus the unconditional prediction.
 
     `||ε(x_t, t, c) − ε(x_t, t, ∅)||₂` of Wen et al. (https://huggingface.co/papers/2407.21720), on noised latents, at
-    fixed timesteps, under fixed noise of each image's own.
+    fixed timesteps, under fixed noise of each image's own. `ε` is the noise that a prediction implies, whatever the
+    model predicts; for flow matching the norm is of the velocity.
 
     The arguments differ from those of the other attacks on purpose: the function can be called with a Stable Diffusion
     UNet and its scheduler alone, without a pipeline, and its signature is a promise to such callers.
@@ -107,7 +108,9 @@ def noise_norm(
 
     def norms(x: torch.Tensor, c: Condition, steps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         noisy = family.noise.add_noise(x, noise, steps)
-        return steering_norms(*both_predictions(family, unet, noisy, steps, c, null))
+        return family.noise.epsilon_scales(steps) * steering_norms(
+            *both_predictions(family, unet, noisy, steps, c, null)
+        )
 
     return at_timesteps(norms, unet, latents, family.named(embeddings), timesteps, seeds, batch_size)
 

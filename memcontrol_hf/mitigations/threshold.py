@@ -64,7 +64,8 @@ class Threshold(Mitigation):
             unconditional = family.predict(
                 denoiser, batch["latents"], without_text, batch["timesteps"], batch["noise"]
             )
-        norms = steering_norms(prediction.detach(), unconditional)
+        scales = family.noise.epsilon_scales(batch["timesteps"])
+        norms = scales * steering_norms(prediction.detach(), unconditional)
         drop = norms > (torch.quantile(norms, self.q) if self.value is None else self.value)
         self.dropped = self.dropped + drop.sum()
         return torch.where(drop, 0.0, losses)

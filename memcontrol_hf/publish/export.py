@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
+from ..adapter_checks import check_base
 from ..adapter_folder import ADAPTER, CONFIG, PLOT, REPORT, adapter_digests, adapter_parts, changed_files
 from ..families import family_of, load_pipeline
 from ..report import MemorizationReport
@@ -40,7 +41,8 @@ def export(folder: str | Path, output_dir: str | Path, to: str, pipeline: str | 
 
     Raises:
         ValueError: For an unknown format, a folder without an adapter, an output folder that is not empty, a base that
-            cannot be loaded, and an adapter that the format cannot hold.
+            cannot be loaded or is another one than the adapter was trained on, and an adapter that the format cannot
+            hold.
         RuntimeError: When diffusers reads an exported LoRA otherwise than PEFT reads the adapter.
     """
     folder, output_dir = Path(folder), Path(output_dir)
@@ -57,6 +59,7 @@ def export(folder: str | Path, output_dir: str | Path, to: str, pipeline: str | 
     else:
         own = (report.base_model, report.card.get("base_revision"))
         base = base_pipeline(*((pipeline, None) if pipeline else own))
+        check_base(report.training, family_of(base).denoiser, pipeline or report.base_model)
         if to == "merged":
             _save_merged(base, folder, output_dir, parts)
             written = "a whole pipeline, which diffusers reads without memcontrol_hf"

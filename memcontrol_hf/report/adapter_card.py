@@ -15,7 +15,7 @@ from .escaping import render_template
 from .loading_snippet import loading_snippet
 from .report import SELECTED, MemorizationReport
 from .screening_table import screening_table
-from .verdict import verdict
+from .verdict import unit_of, verdict
 
 
 @dataclass(frozen=True)
@@ -96,5 +96,6 @@ class AdapterCard:
             dp=report.guarantee(),
             attacks=attack_rows(report) if report.audit else [],
             persons=report.persons_table() if report.audit else [],
+            unit=report.audit and unit_of(report.audit),
             verdict=report.gate and verdict(report.gate, report.audit),
         )

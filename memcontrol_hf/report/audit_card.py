@@ -10,7 +10,7 @@ from .attack_table import attack_rows
 from .card_metadata import as_yaml, eval_results
 from .escaping import render_template
 from .report import MemorizationReport
-from .verdict import verdict
+from .verdict import unit_of, verdict
 
 DISTANCES = "distances.png"
 """The plot that `memcontrol audit` leaves beside its report."""
@@ -52,5 +52,6 @@ class AuditCard:
             has_plot=self.has_plot,
             attacks=attack_rows(report),
             persons=report.persons_table(),
+            unit=unit_of(report.audit),
             verdict=report.gate and verdict(report.gate, report.audit),
         )

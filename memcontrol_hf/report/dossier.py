@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..adapter_folder import PLOT, REPORT, bound_files, changed_files
 from .attack_table import attack_rows
-from .cross_references import CROSS_REFERENCES
+from .cross_references import cross_references
 from .dossier_facts import NOT_STATED, Facts
 from .report import MemorizationReport
 from .verdict import GENERATED, unit_of, verdict
@@ -96,7 +96,10 @@ class Dossier:
             self._tests(),
             self._not_tested(),
             self._governance(),
-            *(Section(title, about, tables=((("", rows)),)) for title, about, rows in CROSS_REFERENCES),
+            *(
+                Section(title, about, tables=((("", rows)),))
+                for title, about, rows in cross_references(self.report.audit)
+            ),
         ]
 
     def html(self) -> str:
@@ -207,7 +210,7 @@ class Dossier:
                 row["false_alarms"],
                 _limit(row["limit"]),
             ]
-            for row in attack_rows(report, unlimited=True)
+            for row in attack_rows(report)
         ]
         tables = [(f"Attacks; rates and intervals are of {unit_of(audit)}", [head, *rows])]
         if audit.get("persons"):

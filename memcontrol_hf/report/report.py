@@ -14,7 +14,7 @@ from .. import __version__
 from ..adapter_folder import REPORT
 from ..whole_files import read_json, write_whole
 from .gate import check_limits
-from .verdict import NOT_APPLICABLE, asked_of, unit_of, verdict, violation
+from .verdict import NOT_APPLICABLE, asked_of, unit_of, unit_of_measure, verdict, violation
 
 SCHEMA_VERSION = 4
 _READABLE = (2, 3)
@@ -136,19 +136,20 @@ class MemorizationReport:
         """
         if self.audit is None:
             raise ValueError("there is no audit to judge: run audit_memorization first")
-        measured, found, unit = self.audit["measures"], [], unit_of(self.audit)
+        measured, found = self.audit["measures"], []
         self.gate = {"limits": {k: dict(v) for k, v in limits.items()}}
         asked = [name for name in limits if asked_of(name, self.audit.get("subject"))]
         for name in asked or limits:  # a gate that asks for attacks on weights alone is not kept by images alone
             violations = [
-                violation(name, kind, bound, measured.get(name) or {}, unit) for kind, bound in limits[name].items()
+                violation(name, kind, bound, measured.get(name) or {}, unit_of_measure(name, self.audit))
+                for kind, bound in limits[name].items()
             ]
             found += [of_limit for of_limit in violations if of_limit]
         self.gate["failures"] = list(dict.fromkeys(of_limit.reason for of_limit in found))
         self.gate["passed"] = not found
         if found:
             self.gate["kinds"] = {of_limit.name: of_limit.kind for of_limit in found}
-            self.gate["factor"] = max((of_limit.factor or 0 for of_limit in found), default=0)
+            self.gate["factors"] = {of_limit.name: of_limit.factor for of_limit in found if of_limit.factor}
         return self.gate["passed"]
 
     def judge_again(self) -> bool | None:
@@ -286,7 +287,7 @@ class MemorizationReport:
             parts.append(aligned(self.audit_table()))
             if persons := self.audit.get("persons"):
                 counts = f"{persons['train']} training and {persons['held_out']} held-out persons"
-                parts.append(f"rates and intervals are of persons: {counts}")
+                parts.append(f"{counts}: rates and intervals are of {unit_of(self.audit)}")
                 parts.append(aligned(self.persons_table()))
             if measured := self.measured_epsilon():
                 parts.append(measured)

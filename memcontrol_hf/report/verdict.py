@@ -1,7 +1,7 @@
 """The verdict of a release gate in words: whether a model leaks, and by which attack, or could not be measured."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,14 @@ _ENDLESS = 1e9
 _QUALITY = ("fid", "kid", "precision", "recall", "clip_score")
 _OF_A_MODEL = (
     *("membership_", "dataset_inference_", "extraction_", "embedding_attack_", "trajectory_norm_", "reidentified_"),
+    "attribute_",
     *_QUALITY,
 )
+CAPTIONS = "sampled captions"
+_MORE_CAPTIONS = "--num_prompts, or --audit_num_prompts of a training"
+_SAMPLED = ("extraction_", "copy_share", "partial_copy_share", "nearest_share")
+"""Measures whose intervals depend on the number of sampled captions, or of generated images."""
+
 _ATTACKS = {"auc_loss": "loss", "auc_secmi": "SecMI", "auc_pia": "PIA", "auc_clid": "CLiD"}
 
 
@@ -59,7 +65,7 @@ def violation(
         kind (`str`): Kind of the limit, one of `LIMITS`.
         bound (`float`): Bound of the limit.
         figures (`dict`): What the audit found: for the `model` and for each control its `value`, `low` and `high`.
-        unit (`str`): What the figures are of: `images` or `persons`.
+        unit (`str`): What there must be more of for a narrower interval; see [`unit_of_measure`].
     """
     model = figures.get("model")
     if model and model["value"] is None and (model.get("note") or "").startswith(NOT_APPLICABLE):
@@ -123,24 +129,63 @@ def verdict(gate: Mapping[str, Any], audit: Mapping[str, Any] | None) -> str:
     if by_kind["poor"]:
         parts.append(f"Its images are poorer than the gate allows, by {_listed(by_kind['poor'])}.")
     if by_kind["unmeasured"]:
-        factor, unit = gate.get("factor"), unit_of(audit)
-        counts = audit[unit]
-        also = "" if by_kind["leaks"] else "It could not be measured well enough. "
-        by = _listed(map(_attack, by_kind["unmeasured"]))
-        text = f"{also}There are too few {unit} to tell by {by}" if factor else f"{also}No figure could be had of {by}"
-        if factor and factor < 100:
-            needed = {name: _round_up(factor * counts[name]) for name in ("train", "held_out")}
-            text += (
-                f": {counts['train']} training and {counts['held_out']} held-out {unit} were attacked, and about "
-                f"{needed['train']} and {needed['held_out']} would do if the figures stay as they are"
-            )
-        parts.append(text + ".")
+        parts += [] if by_kind["leaks"] else ["It could not be measured well enough."]
+        parts += _too_few(by_kind["unmeasured"], gate, audit)
     return " ".join(parts) + _scope(audit)
 
 
+def _too_few(names: list[str], gate: Mapping[str, Any], audit: Mapping[str, Any]) -> Iterator[str]:
+    """Of what there is too little to judge some measures, and how much would do, in sentences."""
+    of_all = gate.get("factor")  # a report of an earlier version has one factor for all measures
+    factors = gate.get("factors", dict.fromkeys(names, of_all) if of_all else {})
+    if without := [name for name in names if name not in factors]:
+        yield f"No figure could be had of {_listed(map(_attack, without))}."
+    by_unit: dict[str, list[str]] = {}
+    for name in names:
+        if name in factors:
+            by_unit.setdefault(unit_of_measure(name, audit), []).append(name)
+    for unit, of_unit in by_unit.items():
+        hint = f" ({_MORE_CAPTIONS})" if unit == CAPTIONS else ""
+        text = f"There are too few {unit}{hint} to tell by {_listed(map(_attack, of_unit))}"
+        if (factor := max(factors[name] for name in of_unit)) < 100:
+            text += f": {_needed(unit, factor, audit)} would do if the figures stay as they are"
+        yield text + "."
+
+
+def _needed(unit: str, factor: float, audit: Mapping[str, Any]) -> str:
+    """How much was attacked, and about how much more is needed."""
+    if unit in (CAPTIONS, GENERATED):
+        count = audit["settings"]["num_prompts"] if unit == CAPTIONS else audit["images"]["generated"]
+        return f"there were {count}, and about {_round_up(factor * count)}"
+    counts = audit[unit]
+    train, held_out = (_round_up(factor * counts[name]) for name in ("train", "held_out"))
+    return (
+        f"{counts['train']} training and {counts['held_out']} held-out {unit} were attacked, and about {train} and "
+        f"{held_out}"
+    )
+
+
+def unit_of_measure(name: str, audit: Mapping[str, Any]) -> str:
+    """What there must be more of for a narrower interval of a measure.
+
+    The interval of a share of generated images or of sampled captions shrinks with their number, and every other
+    interval with the numbers of training and held-out images or persons.
+    """
+    unit, counts, settings = unit_of(audit), audit.get("images", {}), audit.get("settings", {})
+    if unit == "images" and name.startswith(_SAMPLED):
+        if "generated" in counts:
+            return GENERATED
+        if settings.get("num_prompts", math.inf) < counts.get("train", 0):
+            return CAPTIONS
+    return unit
+
+
 def unit_of(audit: Mapping[str, Any]) -> str:
-    """What the rates and intervals of an audit are of: `persons` where they are known, else `images`."""
-    return "persons" if audit.get("persons") else "images"
+    """What the rates and intervals of an audit are of: `persons` where they are known, else `images`.
+
+    Nobody knows whom a generated image shows.
+    """
+    return "persons" if audit.get("persons") and audit.get("subject") != GENERATED else "images"
 
 
 def _scope(audit: Mapping[str, Any]) -> str:
