@@ -332,11 +332,12 @@ def test_the_page_counts_over_all_that_is_shown():
         "pieces": rates,
     }
     page = render_summary(content)
-    assert "memorize less, in 4 of 4 columns." in page and "less than all blocks of the method in 4." in page
-    assert "stopped early or not, in 0, than random masks of its size in 0," in page
-    assert "RWA leaks less than the mask in 4, and random words on top of the mask help in 4." in page
+    assert "memorize less: in 4 of 4 columns." in page and "less than all blocks of the method in 4 of 4." in page
+    assert "or both in none of 4; less than random masks of its size in none of 4." in page
+    assert "leak less than the mask in 4 of 4, and RWA on top of the mask helps in 4 of 4." in page
     assert page.count("2.8 times (") == 4 and page.count("25 of 50 (") == 4
-    assert "that of all blocks (solar cells, attention weights; emoji, LoRA; solar cells, LoRA)" in page
+    cells = next(line for line in page.splitlines() if "at its own rate" in line).split("|")[2:-1]
+    assert ["its rate is that of all blocks" in cell for cell in cells] == [False, True, True, True]
 
 
 def test_both_pages_are_rendered_from_the_committed_figures():

@@ -143,15 +143,15 @@ def render_summary(content: Content) -> str:
     order = [CAPACITY, *(asked.claim for asked in CLAIMS)]
     head = ["claim", *(f"{title} ({_preliminary(content, name)})" for name, title in shown.items())]
     rows = [
-        [claim, *(f"**{rows[name]['verdict']}**: {deciding(rows[name])}" if name in rows else "" for name in shown)]
+        [claim, *(_verdict_cell(content, name, rows.get(name)) for name in shown)]
         for claim in order
         if (rows := by_claim.get(claim))
     ]
     lines += table(head, rows)
     lines += [
         "Two rows are compared at the same held-out loss, the lowest that both reach with a seed. A claim is "
-        "*confirmed* when the membership AUC by the loss and CLiD, which no search and no screening sees, are both "
-        "lower for the row that the claim favours, and *refuted* when one of them is higher. The cell shows the "
+        "*confirmed* when both attacks, by the loss and by CLiD, find less in the row that the claim favours, and "
+        "*refuted* when one of them finds more. No search and no screening sees CLiD. The cell shows the "
         "weaker of the two tests, of a refuted claim the stronger: the mean difference with half the width of its "
         "95 % interval over seeds, and the p-value after Holm's correction, which decides. *No common quality*: one "
         "row never learns as much as the other has at its first measurement, and the lowest losses are compared.",
@@ -164,6 +164,15 @@ def render_summary(content: Content) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _verdict_cell(content: Content, name: str, row: Row | None) -> str:
+    """A verdict with the figure that decides it, unless its runs are those of another line."""
+    if row is None:
+        return ""
+    if row.get("one") == OWN_RATE and _same_rate(content["pieces"], name):
+        return "its rate is that of all blocks: the runs of the third line"
+    return f"**{row['verdict']}**: {deciding(row)}"
+
+
 def _meaning(content: Content, shown: Iterable[str]) -> list[str]:
     """What the verdicts mean, what weakens them and what they do not mean, with figures from the results."""
 
@@ -174,18 +183,22 @@ def _meaning(content: Content, shown: Iterable[str]) -> list[str]:
         rows = _compared(content, shown, one, others).values()
         return sum(len(against(row)) == len(ATTACKS) for row in rows)
 
+    def where(count: int) -> str:
+        return f"in {count or 'none'} of {columns}"
+
+    columns = len([*shown])
     rows = [row for name in shown for row in content["verdicts"][name]]
     capacity = sum(row["claim"] == CAPACITY and row["verdict"] == CONFIRMED for row in rows)
-    columns = len([*shown])
+    refuted = sum(bool(against(row)) for row in _compared(content, shown, FOUND, [ALL]).values())
     return [
-        f"- What it means. After the same steps, fewer parameters memorize less, in {capacity} of {columns} "
-        f"{'column' if columns == 1 else 'columns'}. The rest is at the same held-out loss, where learning less is no "
-        f"advantage. A full fine-tune leaks less than all blocks of the method in {more(ALL, [FULL])}. The "
-        f"mask of a screening leaks less than all blocks, stopped early or not, in {less(FOUND, [ALL])}, than random "
-        f"masks of its size in {less(FOUND, [*RANDOMS])}, and than RWA (random words in the captions) in all blocks "
-        f"in {less(FOUND, ['all+rwa'])}. RWA leaks less than the mask in {more(FOUND, ['all+rwa'])}, and "
-        f"random words on top of the mask help in {less('found+rwa', [FOUND])}. Columns are counted where this is "
-        "shown by both attacks; *undecided* says that the seeds do not tell, not that there is no difference.",
+        f"- What it means. After the same steps, fewer parameters memorize less: {where(capacity)} columns. The rest "
+        "is at the same held-out loss, where learning less is no advantage. A full fine-tune leaks less than all "
+        f"blocks of the method {where(more(ALL, [FULL]))}. The mask of a screening leaks less than all blocks, "
+        f"stopped early or not, {where(less(FOUND, [ALL]))}, and more by one attack or both {where(refuted)}; less "
+        f"than random masks of its size {where(less(FOUND, [*RANDOMS]))}. All blocks with RWA (random words in the "
+        f"captions) leak less than the mask {where(more(FOUND, ['all+rwa']))}, and RWA on top of the mask helps "
+        f"{where(less('found+rwa', [FOUND]))}. Where nothing else is said, both attacks show it; *undecided* says "
+        "that the seeds do not tell, not that there is no difference.",
         f"- What weakens it. {' '.join(_weaker(content, shown))}",
         "- What it does not mean. Nothing here is a guarantee, the attacks are those that are known, and one small "
         "base and two sets of images do not speak for Stable Diffusion or for radiographs.",
@@ -217,13 +230,6 @@ def _weaker(content: Content, shown: Iterable[str]) -> Iterator[str]:
         yield (
             f"The mask found on the other set has {_and(sizes)} the parameters of the random masks beside it, which "
             "have the size of the own mask: what carries over can be how many blocks are trained, and not which."
-        )
-    same = [_short(name) for name in shown if _same_rate(content["pieces"], name)]
-    if same:
-        yield (
-            f"Where the rate that was chosen for the found mask is that of all blocks ({'; '.join(same)}), the line "
-            "with its own rate has the runs of the line on all blocks, corrected in a smaller family: no further "
-            "evidence."
         )
     yield "All seeds have the same images; intervals over images, too, are on the page with all figures."
 
