@@ -316,7 +316,7 @@ class ScriptArguments:
     caption_dropout: float = _flag(0.1, "Share of captions replaced by the empty one.", study=True, publish="yes")
     mitigation: list[str] = _flag(
         [],
-        f"Further means against memorization, NAME[:arguments]: {', '.join(MITIGATIONS)}. Several combine: rwa:n=4 "
+        f"Mitigations of memorization, NAME[:arguments]: {', '.join(MITIGATIONS)}. Several combine: rwa:n=4 "
         "threshold:q=0.9. See docs/mitigations.md.",
         study=True,
         publish="yes",

@@ -136,7 +136,7 @@ def last_words(report: "MemorizationReport", folder: Path) -> str:
         following = "train with more images, or choose an --encoder that tells them apart"
     else:
         verdict = f"FAILED, {len(failures)} limit{'s are' if len(failures) > 1 else ' is'} not kept"
-        following = "train with a means against memorization, such as --mitigation rwa:n=4 (docs/mitigations.md)"
+        following = "train with a mitigation, such as --mitigation rwa:n=4 (docs/mitigations.md)"
         if set(report.gate.get("kinds", {}).values()) == {"unmeasured"}:
             following = "measure with more images (the verdict says how many), or " + following
     places = {"adapter": ADAPTER, "card": CARD, "report": REPORT, "plot": PLOT, "search": "study.journal"}

@@ -109,7 +109,7 @@ class MemControlTrainingArguments(TrainingArguments):
         caption_dropout (`float`):
             Share of the captions that are replaced by the empty caption in training, so that guidance keeps working.
         mitigations (`list[str]`):
-            Further means against memorization, each written `NAME[:arguments]`; see [`~memcontrol_hf.mitigations`].
+            Mitigations of memorization, each written `NAME[:arguments]`; see [`~memcontrol_hf.mitigations`].
             Mitigations apply to every training, also to the trials of a search.
         search_fraction (`float`):
             Share of the training rows on which each trial of a search is trained.

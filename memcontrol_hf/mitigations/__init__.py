@@ -1,4 +1,4 @@
-"""Mitigations: means against memorization that can be added to any mask, and combined with each other.
+"""Mitigations of memorization, which can be added to any mask, and combined with each other.
 
 Each mitigation is a small class. A user writes it as `NAME[:arguments]`: arguments by position (`rwa:4`) or by name
 (`threshold:q=0.8`), with commas between several (`early_stop:metric=noise_norm,limit=20`). Mitigations always apply in
