@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 
 from common.intervals import Interval
 from common.pages import table
@@ -440,8 +440,8 @@ def plot(content: Content, names: Sequence[str], file: Path) -> None:
         axes.set_ylim(min(aucs) - margin, max(aucs) + margin)
         axes.set_xscale("log")  # the frozen base is far from all others
         axes.set_xlim(0.97 * min(losses), 1.03 * max(losses))
-        axes.xaxis.set_major_locator(FixedLocator([0.08, 0.1, 0.12, 0.14, 0.16, 0.18, 0.2, 0.25, 0.3, 0.4, 0.5]))
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_major_locator(FixedLocator([0.08, 0.1, 0.12, 0.14, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5]))
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("held-out loss (left: learned more)")
         axes.set_ylabel(f"{TITLES[attack]} (.5: guessing)")
