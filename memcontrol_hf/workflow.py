@@ -132,7 +132,6 @@ def search(
         **options,
     )
     if not claim_final(trainer, runs, trial_timeout):
-        logger.info("another process that works on this study does the final fine-tune")
         return None
     ranked = rank_runs(runs, memorization_budget)
     if memorization_budget is None:

@@ -6,16 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial
 
 from ..screening import Screening
-from .claims import SCREENING, Claim
+from .claims import SCREENING, Claim, holders, is_held
 from .processes import from_first
 from .protocol import HpSpace, SearchableTrainer
 from .sampler import known_trials, middle_rate
 from .settings import SearchSettings
 from .study import SharedStudy
-from .worker import is_alive
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +66,18 @@ def screening_of_study(
         [`~memcontrol_hf.screening.Screening`]; `None` when the screening has failed, and for a study whose first trial
         was begun without one.
     """
-    kept, claim = _kept_or_claimed(shared, settings.trial_timeout) if shared else (None, None)
-    kept, make = from_first((kept, claim is not None), trainer.args.world_size)
+    said = False
+    while True:
+        # All processes go through each round: none may wait for the first one longer than its backend allows.
+        kept, claim, waits = _kept_or_claimed(shared) if shared else (None, None, False)
+        kept, make, waits = from_first((kept, claim is not None, waits), trainer.args.world_size)
+        if not waits:
+            break
+        if shared and not said:
+            holder = holders(shared.study, SCREENING) or "another process"
+            logger.info(f"the screening of this study is made by {holder}: waiting for it")
+            said = True
+        time.sleep(_POLL_SECONDS)
     if make:
         try:
             kept = _make(trainer, settings)
@@ -81,26 +89,18 @@ def screening_of_study(
     return None if _failed(kept) else Screening.from_dict(kept)
 
 
-def _kept_or_claimed(shared: SharedStudy, timeout: float | None) -> tuple[Mapping[str, Any] | None, Claim | None]:
-    """The screening that the study keeps, or the claim to make it; neither, when trials were begun without one."""
-    said = False
+def _kept_or_claimed(shared: SharedStudy) -> tuple[Mapping[str, Any] | None, Claim | None, bool]:
+    """The screening that the study keeps, the claim to make it, and whether another worker is to be waited for.
 
-    def holds(claim: FrozenTrial) -> bool:
-        return not claim.state.is_finished() and is_alive(claim, timeout)
-
-    while True:
-        if (kept := shared.study.user_attrs.get(_ATTRIBUTE)) is not None or shared.has_trials():
-            return kept, None
-        claim = Claim.make(shared.study, SCREENING, holds)
-        if claim is not None:
-            if _ATTRIBUTE not in shared.study.user_attrs:
-                return None, claim
-            claim.release()  # it was finished between the two looks
-            continue
-        if not said:
-            logger.info("another process that works on this study makes its screening: waiting for it")
-            said = True
-        time.sleep(_POLL_SECONDS)
+    There is neither of them when trials were begun without a screening.
+    """
+    if (kept := shared.study.user_attrs.get(_ATTRIBUTE)) is not None or shared.has_trials():
+        return kept, None, False
+    claim = Claim.make(shared.study, SCREENING, is_held)
+    if claim is not None and (kept := shared.study.user_attrs.get(_ATTRIBUTE)) is not None:
+        claim.release()  # it was finished between the two looks
+        return kept, None, False
+    return None, claim, claim is None
 
 
 def kept_screening(study: optuna.Study) -> dict[str, Any] | None:
