@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from transformers.utils import is_bitsandbytes_available
 from .evaluation import check_objectives
 from .images import Framing
 from .mitigations import parse_mitigations
+
+logger = logging.getLogger(__name__)
 
 # The ranges of the arguments that are numbers. transformers takes every value for its own.
 _SHARES = ("caption_dropout", "search_fraction", "adam_beta1", "adam_beta2")
@@ -168,6 +171,12 @@ class MemControlTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)} is not supported: {reason}")
         self._check_numbers()
         super().__post_init__()
+        if self.n_gpu > 1:
+            logger.warning(
+                f"this process uses one of the {self.n_gpu} GPUs, which CUDA_VISIBLE_DEVICES can name: start it with "
+                f"accelerate launch --num_processes {self.n_gpu} to use all of them for each training"
+            )
+            self._n_gpu = 1  # the Trainer would use nn.DataParallel, which the adapters do not go with
         self._check()
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
 

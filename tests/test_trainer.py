@@ -347,6 +347,14 @@ def test_what_one_run_sets_is_undone_for_the_next(tmp_path):
     assert (trainer.args.snr_gamma, trainer.args.learning_rate) == before
 
 
+def test_a_process_without_a_launcher_uses_one_gpu_and_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # nn.DataParallel fails where there are none
+    trainer = tiny_trainer(tmp_path, max_steps=1)
+    assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == 4
+    assert "accelerate launch --num_processes 2" in caplog.text and "CUDA_VISIBLE_DEVICES" in caplog.text
+    trainer.train()
+
+
 def test_a_sharded_denoiser_is_refused(tmp_path, monkeypatch):
     make = MemControlTrainer.create_accelerator_and_postprocess
 
