@@ -39,7 +39,6 @@ from .search import (
     rank_runs,
     repeat_runs,
     search_summary,
-    select_run,
 )
 from .tracking import start_tracking
 from .trainer import MemControlTrainer
@@ -133,10 +132,7 @@ def search(
     )
     if not claim_final(trainer, runs, trial_timeout):
         return None
-    ranked = rank_runs(runs, memorization_budget)
-    if memorization_budget is None:
-        ranked = within_gate(ranked, trainer.args.objectives, gate)
-    run = _choose(trainer, ranked, memorization_budget, n_finalists, finalist_repeats)
+    run = _choose(trainer, runs, memorization_budget, gate, n_finalists, finalist_repeats)
     choice = Choice(run.hyperparameters, run.run_summary, int(run.run_id), sampler)
     trainer.args.seed += 1  # the search has not seen it
     if isinstance(trainer.peft_config, MemControlConfig):
@@ -173,13 +169,24 @@ def within_gate(ranked: Sequence[BestRun], objectives: Sequence[str], gate: str 
 
 
 def _choose(
-    trainer: MemControlTrainer, ranked: Sequence[BestRun], budget: float | None, n_finalists: int, repeats: int
+    trainer: MemControlTrainer,
+    front: BestRun | Sequence[BestRun],
+    budget: float | None,
+    gate: str | Path,
+    n_finalists: int,
+    repeats: int,
 ) -> BestRun:
-    """The best of the ranked runs, by their repeats if there are several finalists."""
-    finalists = ranked[:n_finalists]
+    """The best run of the front, by the repeats of the first choices if there are several finalists."""
+
+    def ranked(runs: BestRun | Sequence[BestRun]) -> list[BestRun]:
+        best_first = rank_runs(runs, budget, front)
+        return best_first if budget is not None else within_gate(best_first, trainer.args.objectives, gate)
+
+    choices = ranked(front)
+    finalists = choices[:n_finalists]
     if len(finalists) < 2:  # repeats could not change the choice
-        return ranked[0]
-    return select_run(repeat_runs(trainer, finalists, repeats), budget)
+        return choices[0]
+    return ranked(repeat_runs(trainer, finalists, repeats))[0]
 
 
 # ---- fine-tune beside the baselines ----

@@ -3,7 +3,9 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import images_of, tiny_pipeline, tiny_trainer
 from datasets import DatasetDict
@@ -11,7 +13,7 @@ from transformers.trainer_utils import BestRun
 
 from memcontrol_hf import MemControlConfig, MemorizationReport, workflow
 from memcontrol_hf.report import DEFAULT_GATE
-from memcontrol_hf.workflow import within_gate
+from memcontrol_hf.workflow import _choose, within_gate
 
 PAGE = Path(__file__).parents[1] / "docs" / "python.md"
 
@@ -53,6 +55,34 @@ def test_a_run_that_the_gate_would_fail_is_not_chosen_in_silence(caplog):
     assert [run.run_id for run in within_gate(runs[:1], ["fid", "membership_auc"], DEFAULT_GATE)] == ["0"]
     assert "the gate will fail" in caplog.text
     assert within_gate(runs, ["fid", "amd"], DEFAULT_GATE) == runs
+
+
+def random_front(seed: int) -> list[BestRun]:
+    """Runs none of which dominates another: a lower loss goes with a higher AUC. The first is the frozen base."""
+    draws = np.random.default_rng(seed)
+    number = int(draws.integers(2, 9))
+    losses, aucs = np.sort(draws.uniform(0.1, 0.2, number))[::-1], np.sort(draws.uniform(0.5, 0.75, number))
+    return [BestRun(str(i), [losses[i], aucs[i]], {"mask": {"a": i > 0}}) for i in range(number)]
+
+
+@pytest.mark.parametrize("budget", [None, 0.75])
+def test_repeats_with_the_same_figures_do_not_change_the_choice(monkeypatch, budget):
+    monkeypatch.setattr(workflow, "repeat_runs", lambda trainer, runs, repeats: list(runs))
+    trainer = SimpleNamespace(args=SimpleNamespace(objectives=["loss", "membership_auc"]))
+    for seed in range(200):
+        front = random_front(seed)
+        once, repeated = (_choose(trainer, front, budget, DEFAULT_GATE, finalists, 1) for finalists in (0, 3))
+        assert once == repeated, seed
+
+
+def test_a_finalist_whose_repeats_the_gate_would_fail_is_not_chosen(monkeypatch, caplog):
+    front = [BestRun(str(i), list(objective), {"mask": {"a": i > 0}})
+             for i, objective in enumerate([(0.2, 0.5), (0.11, 0.55), (0.1, 0.64)])]  # fmt: skip
+    repeated = [front[1]._replace(objective=[0.1, 0.7]), front[2]._replace(objective=[0.19, 0.64])]
+    monkeypatch.setattr(workflow, "repeat_runs", lambda trainer, runs, repeats: repeated)
+    trainer = SimpleNamespace(args=SimpleNamespace(objectives=["loss", "membership_auc"]))
+    assert _choose(trainer, front, None, DEFAULT_GATE, 2, 1).run_id == "2"
+    assert "above the gate's limit 0.65: trial 1: 0.700" in caplog.text
 
 
 def test_a_given_mask_goes_the_same_way_without_a_search(tmp_path, data):
