@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import torch
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset, DatasetDict
 from transformers.trainer_utils import BestRun
 
@@ -40,6 +42,7 @@ from .search import (
     repeat_runs,
     search_summary,
 )
+from .search.processes import Processes, reason_in_words
 from .tracking import start_tracking
 from .trainer import MemControlTrainer
 from .tuners import MemControlConfig
@@ -214,6 +217,7 @@ def fine_tune(
         ValueError: for a checkpoint of another run; see [`check_resumes`], which costs nothing.
     """
     tuned, save_strategy = FineTuned(), trainer.args.save_strategy
+    processes = Processes(trainer.args.world_size)
     masks = {
         FROZEN_BASE: trainer.search_space.mask(False),
         ALL_ON: trainer.search_space.mask(True),
@@ -226,15 +230,21 @@ def fine_tune(
         config = {**hyperparameters, "objectives": list(trainer.args.objectives)}
         start_tracking(trainer, study_name, name, "final", config)
         trainer.args.save_strategy = save_strategy if name == SELECTED else "no"  # checkpoints hold the adapter only
+        figures, error = {}, None
         try:
             resume = resume_from_checkpoint if name == SELECTED else None
-            tuned.figures[name] = fine_tune_and_measure(trainer, held_out, resume)
-        except ValueError as error:
+            figures = fine_tune_and_measure(trainer, held_out, resume)
+        except (ValueError, torch.OutOfMemoryError) as raised:
             if name != ALL_ON:
                 raise
-            tuned.failed[name] = str(error)  # it is only compared with, and has the learning rate of another mask
+            error = reason_in_words(raised)
+        # It is only compared with, and has the learning rate of another mask: a failure there ends nothing.
+        if name == ALL_ON and (error := processes.first_error(error)):
+            clear_device_cache(garbage_collection=True)
+            tuned.failed[name] = error
             logger.warning(f"{name} cannot be compared with: {error}")
             continue
+        tuned.figures[name] = figures
         if any(mask.values()) and trainer.state.global_step < trainer.args.max_steps:
             tuned.stopped[name] = trainer.state.global_step
     return tuned

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+import torch
 from conftest import tiny_pipeline, tiny_trainer
 from optuna.samplers import RandomSampler
 
@@ -159,6 +160,17 @@ def test_a_screening_that_diverges_does_not_end_the_search(tmp_path, monkeypatch
     assert kept_screening(study) is None and "failure" in study.user_attrs["screening"]
     monkeypatch.setattr(MemControlTrainer, "screen", lambda *_, **__: pytest.fail("screened again"))
     trainer.hyperparameter_search(n_trials=3, learning_rate_range=(1e30, 1e30))
+
+
+def test_a_screening_that_runs_out_of_memory_does_not_end_the_search(tmp_path, monkeypatch, caplog):
+    def too_large(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(MemControlTrainer, "screen", too_large)
+    monkeypatch.setattr(MemControlTrainer, "train_and_evaluate", lambda self: FIGURES)
+    study = searched(tmp_path, n_trials=1)
+    assert study.user_attrs["screening"] == {"failure": "out of memory"} and len(study.trials) == 1
+    assert "the search goes on without a screening: out of memory" in caplog.text
 
 
 def test_a_screening_in_which_no_block_learned_anything_does_not_end_the_search(tmp_path, monkeypatch, caplog):

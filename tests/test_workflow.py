@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import images_of, tiny_pipeline, tiny_trainer
 from datasets import DatasetDict
 from transformers.trainer_utils import BestRun
@@ -99,6 +100,31 @@ def test_a_given_mask_goes_the_same_way_without_a_search(tmp_path, data):
     card = workflow.write_card(trainer, report, choice).read_text()
     assert card.startswith("---") and "3 in all blocks together were chosen one by one" in card
     assert not (tmp_path / "pareto_front.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("the losses are not finite"), "the losses are not finite"),
+        (torch.OutOfMemoryError("CUDA out of memory. Process 12 has 10 GiB memory in use."), "out of memory"),
+    ],
+)
+def test_all_blocks_that_cannot_be_trained_are_left_out_of_the_comparison(tmp_path, data, monkeypatch, error, said):
+    trainer, calls = tiny_trainer(tmp_path), []
+
+    def failing(trainer, *args):
+        calls.append(dict(trainer.mask))
+        if len(calls) in fails:
+            raise error
+        return {"loss": 0.1}
+
+    monkeypatch.setattr(workflow, "fine_tune_and_measure", failing)
+    choice, fails = workflow.Choice({"mask": {"mid_block.attentions.0": True}, "learning_rate": 0.01}), [2]
+    tuned = workflow.fine_tune(trainer, choice, data["held_out"])
+    assert tuned.failed == {"all blocks": said} and list(tuned.figures) == ["frozen base", "selected mask"]
+    fails.append(len(calls) + 3)  # the chosen mask itself
+    with pytest.raises(type(error)):
+        workflow.fine_tune(trainer, choice, data["held_out"])
 
 
 def test_an_audit_that_does_not_end_does_not_pass(tmp_path, data, monkeypatch):

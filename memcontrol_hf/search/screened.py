@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import optuna
+import torch
+from accelerate.utils.memory import clear_device_cache
 
 from ..screening import Screening
 from .claims import SCREENING, Claim, holders, is_held
-from .processes import from_first
+from .processes import Processes, from_first, reason_in_words
 from .protocol import HpSpace, SearchableTrainer
 from .sampler import known_trials, middle_rate
 from .settings import SearchSettings
@@ -80,7 +82,7 @@ def screening_of_study(
         time.sleep(_POLL_SECONDS)
     if make:
         try:
-            kept = _make(trainer, settings)
+            kept = _make(trainer, settings, Processes(trainer.args.world_size))
             if shared:
                 shared.study.set_user_attr(_ATTRIBUTE, kept)
         finally:
@@ -113,15 +115,21 @@ def _failed(kept: Mapping[str, Any] | None) -> bool:
     return kept is None or "failure" in kept
 
 
-def _make(trainer: SearchableTrainer, settings: SearchSettings) -> dict[str, Any]:
-    """The screening as the study keeps it; a screening that diverges is kept as a failure, and is not made again."""
+def _make(trainer: SearchableTrainer, settings: SearchSettings, processes: Processes) -> dict[str, Any]:
+    """The screening as the study keeps it.
+
+    A screening that diverges or runs out of memory is kept as a failure, and is not made again.
+    """
     rate = middle_rate(*settings.learning_rate_range)
-    started = time.perf_counter()
+    started, error = time.perf_counter(), None
     try:
         screening = trainer.screen(settings.screen_steps, learning_rate=rate)
-    except ValueError as error:
+    except (ValueError, torch.OutOfMemoryError) as raised:
+        error = reason_in_words(raised)
+    if error := processes.first_error(error):
+        clear_device_cache(garbage_collection=True)
         logger.warning(f"the search goes on without a screening: {error}")
-        return {"failure": str(error)}
+        return {"failure": error}
     seconds = time.perf_counter() - started
     logger.info(
         f"screening: what each of {len(screening.learns)} blocks learns and memorizes, from "
