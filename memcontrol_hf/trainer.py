@@ -703,6 +703,7 @@ class MemControlTrainer(Trainer):
             raise ValueError("a search measures each trial with validation images: give the trainer an eval_dataset")
         if direction is None:
             direction = [METRICS[name] for name in self.args.objectives]
+        self._reset_arguments()  # of a final fine-tune, whose seed is another one
         search = run_search_on_ray if backend == "ray" else run_search
         return search(self, hp_space, compute_objective, n_trials, direction, hp_name, **kwargs)
 
@@ -755,29 +756,37 @@ class MemControlTrainer(Trainer):
             self._trial_rows[key] = full.select(sorted(rows.tolist()))
         return self._trial_rows[key]
 
-    def apply_hyperparameters(self, hyperparameters: Mapping[str, Any], final_model: bool = False) -> None:
+    def apply_hyperparameters(
+        self, hyperparameters: Mapping[str, Any], final_model: bool = False, seed: int | None = None
+    ) -> None:
         """Set the mask and the arguments of a run. Arguments that only an earlier call has set are reset.
 
         Args:
             hyperparameters (`dict[str, Any]`): `mask`, and fields of the training arguments.
             final_model (`bool`): whether the next `train()` is the final fine-tune, on all training rows.
+            seed (`int`, *optional*): random seed of the run; that of the arguments by default.
 
         Raises:
             ValueError: for a name that is neither `mask` nor an argument that a run can change, and for a value that
                 the argument cannot have; see [`MemControlTrainingArguments.replaced`].
         """
-        for name, value in self._replaced.items():  # undo the hyperparameters of the run before
-            setattr(self.args, name, value)
-        self._replaced = {}
+        self._reset_arguments()
         given = {name: value for name, value in hyperparameters.items() if name != "mask"}
         new = self.args.replaced(given)
         _check_fits(self.family, new, self.peft_config)
-        self._replaced = {name: getattr(self.args, name) for name in given}
-        for name in given:
-            setattr(self.args, name, getattr(new, name))
+        values = {name: getattr(new, name) for name in given} | ({} if seed is None else {"seed": seed})
+        self._replaced = {name: getattr(self.args, name) for name in values}
+        for name, value in values.items():
+            setattr(self.args, name, value)
         if final_model:
             self.train_dataset = self._full_train_dataset
         self.set_mask(hyperparameters.get("mask", self.mask))
+
+    def _reset_arguments(self) -> None:
+        """Give the arguments that the last run has set the values that they had before."""
+        for name, value in self._replaced.items():
+            setattr(self.args, name, value)
+        self._replaced = {}
 
 
 def _check_fits(family: Family, args: MemControlTrainingArguments, peft_config: PeftConfig) -> None:

@@ -59,12 +59,14 @@ class Choice:
         study (`optuna.Study`, *optional*): the search; `None` when the mask was given.
         trial (`int`, *optional*): number of the chosen trial.
         sampler (`str`): name of the search's sampler.
+        seed (`int`, *optional*): random seed of the final fine-tune; that of the trainer's arguments by default.
     """
 
     hyperparameters: dict[str, Any]
     study: optuna.Study | None = None
     trial: int | None = None
     sampler: str = ""
+    seed: int | None = None
 
 
 @dataclass
@@ -136,8 +138,8 @@ def search(
     if not claim_final(trainer, runs, trial_timeout):
         return None
     run = _choose(trainer, runs, memorization_budget, gate, n_finalists, finalist_repeats)
-    choice = Choice(run.hyperparameters, run.run_summary, int(run.run_id), sampler)
-    trainer.args.seed += 1  # the search has not seen it
+    unseen = trainer.args.seed + 1  # the search has not seen it
+    choice = Choice(run.hyperparameters, run.run_summary, int(run.run_id), sampler, unseen)
     if isinstance(trainer.peft_config, MemControlConfig):
         trainer.peft_config.search = {
             "study_name": public_study_name(study_name),
@@ -204,7 +206,7 @@ def fine_tune(
 ) -> FineTuned:
     """Measure the frozen base, fine-tune all blocks and the chosen mask on all of the data, and measure both.
 
-    The trainer holds the model of the chosen mask afterwards.
+    The trainer holds the model of the chosen mask afterwards, and the seed of the choice until the next search.
 
     Args:
         trainer ([`MemControlTrainer`]): the trainer.
@@ -225,7 +227,7 @@ def fine_tune(
     }
     for name, mask in masks.items():
         hyperparameters = {**choice.hyperparameters, "mask": mask}
-        trainer.apply_hyperparameters(hyperparameters, final_model=True)
+        trainer.apply_hyperparameters(hyperparameters, final_model=True, seed=choice.seed)
         logger.info(f"{name}: {'fine-tune on all of the data, then ' if any(mask.values()) else ''}held-out figures")
         config = {**hyperparameters, "objectives": list(trainer.args.objectives)}
         start_tracking(trainer, study_name, name, "final", config)
@@ -252,7 +254,7 @@ def fine_tune(
 
 def check_resumes(trainer: MemControlTrainer, choice: Choice, checkpoint: str) -> None:
     """Raise `ValueError` when a checkpoint is of another choice, or its training was told something else."""
-    trainer.apply_hyperparameters(choice.hyperparameters, final_model=True)
+    trainer.apply_hyperparameters(choice.hyperparameters, final_model=True, seed=choice.seed)
     trainer.check_resumes(checkpoint)
 
 

@@ -102,6 +102,18 @@ def test_a_given_mask_goes_the_same_way_without_a_search(tmp_path, data):
     assert not (tmp_path / "pareto_front.png").exists()
 
 
+def test_a_second_search_has_the_seed_of_the_first_one(tmp_path, data):
+    trainer, seeds = tiny_trainer(tmp_path, objectives=["loss"]), []
+    trainer.train_and_evaluate = lambda: seeds.append(trainer.args.seed) or {"eval_loss": 0.1}
+    trainer.train = lambda resume_from_checkpoint=None: seeds.append(trainer.args.seed)
+    trainer.evaluate = lambda held_out, metrics: {"eval_loss": 0.1}
+    for name in ("one", "two"):
+        choice = workflow.search(trainer, n_trials=1, study_name=name, storage=str(tmp_path / "journal"))
+        workflow.fine_tune(trainer, choice, data["held_out"])
+        assert choice.seed == trainer.args.seed == 43, "figures that are measured afterwards have the seed, too"
+    assert seeds == 2 * [42, 43, 43], "one trial, all blocks and the chosen mask"
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
