@@ -242,6 +242,8 @@ class MemControlTrainer(Trainer):
         if checkpoint and (state := self._finished(checkpoint)):
             self._load_from_checkpoint(checkpoint)  # the Trainer would train further
             self.state = state
+            if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                self._load_best_model()
             return TrainOutput(state.global_step, 0.0, {})
         try:
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
@@ -261,12 +263,16 @@ class MemControlTrainer(Trainer):
         rates = torch.load(file, map_location="cpu", weights_only=True).get("base_lrs", []) if file.exists() else []
         if rates and not math.isclose(rates[0], self.args.learning_rate):
             differing.append(f"the learning rate was {rates[0]:g} and is {self.args.learning_rate:g}")
-        differing += differing_facts(checkpoint, run_facts(self.args, self.train_dataset), self.args.max_steps)
+        differing += differing_facts(checkpoint, self._run_facts(), self.args.max_steps)
         if differing:
             raise ValueError(
                 f"the checkpoint {checkpoint} is of another run: {'; '.join(sorted(differing))}. Use the same "
                 "settings to go on with it, delete it, or give another output_dir (--output_dir)"
             )
+
+    def _run_facts(self) -> dict[str, Any]:
+        """What this training is told that decides its result."""
+        return run_facts(self.args, self.train_dataset, self.accelerator.mixed_precision, self._given_optimizer)
 
     def _finished(self, checkpoint: str) -> TrainerState | None:
         """The state in a checkpoint if its run made all steps or was stopped early, and `None` otherwise."""
@@ -376,8 +382,7 @@ class MemControlTrainer(Trainer):
                 if writes:
                     state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
             if writes:
-                facts = run_facts(self.args, self.train_dataset)
-                write_whole(unfinished / RUN, json.dumps(facts, indent=1) + "\n")
+                write_whole(unfinished / RUN, json.dumps(self._run_facts(), indent=1) + "\n")
             if self._private is not None and writes:
                 self._private.save(unfinished)
             self.accelerator.wait_for_everyone()  # each process saves its own random state
