@@ -16,7 +16,7 @@ from transformers.trainer_utils import BestRun
 from ..tracking import start_tracking
 from .claims import FINAL, SILENCE, Claim, holders, is_held
 from .front import NoRunError
-from .loop import objective_values
+from .loop import is_of_machine, objective_values
 from .processes import Processes, from_first
 from .protocol import ComputeObjective, SearchableTrainer
 from .settings import named_values
@@ -54,6 +54,7 @@ def repeat_runs(
 
     Raises:
         NoRunError: when all runs failed.
+        OSError: when a file cannot be read or written; the repeats that were made are kept.
     """
     processes, seed = Processes(trainer.args.world_size), trainer.args.seed
     repeated, reasons = [], []
@@ -97,6 +98,8 @@ def _repeat(
         trainer.apply_hyperparameters(run.hyperparameters)
         values = objective_values(trainer.train_and_evaluate(), args.objectives, compute_objective)
     except Exception as raised:
+        if is_of_machine(raised):
+            raise
         error = f"{type(raised).__name__}: {raised}"
         clear_device_cache(garbage_collection=True)
     if error := processes.first_error(error):
