@@ -46,6 +46,8 @@ _HYPERPARAMETERS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"),
     *("search_max_steps", "search_fraction", "caption_dropout", "snr_gamma"),
 )
+# Beginnings of the names of optimizers that transformers takes from bitsandbytes.
+_OF_BITSANDBYTES = ("adamw_bnb", "adamw_8bit", "ademamix", "lion", "paged", "rmsprop_bnb")
 # Arguments of transformers that would have no effect, or break the training.
 _REFUSED = {
     "remove_unused_columns": "the trainer itself makes the denoiser's inputs from the columns; leave it out",
@@ -185,7 +187,7 @@ class MemControlTrainingArguments(TrainingArguments):
         self._check_numbers()
         _ = self.framing  # a wrong one is an error
         check_objectives(self.objectives)
-        if "bnb" in self.optim and not is_bitsandbytes_available():
+        if self.optim.startswith(_OF_BITSANDBYTES) and not is_bitsandbytes_available():
             raise ValueError(f"the optimizer {self.optim.value} needs bitsandbytes: pip install bitsandbytes")
         mitigations = parse_mitigations(self.mitigations)
         for mitigation in mitigations.values():
