@@ -11,6 +11,7 @@ workflow.write_card(trainer, report, choice)  # plot and card
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from .search import (
     search_summary,
 )
 from .search.processes import Processes, reason_in_words
+from .search.protocol import HpSpace
 from .tracking import start_tracking
 from .trainer import MemControlTrainer
 from .tuners import MemControlConfig
@@ -124,9 +126,12 @@ def search(
         [`Choice`]; `None` in a process that leaves the final fine-tune to another one.
 
     Raises:
-        ValueError: as `hyperparameter_search`, and when no run that trained anything can be chosen.
+        ValueError: as `hyperparameter_search`, before the first trial for an `hp_space` without a mask, and when no
+            run that trained anything can be chosen.
         RuntimeError: when no trial succeeded.
     """
+    if (hp_space := options.get("hp_space")) is not None:
+        _check_suggests_mask(hp_space)
     runs = trainer.hyperparameter_search(
         n_trials=n_trials,
         sampler=sampler,
@@ -147,6 +152,19 @@ def search(
             "sampler": sampler,
         }
     return choice
+
+
+def _check_suggests_mask(hp_space: HpSpace) -> None:
+    """Raise `ValueError` for a space without a mask, of which it is asked for a trial that is not run."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    suggested: Mapping[str, Any] = {"mask": {}}
+    with suppress(Exception):  # as TrialPruned, which the search takes for an outcome of the trial
+        suggested = hp_space(optuna.create_study().ask())
+    if "mask" not in suggested:
+        raise ValueError(
+            f"hp_space suggests {', '.join(suggested) or 'nothing'} and no mask, which is what is chosen: add "
+            "'mask', for all blocks as in {'mask': trainer.search_space.mask(True), ...}"
+        )
 
 
 def within_gate(ranked: Sequence[BestRun], objectives: Sequence[str], gate: str | Path) -> list[BestRun]:

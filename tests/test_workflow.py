@@ -102,6 +102,25 @@ def test_a_given_mask_goes_the_same_way_without_a_search(tmp_path, data):
     assert not (tmp_path / "pareto_front.png").exists()
 
 
+def test_a_space_of_masks_alone_is_searched_and_saved(tmp_path, data):
+    trainer = tiny_trainer(tmp_path, max_steps=1, learning_rate=0.03)
+    blocks = list(trainer.search_space.blocks)
+    masks = iter([{blocks[0]: True}, {blocks[0]: True}, {blocks[1]: True, blocks[0]: False}])
+    trainer.train_and_evaluate = lambda: {"eval_loss": 0.1, "eval_membership_auc": 0.5}
+    choice = workflow.search(trainer, n_trials=2, hp_space=lambda trial: {"mask": next(masks)}, enqueue=[])
+    tuned = workflow.FineTuned({"selected mask": {"loss": 0.1}})
+    report = workflow.save(trainer, choice, tuned, data)
+    assert [trial["learning_rate"] for trial in report.search["trials"]] == [0.03, 0.03]
+    assert report.search["block_effects"] == {blocks[0]: [0.0, 0.0], blocks[1]: [0.0, 0.0]}
+
+
+def test_a_space_without_a_mask_is_refused_before_the_first_trial(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    with pytest.raises(ValueError, match="hp_space suggests learning_rate and no mask, which is what is chosen"):
+        workflow.search(trainer, hp_space=lambda trial: {"learning_rate": trial.suggest_float("x", 0.1, 0.2)})
+    assert not (tmp_path / "study.journal").exists()
+
+
 def test_a_second_search_has_the_seed_of_the_first_one(tmp_path, data):
     trainer, seeds = tiny_trainer(tmp_path, objectives=["loss"]), []
     trainer.train_and_evaluate = lambda: seeds.append(trainer.args.seed) or {"eval_loss": 0.1}
