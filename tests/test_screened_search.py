@@ -1,5 +1,6 @@
 """A search begins with a screening: one worker makes it, the study keeps it, and its masks are tried first."""
 
+import json
 import logging
 import math
 import re
@@ -10,13 +11,14 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
-from conftest import tiny_pipeline, tiny_trainer
+from conftest import images_of, tiny_pipeline, tiny_trainer
 from optuna.samplers import RandomSampler
+from test_audit import folder_of
 
 from memcontrol_hf import MemControlConfig, MemControlTrainer, Screening, SearchSpace, cli
 from memcontrol_hf.flags import ScriptArguments
 from memcontrol_hf.from_flags import METHODS, dry_run, make_trainer, peft_config_from, settings_with_images
-from memcontrol_hf.search import kept_screening
+from memcontrol_hf.search import SearchSettings, SharedStudy, kept_screening
 from memcontrol_hf.search.claims import SCREENING, Claim
 from memcontrol_hf.search.screened import SCREENED_MASKS, screened_trials
 from memcontrol_hf.search.worker import this_worker
@@ -271,6 +273,18 @@ def test_singular_values_that_cannot_be_chosen_are_refused_before_any_training(
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--output_dir", str(tmp_path / "out"), *given])
     assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_command_screens_images_without_an_encoder_beside_a_study_of_another_method(tmp_path, monkeypatch):
+    folder_of(images_of(40), tmp_path / "images")
+    lines = [json.dumps({"file_name": f"{i}.png", "text": f"picture {i}"}) for i in range(40)]
+    (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(lines))
+    settings = {"settings": {"method": "svdiff"}, "study_name": "memcontrol"}
+    SharedStudy.open(SearchSettings(8, ["minimize"] * 2, **settings), str(tmp_path / "out" / "study.journal"))
+    monkeypatch.setattr(MemControlTrainer, "screen", lambda *_, **__: MADE_UP)
+    flags = ["--train_data_dir", str(tmp_path / "images"), "--method", "lora", "--search_max_steps", "8"]
+    cli.main(["screen", "--output_dir", str(tmp_path / "out"), *flags])
+    assert Screening.from_json(tmp_path / "out" / "screening.json") == MADE_UP
 
 
 def test_the_command_says_what_cannot_be_screened(tmp_path, capsys):
