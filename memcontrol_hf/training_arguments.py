@@ -18,7 +18,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from .evaluation import check_objectives
 from .images import Framing
-from .mitigations import parse_mitigations
+from .mitigations import parse_mitigations, public_mitigations
 
 logger = logging.getLogger(__name__)
 
@@ -251,10 +251,11 @@ class MemControlTrainingArguments(TrainingArguments):
         return new
 
     def to_dict(self) -> dict[str, Any]:
-        """The arguments that trackers get. A path on this machine is shortened to its last part."""
+        """The arguments that trackers get: a path on this machine is its last part, and no column is named."""
+        shown = super().to_dict() | {"mitigations": public_mitigations(self.mitigations)}
         return {
             name: Path(value).name if isinstance(value, str) and is_place(value) else value
-            for name, value in super().to_dict().items()
+            for name, value in shown.items()
         }
 
 

@@ -28,7 +28,7 @@ from .data import SPLITS
 from .encoders import encoder_name
 from .evaluation import METRICS
 from .images import DEFAULT_FRAMING
-from .mitigations import MITIGATIONS
+from .mitigations import MITIGATIONS, public_mitigations
 from .publish.wandb_report import log_images, log_report
 from .randomness import Purpose, row_keys
 from .report import ALL_ON, DEFAULT_GATE, FROZEN_BASE, SELECTED, MemorizationReport, load_gate
@@ -321,7 +321,7 @@ def save(
     for stale in (PLOT, LORA):  # of an earlier run with this folder
         (folder / stale).unlink(missing_ok=True)
     trainer.save_model(str(folder))
-    given, chosen = trainer.args.mitigations, getattr(trainer.peft_config, "singular_values", None)
+    given, chosen = public_mitigations(trainer.args.mitigations), getattr(trainer.peft_config, "singular_values", None)
     sampling = [text for text in given if not MITIGATIONS[text.partition(":")[0]].guards_weights]
     report = MemorizationReport(
         base_model=base_model or trainer.base_model,
