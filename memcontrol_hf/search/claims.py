@@ -20,7 +20,7 @@ SILENCE = 600.0
 That is twice as long as a worker waits for a server of the study that does not answer.
 """
 
-_BEAT = 60.0  # seconds between two signs of life
+_BEAT = 120.0  # seconds between two signs of life
 _SEEN = "seen"  # attribute of a claim: seconds since 1970, at its worker's last sign of life
 
 
@@ -39,8 +39,8 @@ def is_held(claim: FrozenTrial) -> bool:
 def holders(study: optuna.Study, work: str) -> str:
     """The processes that hold a claim on a piece of work of the study, in words; empty when there is none."""
     claims = optuna.load_study(storage=study._storage, study_name=study.study_name + work)
-    workers = [claim.user_attrs["worker"] for claim in claims.get_trials(deepcopy=False) if is_held(claim)]
-    return ", ".join(f"process {pid} on {host}" for host, pid, _ in workers)
+    held = [claim.user_attrs.get("worker") for claim in claims.get_trials(deepcopy=False) if is_held(claim)]
+    return ", ".join(f"process {worker[1]} on {worker[0]}" for worker in held if worker)  # one may have no name yet
 
 
 class Claim:
