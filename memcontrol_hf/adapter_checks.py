@@ -67,7 +67,7 @@ def check_whole(adapted: PeftModel, file: Path) -> None:
 
 
 def check_lora_whole(
-    pipeline: "DiffusionPipeline", parts: Mapping[str, nn.Module], folder: str, **source: str
+    pipeline: "DiffusionPipeline", parts: Mapping[str, nn.Module], folder: str, **source: Any
 ) -> None:
     """Raise `ValueError` unless a pipeline's LoRA layers hold finite values and as many tensors as their file.
 
@@ -77,7 +77,7 @@ def check_lora_whole(
         pipeline (`DiffusionPipeline`): Pipeline with the LoRA.
         parts (`dict`): Parts of the pipeline that can have LoRA layers, by name.
         folder (`str`): Folder or Hub id of the file.
-        **source: `weight_name`, as in `load_lora_weights`.
+        **source: `weight_name` and `use_safetensors`, as in `load_lora_weights`.
     """
     found = pipeline.lora_state_dict(folder, **source)
     stored = [name for name in (found[0] if isinstance(found, tuple) else found) if not name.endswith(".alpha")]

@@ -20,6 +20,7 @@ from .adapter_checks import check_lora_whole, check_sizes, check_whole, weights_
 from .families import Family, family_of
 from .search_space import SearchSpace
 from .tuners import MemControlConfig
+from .tuners.hooks import has_hooks
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -59,7 +60,7 @@ def load_adapter(pipeline: "DiffusionPipeline", adapter: str | Path) -> None:
         adapter (`str`):
             A PEFT folder or Hub id (this package's method or any of PEFT's), in which text encoders' adapters have
             folders of their names. Or a LoRA file of diffusers or kohya: a `.safetensors` file, or a folder or Hub id
-            that holds `pytorch_lora_weights.safetensors`.
+            that holds `pytorch_lora_weights.safetensors`. A pickle can run code, so no file of another format is read.
 
     Raises:
         ValueError: when the adapter is none of these or does not fit the pipeline, when one of its tensors is missing,
@@ -79,8 +80,12 @@ def load_adapter(pipeline: "DiffusionPipeline", adapter: str | Path) -> None:
                 tuned = _load_part(bare[folder], str(adapter), folder)
                 setattr(pipeline, folder or family.denoiser_name, tuned.eval())
         else:
-            source = {"weight_name": path.name} if path.is_file() else {}
-            place = str(path.parent if source else adapter)
+            source: dict[str, Any] = {"use_safetensors": True}
+            if path.is_file():
+                if path.suffix != ".safetensors":
+                    raise ValueError("weights in another format than safetensors are not read.")
+                source["weight_name"] = path.name
+            place = str(path.parent if path.is_file() else adapter)
             pipeline.load_lora_weights(place, **source)
             check_lora_whole(pipeline, bare, place, **source)
     except _NOT_LOADED as error:
@@ -141,8 +146,12 @@ def adapter_in_place(pipeline: "DiffusionPipeline", adapter: str | Path | None) 
 
 @contextmanager
 def merged(adapted: Iterable[PeftModel]) -> Iterator[None]:
-    """Merge adapters of this package, which unmerge exactly, for the time being: merged layers sample faster."""
+    """Merge adapters of this package, which unmerge exactly, for the time being: merged layers sample faster.
+
+    A model whose weights hooks move or cast (offloading, layerwise casting) is left as it is, and computes the same.
+    """
     own = [model for model in adapted if isinstance(model.active_peft_config, MemControlConfig)]
+    own = [m for m in own if not any(has_hooks(layer.get_base_layer()) for _, layer in _tuner_layers(m))]
     for model in own:
         model.merge_adapter()
     try:

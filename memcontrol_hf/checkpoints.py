@@ -25,23 +25,42 @@ RUN = "run.json"
 """File of a checkpoint with what its training was told; see [`run_facts`]."""
 
 _ARGUMENTS = (
-    "seed", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "snr_gamma",
-    "caption_dropout", "mitigations", "resolution", "fit", "background",
+    "seed", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "weight_decay", "max_grad_norm", "snr_gamma", "caption_dropout", "mitigations", "resolution",
+    "fit", "background",
 )  # fmt: skip
+# The schedules whose rate at a step is the same however many steps follow.
+_WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
 
 
-def run_facts(args: "TrainingArguments", images: EncodedImages) -> dict[str, Any]:
-    """What a training was told that decides its result, besides mask, method, learning rate and number of steps.
+def run_facts(
+    args: "TrainingArguments",
+    images: EncodedImages,
+    mixed_precision: str = "no",
+    optimizer: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """What a training was told that decides its result, besides mask, method and learning rate.
 
-    How the rows of a step are divided into batches and among processes does not decide it.
+    How the rows of a step are divided into batches and among processes decides the result in the last step of an
+    epoch alone, where that step has fewer rows: its batches are of different sizes then, and count alike. The number
+    of steps decides the result where the schedule of the learning rate depends on it.
 
     Args:
         args ([`MemControlTrainingArguments`]): Training arguments.
         images ([`~memcontrol_hf.data.EncodedImages`]): Training images.
+        mixed_precision (`str`): Precision of the training: `no`, `fp16` or `bf16`.
+        optimizer (tuple, *optional*): Class of an optimizer of the user's own, and its keyword arguments.
     """
     facts = {name: getattr(args, name) for name in _ARGUMENTS}
-    facts["rows of a step"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    batch, batches, processes = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+    facts["rows of a step"] = batch * batches * processes
+    if len(images) % facts["rows of a step"]:
+        facts["division of a step"] = f"{processes} process(es) x {batches} batch(es) x {batch} row(s)"
+    if args.lr_scheduler_type not in _WITHOUT_END or 0 < args.warmup_steps < 1:
+        facts["end of the schedule"] = args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs} epochs"
     facts["training images"] = images_digest(images)
+    facts["mixed_precision"] = mixed_precision
+    facts["optimizer"] = None if optimizer is None else [optimizer[0].__qualname__, optimizer[1]]
     return json.loads(json.dumps(facts, default=str))
 
 
@@ -51,7 +70,7 @@ def differing_facts(checkpoint: str | Path, facts: dict[str, Any], max_steps: in
     Args:
         checkpoint (`str`): Folder of the checkpoint; one without the file, of an earlier version, agrees.
         facts (`dict`): Facts of the training that is to go on.
-        max_steps (`int`): Its number of steps; more are no difference, fewer than the checkpoint has are.
+        max_steps (`int`): Its number of steps; fewer than the checkpoint has are a difference.
     """
     run, state = Path(checkpoint) / RUN, Path(checkpoint) / TRAINER_STATE_NAME
     stored = json.loads(run.read_text(encoding="utf-8")) if run.exists() else {}

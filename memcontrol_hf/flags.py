@@ -99,10 +99,7 @@ class ScriptArguments:
         None, "Precision of the frozen weights; float32 if not given.", study=True, publish="yes"
     )
     quantization: Literal["bnb_4bit", "bnb_8bit", "torchao_int8"] | None = _flag(
-        None,
-        "Quantization of the frozen denoiser, for --method lora.",
-        study=True,
-        publish="yes",
+        None, "Quantization of the frozen denoiser, for --method lora.", study=True, publish="yes"
     )
     single_file_config: str | None = _flag(
         None,
@@ -477,6 +474,8 @@ def public_datasets(args: ScriptArguments) -> list[str]:
 
 def public_flags(args: ScriptArguments) -> str:
     """The flags that differ from the defaults, as far as they may be published; see [`_flag`]."""
+    from .mitigations import public_mitigations  # with PyTorch, without which the help is printed
+
     publish = {flag.name: flag.metadata["publish"] for flag in fields(args)}
     if public_datasets(args):
         publish["dataset_name"] = "yes"
@@ -489,7 +488,7 @@ def public_flags(args: ScriptArguments) -> str:
     default.pretrained_model_name_or_path = ScriptArguments().pretrained_model_name_or_path
     words: list[str] = []
     for name, how in publish.items():
-        value = getattr(args, name)
+        value = public_mitigations(args.mitigation) if name == "mitigation" else getattr(args, name)
         if value == getattr(default, name) or how == "never":
             continue
         if how == "placeholder" or (how == "unless_path" and without_place(value) != value):

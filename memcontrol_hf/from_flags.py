@@ -28,16 +28,9 @@ from .images import Framing
 from .mitigations import parse_mitigations
 from .publish.hub import check_login
 from .report import DEFAULT_GATE, load_gate
-from .search import (
-    check_budget,
-    check_n_trials,
-    check_prune_at,
-    check_study,
-    known_masks,
-    middle_rate,
-    storage_address,
-)
+from .search import check_budget, check_n_trials, check_prune_at, check_study, known_masks, middle_rate
 from .search.ray import check_ray
+from .search.storage import storage_address
 from .tracking import run_url
 from .trainer import MemControlTrainer
 from .training_arguments import MemControlTrainingArguments
@@ -62,8 +55,8 @@ METHODS: dict[str, tuple[PeftConfig, tuple[float, float]]] = {
 name, is accepted for `weights`."""
 
 
-def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[str, bool] | None]:
-    """Check all flags before anything is loaded.
+def check(args: ScriptArguments, screens: bool = False) -> tuple[PeftConfig, tuple[float, float], dict | None]:
+    """Check all flags before anything is loaded; where the run only `screens`, without those of search and audit.
 
     Returns:
         The PEFT config, the range of learning rates to search, and the mask of `--mask_from`.
@@ -72,7 +65,7 @@ def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[
         ValueError: for a wrong flag. The error names the value, what is allowed, and what to do.
     """
     config, rates = _method_and_rates(args)
-    if args.encoder is None:
+    if args.encoder is None and not screens:
         raise ValueError(NEEDS_ENCODER)
     load_gate(args.gate or DEFAULT_GATE)
     _check_numbers(args)
@@ -98,7 +91,7 @@ def check(args: ScriptArguments) -> tuple[PeftConfig, tuple[float, float], dict[
     if args.attribute_column is not None and (on_demo_data(args) or not args.caption_column):
         raise ValueError(f"--attribute_column {args.attribute_column!r} needs images of your own with captions")
     mask = mask_from(args.mask_from) if args.mask_from else None
-    if args.n_trials:
+    if args.n_trials and not screens:
         check_own_study(args, settings(args), later=SEEN_LATER)
     return config, rates, mask
 
@@ -356,14 +349,18 @@ def _bytes_of_checkpoints(trainer: MemControlTrainer) -> int:
     return 4 * trainer.trainable_parameters * (1 + 3 * count)
 
 
-def make_trainer(args: ScriptArguments) -> tuple[MemControlTrainer, DatasetDict, tuple[float, float], dict | None]:
+def make_trainer(
+    args: ScriptArguments, screens: bool = False
+) -> tuple[MemControlTrainer, DatasetDict, tuple[float, float], dict | None]:
     """The trainer, the images, the range of learning rates to search, and the mask of `--mask_from`, all checked.
+
+    A run that only `screens` needs no encoder, and is not checked for a search and an audit.
 
     Raises:
         ValueError: for a wrong flag, or a model and images that do not fit it. The error names the value, what is
             allowed, and what to do.
     """
-    config, rates, mask = check(args)
+    config, rates, mask = check(args, screens)
     trainer_args = training_arguments(args)
     check_writable(args.output_dir)
     pipeline, data = load(args)
@@ -377,8 +374,10 @@ def make_trainer(args: ScriptArguments) -> tuple[MemControlTrainer, DatasetDict,
         eval_dataset=data["validation"],
         search_space=family_of(pipeline).search_space(granularity_of(args), args.text_encoder_blocks),
         mask=mask,
-        encoder=load_encoder(args.encoder, trainer_args.device),
+        encoder=load_encoder(args.encoder, trainer_args.device) if args.encoder else None,
     )
+    if screens:
+        return trainer, data, rates, mask
     check_room(args.output_dir, _bytes_of_checkpoints(trainer), "the adapter with its checkpoints")
     if args.n_trials:
         check_own_study(args, settings_with_images(args, trainer))

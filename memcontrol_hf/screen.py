@@ -45,7 +45,7 @@ def run(args: ScriptArguments) -> None:
     with exit_code(WRONG_USE, ValueError), exit_code(ERROR, OF_THE_MACHINE):
         if args.dry_run:
             raise ValueError("--dry_run is a flag of memcontrol train, whose plan has the screening as a stage")
-        trainer, _, rates, mask = make_trainer(args)
+        trainer, _, rates, mask = make_trainer(args, screens=True)
         single, total = args.singular_values, trainer.trainable_parameters
         if obstacle := trainer.obstacle_to_screening(args.screen_steps, single is not None):
             raise ValueError(obstacle)

@@ -242,6 +242,8 @@ class MemControlTrainer(Trainer):
         if checkpoint and (state := self._finished(checkpoint)):
             self._load_from_checkpoint(checkpoint)  # the Trainer would train further
             self.state = state
+            if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                self._load_best_model()
             return TrainOutput(state.global_step, 0.0, {})
         try:
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
@@ -261,12 +263,16 @@ class MemControlTrainer(Trainer):
         rates = torch.load(file, map_location="cpu", weights_only=True).get("base_lrs", []) if file.exists() else []
         if rates and not math.isclose(rates[0], self.args.learning_rate):
             differing.append(f"the learning rate was {rates[0]:g} and is {self.args.learning_rate:g}")
-        differing += differing_facts(checkpoint, run_facts(self.args, self.train_dataset), self.args.max_steps)
+        differing += differing_facts(checkpoint, self._run_facts(), self.args.max_steps)
         if differing:
             raise ValueError(
                 f"the checkpoint {checkpoint} is of another run: {'; '.join(sorted(differing))}. Use the same "
                 "settings to go on with it, delete it, or give another output_dir (--output_dir)"
             )
+
+    def _run_facts(self) -> dict[str, Any]:
+        """What this training is told that decides its result."""
+        return run_facts(self.args, self.train_dataset, self.accelerator.mixed_precision, self._given_optimizer)
 
     def _finished(self, checkpoint: str) -> TrainerState | None:
         """The state in a checkpoint if its run made all steps or was stopped early, and `None` otherwise."""
@@ -376,8 +382,7 @@ class MemControlTrainer(Trainer):
                 if writes:
                     state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
             if writes:
-                facts = run_facts(self.args, self.train_dataset)
-                write_whole(unfinished / RUN, json.dumps(facts, indent=1) + "\n")
+                write_whole(unfinished / RUN, json.dumps(self._run_facts(), indent=1) + "\n")
             if self._private is not None and writes:
                 self._private.save(unfinished)
             self.accelerator.wait_for_everyone()  # each process saves its own random state
@@ -703,6 +708,7 @@ class MemControlTrainer(Trainer):
             raise ValueError("a search measures each trial with validation images: give the trainer an eval_dataset")
         if direction is None:
             direction = [METRICS[name] for name in self.args.objectives]
+        self._reset_arguments()  # of a final fine-tune, whose seed is another one
         search = run_search_on_ray if backend == "ray" else run_search
         return search(self, hp_space, compute_objective, n_trials, direction, hp_name, **kwargs)
 
@@ -755,29 +761,37 @@ class MemControlTrainer(Trainer):
             self._trial_rows[key] = full.select(sorted(rows.tolist()))
         return self._trial_rows[key]
 
-    def apply_hyperparameters(self, hyperparameters: Mapping[str, Any], final_model: bool = False) -> None:
+    def apply_hyperparameters(
+        self, hyperparameters: Mapping[str, Any], final_model: bool = False, seed: int | None = None
+    ) -> None:
         """Set the mask and the arguments of a run. Arguments that only an earlier call has set are reset.
 
         Args:
             hyperparameters (`dict[str, Any]`): `mask`, and fields of the training arguments.
             final_model (`bool`): whether the next `train()` is the final fine-tune, on all training rows.
+            seed (`int`, *optional*): random seed of the run; that of the arguments by default.
 
         Raises:
             ValueError: for a name that is neither `mask` nor an argument that a run can change, and for a value that
                 the argument cannot have; see [`MemControlTrainingArguments.replaced`].
         """
-        for name, value in self._replaced.items():  # undo the hyperparameters of the run before
-            setattr(self.args, name, value)
-        self._replaced = {}
+        self._reset_arguments()
         given = {name: value for name, value in hyperparameters.items() if name != "mask"}
         new = self.args.replaced(given)
         _check_fits(self.family, new, self.peft_config)
-        self._replaced = {name: getattr(self.args, name) for name in given}
-        for name in given:
-            setattr(self.args, name, getattr(new, name))
+        values = {name: getattr(new, name) for name in given} | ({} if seed is None else {"seed": seed})
+        self._replaced = {name: getattr(self.args, name) for name in values}
+        for name, value in values.items():
+            setattr(self.args, name, value)
         if final_model:
             self.train_dataset = self._full_train_dataset
         self.set_mask(hyperparameters.get("mask", self.mask))
+
+    def _reset_arguments(self) -> None:
+        """Give the arguments that the last run has set the values that they had before."""
+        for name, value in self._replaced.items():
+            setattr(self.args, name, value)
+        self._replaced = {}
 
 
 def _check_fits(family: Family, args: MemControlTrainingArguments, peft_config: PeftConfig) -> None:

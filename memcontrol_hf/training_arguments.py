@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -17,7 +18,9 @@ from transformers.utils import is_bitsandbytes_available
 
 from .evaluation import check_objectives
 from .images import Framing
-from .mitigations import parse_mitigations
+from .mitigations import parse_mitigations, public_mitigations
+
+logger = logging.getLogger(__name__)
 
 # The ranges of the arguments that are numbers. transformers takes every value for its own.
 _SHARES = ("caption_dropout", "search_fraction", "adam_beta1", "adam_beta2")
@@ -43,6 +46,8 @@ _HYPERPARAMETERS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"),
     *("search_max_steps", "search_fraction", "caption_dropout", "snr_gamma"),
 )
+# Beginnings of the names of optimizers that transformers takes from bitsandbytes.
+_OF_BITSANDBYTES = ("adamw_bnb", "adamw_8bit", "ademamix", "lion", "paged", "rmsprop_bnb")
 # Arguments of transformers that would have no effect, or break the training.
 _REFUSED = {
     "remove_unused_columns": "the trainer itself makes the denoiser's inputs from the columns; leave it out",
@@ -168,6 +173,12 @@ class MemControlTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)} is not supported: {reason}")
         self._check_numbers()
         super().__post_init__()
+        if self.n_gpu > 1:
+            logger.warning(
+                f"this process uses one of the {self.n_gpu} GPUs, which CUDA_VISIBLE_DEVICES can name: start it with "
+                f"accelerate launch --num_processes {self.n_gpu} to use all of them for each training"
+            )
+            self._n_gpu = 1  # the Trainer would use nn.DataParallel, which the adapters do not go with
         self._check()
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
 
@@ -176,7 +187,7 @@ class MemControlTrainingArguments(TrainingArguments):
         self._check_numbers()
         _ = self.framing  # a wrong one is an error
         check_objectives(self.objectives)
-        if "bnb" in self.optim and not is_bitsandbytes_available():
+        if self.optim.startswith(_OF_BITSANDBYTES) and not is_bitsandbytes_available():
             raise ValueError(f"the optimizer {self.optim.value} needs bitsandbytes: pip install bitsandbytes")
         mitigations = parse_mitigations(self.mitigations)
         for mitigation in mitigations.values():
@@ -240,10 +251,11 @@ class MemControlTrainingArguments(TrainingArguments):
         return new
 
     def to_dict(self) -> dict[str, Any]:
-        """The arguments that trackers get. A path on this machine is shortened to its last part."""
+        """The arguments that trackers get: a path on this machine is its last part, and no column is named."""
+        shown = super().to_dict() | {"mitigations": public_mitigations(self.mitigations)}
         return {
             name: Path(value).name if isinstance(value, str) and is_place(value) else value
-            for name, value in super().to_dict().items()
+            for name, value in shown.items()
         }
 
 

@@ -11,11 +11,14 @@ workflow.write_card(trainer, report, choice)  # plot and card
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import optuna
+import torch
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset, DatasetDict
 from transformers.trainer_utils import BestRun
 
@@ -26,7 +29,7 @@ from .data import SPLITS
 from .encoders import encoder_name
 from .evaluation import METRICS
 from .images import DEFAULT_FRAMING
-from .mitigations import MITIGATIONS
+from .mitigations import MITIGATIONS, public_mitigations
 from .publish.wandb_report import log_images, log_report
 from .randomness import Purpose, row_keys
 from .report import ALL_ON, DEFAULT_GATE, FROZEN_BASE, SELECTED, MemorizationReport, load_gate
@@ -40,8 +43,9 @@ from .search import (
     rank_runs,
     repeat_runs,
     search_summary,
-    select_run,
 )
+from .search.processes import Processes, reason_in_words
+from .search.protocol import HpSpace
 from .tracking import start_tracking
 from .trainer import MemControlTrainer
 from .tuners import MemControlConfig
@@ -58,12 +62,14 @@ class Choice:
         study (`optuna.Study`, *optional*): the search; `None` when the mask was given.
         trial (`int`, *optional*): number of the chosen trial.
         sampler (`str`): name of the search's sampler.
+        seed (`int`, *optional*): random seed of the final fine-tune; that of the trainer's arguments by default.
     """
 
     hyperparameters: dict[str, Any]
     study: optuna.Study | None = None
     trial: int | None = None
     sampler: str = ""
+    seed: int | None = None
 
 
 @dataclass
@@ -123,9 +129,12 @@ def search(
         [`Choice`]; `None` in a process that leaves the final fine-tune to another one.
 
     Raises:
-        ValueError: as `hyperparameter_search`, and when no run that trained anything can be chosen.
+        ValueError: as `hyperparameter_search`, before the first trial for an `hp_space` without a mask, and when no
+            run that trained anything can be chosen.
         RuntimeError: when no trial succeeded.
     """
+    if (hp_space := options.get("hp_space")) is not None:
+        _check_suggests_mask(hp_space)
     runs = trainer.hyperparameter_search(
         n_trials=n_trials,
         sampler=sampler,
@@ -135,14 +144,10 @@ def search(
         **options,
     )
     if not claim_final(trainer, runs, trial_timeout):
-        logger.info("another process that works on this study does the final fine-tune")
         return None
-    ranked = rank_runs(runs, memorization_budget)
-    if memorization_budget is None:
-        ranked = within_gate(ranked, trainer.args.objectives, gate)
-    run = _choose(trainer, ranked, memorization_budget, n_finalists, finalist_repeats)
-    choice = Choice(run.hyperparameters, run.run_summary, int(run.run_id), sampler)
-    trainer.args.seed += 1  # the search has not seen it
+    run = _choose(trainer, runs, memorization_budget, gate, n_finalists, finalist_repeats)
+    unseen = trainer.args.seed + 1  # the search has not seen it
+    choice = Choice(run.hyperparameters, run.run_summary, int(run.run_id), sampler, unseen)
     if isinstance(trainer.peft_config, MemControlConfig):
         trainer.peft_config.search = {
             "study_name": public_study_name(study_name),
@@ -150,6 +155,19 @@ def search(
             "sampler": sampler,
         }
     return choice
+
+
+def _check_suggests_mask(hp_space: HpSpace) -> None:
+    """Raise `ValueError` for a space without a mask, of which it is asked for a trial that is not run."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    suggested: Mapping[str, Any] = {"mask": {}}
+    with suppress(Exception):  # as TrialPruned, which the search takes for an outcome of the trial
+        suggested = hp_space(optuna.create_study().ask())
+    if "mask" not in suggested:
+        raise ValueError(
+            f"hp_space suggests {', '.join(suggested) or 'nothing'} and no mask, which is what is chosen: add "
+            "'mask', for all blocks as in {'mask': trainer.search_space.mask(True), ...}"
+        )
 
 
 def within_gate(ranked: Sequence[BestRun], objectives: Sequence[str], gate: str | Path) -> list[BestRun]:
@@ -177,13 +195,24 @@ def within_gate(ranked: Sequence[BestRun], objectives: Sequence[str], gate: str 
 
 
 def _choose(
-    trainer: MemControlTrainer, ranked: Sequence[BestRun], budget: float | None, n_finalists: int, repeats: int
+    trainer: MemControlTrainer,
+    front: BestRun | Sequence[BestRun],
+    budget: float | None,
+    gate: str | Path,
+    n_finalists: int,
+    repeats: int,
 ) -> BestRun:
-    """The best of the ranked runs, by their repeats if there are several finalists."""
-    finalists = ranked[:n_finalists]
+    """The best run of the front, by the repeats of the first choices if there are several finalists."""
+
+    def ranked(runs: BestRun | Sequence[BestRun]) -> list[BestRun]:
+        best_first = rank_runs(runs, budget, front)
+        return best_first if budget is not None else within_gate(best_first, trainer.args.objectives, gate)
+
+    choices = ranked(front)
+    finalists = choices[:n_finalists]
     if len(finalists) < 2:  # repeats could not change the choice
-        return ranked[0]
-    return select_run(repeat_runs(trainer, finalists, repeats), budget)
+        return choices[0]
+    return ranked(repeat_runs(trainer, finalists, repeats))[0]
 
 
 # ---- fine-tune beside the baselines ----
@@ -198,7 +227,7 @@ def fine_tune(
 ) -> FineTuned:
     """Measure the frozen base, fine-tune all blocks and the chosen mask on all of the data, and measure both.
 
-    The trainer holds the model of the chosen mask afterwards.
+    The trainer holds the model of the chosen mask afterwards, and the seed of the choice until the next search.
 
     Args:
         trainer ([`MemControlTrainer`]): the trainer.
@@ -211,6 +240,7 @@ def fine_tune(
         ValueError: for a checkpoint of another run; see [`check_resumes`], which costs nothing.
     """
     tuned, save_strategy = FineTuned(), trainer.args.save_strategy
+    processes = Processes(trainer.args.world_size)
     masks = {
         FROZEN_BASE: trainer.search_space.mask(False),
         ALL_ON: trainer.search_space.mask(True),
@@ -218,22 +248,28 @@ def fine_tune(
     }
     for name, mask in masks.items():
         hyperparameters = {**choice.hyperparameters, "mask": mask}
-        trainer.apply_hyperparameters(hyperparameters, final_model=True)
+        trainer.apply_hyperparameters(hyperparameters, final_model=True, seed=choice.seed)
         if name == FROZEN_BASE:
             tuned.base_weights = base_weights(trainer.family.denoiser)
         logger.info(f"{name}: {'fine-tune on all of the data, then ' if any(mask.values()) else ''}held-out figures")
         config = {**hyperparameters, "objectives": list(trainer.args.objectives)}
         start_tracking(trainer, study_name, name, "final", config)
         trainer.args.save_strategy = save_strategy if name == SELECTED else "no"  # checkpoints hold the adapter only
+        figures, error = {}, None
         try:
             resume = resume_from_checkpoint if name == SELECTED else None
-            tuned.figures[name] = fine_tune_and_measure(trainer, held_out, resume)
-        except ValueError as error:
+            figures = fine_tune_and_measure(trainer, held_out, resume)
+        except (ValueError, torch.OutOfMemoryError) as raised:
             if name != ALL_ON:
                 raise
-            tuned.failed[name] = str(error)  # it is only compared with, and has the learning rate of another mask
+            error = reason_in_words(raised)
+        # It is only compared with, and has the learning rate of another mask: a failure there ends nothing.
+        if name == ALL_ON and (error := processes.first_error(error)):
+            clear_device_cache(garbage_collection=True)
+            tuned.failed[name] = error
             logger.warning(f"{name} cannot be compared with: {error}")
             continue
+        tuned.figures[name] = figures
         if any(mask.values()) and trainer.state.global_step < trainer.args.max_steps:
             tuned.stopped[name] = trainer.state.global_step
     return tuned
@@ -241,7 +277,7 @@ def fine_tune(
 
 def check_resumes(trainer: MemControlTrainer, choice: Choice, checkpoint: str) -> None:
     """Raise `ValueError` when a checkpoint is of another choice, or its training was told something else."""
-    trainer.apply_hyperparameters(choice.hyperparameters, final_model=True)
+    trainer.apply_hyperparameters(choice.hyperparameters, final_model=True, seed=choice.seed)
     trainer.check_resumes(checkpoint)
 
 
@@ -290,7 +326,7 @@ def save(
     for stale in (PLOT, LORA):  # of an earlier run with this folder
         (folder / stale).unlink(missing_ok=True)
     trainer.save_model(str(folder))
-    given, chosen = trainer.args.mitigations, getattr(trainer.peft_config, "singular_values", None)
+    given, chosen = public_mitigations(trainer.args.mitigations), getattr(trainer.peft_config, "singular_values", None)
     sampling = [text for text in given if not MITIGATIONS[text.partition(":")[0]].guards_weights]
     report = MemorizationReport(
         base_model=base_model or trainer.base_model,

@@ -66,6 +66,16 @@ def test_a_file_that_is_no_safetensors_is_refused(tmp_path, content):
         load_adapter(tiny_pipeline(), tmp_path)
 
 
+def test_weights_that_are_a_pickle_are_not_read(tmp_path, monkeypatch):
+    tensors = load_file(lora(tmp_path) / "diffusers" / LORA)
+    for name, given in (("folder/pytorch_lora_weights.bin", "folder"), ("lora.bin", "lora.bin")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        torch.save(tensors, tmp_path / name)
+        monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
+        with pytest.raises(ValueError, match=r"cannot load the adapter .*safetensors"):
+            load_adapter(tiny_pipeline(), tmp_path / given)
+
+
 @pytest.mark.parametrize("rank", [10**9, 2**62])
 def test_a_rank_that_the_weights_do_not_have_takes_no_memory(tmp_path, rank):
     config = json.loads((lora(tmp_path) / CONFIG).read_text())

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import adapter_of, tiny_trainer
+from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from memcontrol_hf import MemControlConfig
@@ -99,3 +100,18 @@ def test_a_training_that_diverges_leaves_no_checkpoint_and_says_what_to_try(tmp_
     ):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint*"))
+
+
+def test_a_finished_run_that_is_resumed_has_its_best_model_too(tmp_path):
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss"}
+    trainer = tiny_trainer(tmp_path, **SAVED, **best)
+    trainer.evaluate = lambda **_: {"eval_loss": trainer.state.global_step}  # the first checkpoint is the best one
+    trainer.train()
+    resumed = tiny_trainer(tmp_path, **SAVED, **best)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    first = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    for model in (trainer.model, resumed.model):
+        assert {name: t.tolist() for name, t in get_peft_model_state_dict(model).items()} == {
+            name: t.tolist() for name, t in first.items()
+        }

@@ -14,8 +14,16 @@ from conftest import RESOLUTION, adapter_of, images_of, tiny_pipeline, tiny_trai
 from original_layout import save_original
 from safetensors.torch import load_file
 from tiny_families import PIPELINES, sd3
+from transformers.trainer_optimizer import _BITSANDBYTES_OPTIMIZERS
+from transformers.training_args import OptimizerNames
 
-from memcontrol_hf import MemControlConfig, SearchSpace, audit_memorization, demo_pipeline
+from memcontrol_hf import (
+    MemControlConfig,
+    MemControlTrainingArguments,
+    SearchSpace,
+    audit_memorization,
+    demo_pipeline,
+)
 from memcontrol_hf.audit import AuditSettings
 from memcontrol_hf.demo import DEMO_PIPELINE
 from memcontrol_hf.dry_run import audit_stage, figures_stage, load_architecture, plan
@@ -252,8 +260,14 @@ def test_a_single_file_whose_architecture_is_not_at_hand_names_the_flag(tmp_path
 def test_a_missing_bitsandbytes_is_said_before_anything_is_loaded(tmp_path):
     with pytest.raises(ValueError, match="quantization bnb_4bit needs bitsandbytes: pip install bitsandbytes"):
         load_pipeline("demo", quantization="bnb_4bit")
-    with pytest.raises(ValueError, match="optimizer adamw_bnb_8bit needs bitsandbytes"):
-        tiny_trainer(tmp_path, optim="adamw_bnb_8bit")
+    refused = []
+    for optim in OptimizerNames:
+        try:
+            MemControlTrainingArguments(output_dir=str(tmp_path), optim=optim)
+        except ValueError as error:
+            assert str(error) == f"the optimizer {optim.value} needs bitsandbytes: pip install bitsandbytes"
+            refused.append(optim)
+    assert sorted(refused) == sorted(_BITSANDBYTES_OPTIMIZERS) and len(refused) > 10
 
 
 def test_a_quantized_base_takes_lora_alone(tmp_path):

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import logging
 import os
 import random
 import re
@@ -9,6 +10,7 @@ import shutil
 import threading
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import optuna
 import PIL.Image
@@ -19,6 +21,7 @@ from conftest import RESOLUTION, adapter_of, free_port, images_of, tiny_pipeline
 from datasets import Dataset, Features, Image
 from optuna.trial import TrialState
 from safetensors import SafetensorError
+from transformers.trainer_utils import BestRun
 
 from memcontrol_hf import MemorizationReport, Screening, screen, train
 from memcontrol_hf.adapter_folder import read_mask
@@ -26,9 +29,10 @@ from memcontrol_hf.data import EncodedImages, encode, load_images
 from memcontrol_hf.families import family_of
 from memcontrol_hf.from_flags import peft_config_from
 from memcontrol_hf.images import thumbnails
-from memcontrol_hf.search import SearchSettings, open_storage, said_in_one_line, select_run
+from memcontrol_hf.search import SearchSettings, claim_final, open_storage, said_in_one_line, select_run
 from memcontrol_hf.search import study as study_module
-from memcontrol_hf.search.claims import FINAL, Claim
+from memcontrol_hf.search.claims import FINAL, Claim, holders, is_held
+from memcontrol_hf.search.screened import screening_of_study
 from memcontrol_hf.search.study import Outcome, SharedStudy
 from memcontrol_hf.search.worker import is_alive, this_worker
 from memcontrol_hf.train import FAILURES, exit_code
@@ -541,3 +545,71 @@ def test_a_process_that_was_killed_before_it_had_a_name_loses_nothing(tmp_path, 
     held = []
     assert Claim.make(shared.study, FINAL, lambda claim: held.append(is_alive(claim)) or is_alive(claim)) is not None
     assert held == [False]
+
+
+# ---- claims of workers on other machines ----
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Claims that are made from now on are of a worker on another machine, which is not there any more."""
+    monkeypatch.setattr("memcontrol_hf.search.claims.this_worker", lambda: ["another-machine", 12, 0.0])
+    return monkeypatch
+
+
+def test_a_claim_of_another_machine_is_taken_when_its_signs_of_life_end(tmp_path, elsewhere):
+    study = study_at(tmp_path / "study.journal")
+    lost = Claim.make(study, FINAL, is_held)
+    lost._released.set()  # its machine is gone
+    elsewhere.undo()
+    assert Claim.make(study, FINAL, is_held) is None and holders(study, FINAL) == "process 12 on another-machine"
+    elsewhere.setattr("memcontrol_hf.search.claims.SILENCE", 0.1)
+    time.sleep(0.2)
+    assert holders(study, FINAL) == ""
+    assert Claim.make(study, FINAL, is_held) is not None and Claim.make(study, FINAL, is_held) is None
+
+
+def test_a_long_work_on_another_machine_gives_signs_of_life(tmp_path, elsewhere):
+    elsewhere.setattr("memcontrol_hf.search.claims._BEAT", 0.05)
+    elsewhere.setattr("memcontrol_hf.search.claims.SILENCE", 0.5)
+    study = study_at(tmp_path / "study.journal")
+    working = Claim.make(study, FINAL, is_held)
+    time.sleep(1)
+    assert Claim.make(study, FINAL, is_held) is None
+    working.release()
+    assert Claim.make(study, FINAL, is_held) is not None
+
+
+def test_the_command_that_leaves_the_final_fine_tune_names_who_has_it(tmp_path, elsewhere, caplog):
+    trainer = tiny_trainer(tmp_path, objectives=["loss"])
+    trainer.train_and_evaluate = lambda: {"eval_loss": 0.5}
+    run = trainer.hyperparameter_search(n_trials=1)
+    Claim.make(run.run_summary, FINAL, is_held)
+    with caplog.at_level(logging.INFO, "memcontrol_hf"):
+        assert not claim_final(trainer, run)
+    assert "process 12 on another-machine, which works on this study too, does the final fine-tune" in caplog.text
+    assert "10 minutes after the last sign of life" in caplog.text
+
+
+def test_a_wait_for_trials_of_others_is_said_once(tmp_path, monkeypatch, caplog):
+    trainer = tiny_trainer(tmp_path, objectives=["loss"])
+    trainer.train_and_evaluate = lambda: {"eval_loss": 0.5}
+    run = trainer.hyperparameter_search(n_trials=1)
+    looks = iter([{7: "another-machine"}, {7: "another-machine"}, {}])
+    monkeypatch.setattr("memcontrol_hf.search.final._running", lambda *_: next(looks))
+    with caplog.at_level(logging.INFO, "memcontrol_hf"):
+        assert claim_final(trainer, run, poll_seconds=0.01)
+    assert caplog.text.count("waiting for trial 7 of another process on another-machine") == 1
+
+
+def test_the_other_processes_wait_in_rounds_as_the_first_one_does(monkeypatch):
+    """One that waits for a single message of the first process is ended by its backend after half an hour."""
+    second = SimpleNamespace(args=SimpleNamespace(world_size=2), is_world_process_zero=lambda: False)
+    heard = iter([{7: "another-machine"}, {7: "another-machine"}, {}, True])
+    monkeypatch.setattr("memcontrol_hf.search.final.from_first", lambda *_: next(heard))
+    assert claim_final(second, BestRun("0", 0.5, {}, None), poll_seconds=0.01) and not list(heard)
+    kept = {"failure": "the losses are not finite"}
+    heard = iter([(None, False, True), (None, False, True), (kept, False, False)])
+    monkeypatch.setattr("memcontrol_hf.search.screened.from_first", lambda *_: next(heard))
+    monkeypatch.setattr("memcontrol_hf.search.screened._POLL_SECONDS", 0.01)
+    assert screening_of_study(second, None, None) is None and not list(heard)

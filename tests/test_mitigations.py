@@ -20,7 +20,7 @@ from memcontrol_hf import (
     MemorizationReport,
     SearchSpace,
 )
-from memcontrol_hf.flags import ScriptArguments, settings
+from memcontrol_hf.flags import ScriptArguments, public_flags, settings
 from memcontrol_hf.metrics import steering_norms
 from memcontrol_hf.mitigations import MITIGATIONS, EarlyStopCallback, parse_mitigations
 from memcontrol_hf.search import open_storage
@@ -539,10 +539,11 @@ def test_the_script_takes_them_names_them_and_refuses_to_go_on_without(script, a
     script.main([*plain, *given])
     report = MemorizationReport.from_json(tmp_path / "out" / "memorization_report.json")
     assert report.training["stopped_at_step"] == {"all blocks": 2, "selected mask": 2}
-    assert report.training["mitigations"] == names
+    shown = ["multiple_captions:column=YOUR_COLUMN", *names[1:]]  # the names of columns may tell of persons
+    assert report.training["mitigations"] == shown
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"--mitigation {' '.join(names)}" in card
-    assert f"Mitigations of memorization: `{'` `'.join(names)}`." in card
+    assert f"--mitigation {' '.join(shown)}" in card
+    assert f"Mitigations of memorization: `{'` `'.join(shown)}`." in card
     assert "Stopped early: all blocks after step 2." in card and "Stopped early: selected mask after step 2." in card
     assert load_file(tmp_path / "out" / "adapter_model.safetensors")
     study = optuna.load_study(study_name="memcontrol", storage=open_storage(str(tmp_path / "out" / "study.journal")))
@@ -568,6 +569,14 @@ def test_the_card_names_the_epsilon_and_what_protects_no_published_weights(scrip
     assert "**No formal guarantee:**" in card
     sampling = f"In sampling the images for fid and amd: `{'` `'.join(names[1:])}`, which does not protect the weights"
     assert sampling in card
+
+
+@pytest.mark.parametrize("given", ["multiple_captions:mrs_smith", "multiple_captions:column=mrs_smith"])
+def test_neither_the_command_nor_trackers_name_a_column(tmp_path, given):
+    args = ScriptArguments(output_dir=str(tmp_path), train_data_dir="images", mitigation=[given, "rwa:n=2"])
+    assert "--mitigation multiple_captions:column=YOUR_COLUMN rwa:n=2" in public_flags(args)
+    logged = MemControlTrainingArguments(output_dir=str(tmp_path), mitigations=[given, "rwa:n=2"]).to_sanitized_dict()
+    assert "YOUR_COLUMN" in str(logged) and "smith" not in public_flags(args) + str(logged)
 
 
 def test_the_settings_of_a_study_without_mitigations_are_as_before(script, tmp_path):  # noqa: F811

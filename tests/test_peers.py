@@ -356,6 +356,14 @@ def test_nothing_is_merged_into_weights_that_hooks_move():
         unet.fuse_lora()
 
 
+def test_a_model_under_hooks_is_trained_and_measured_without_merging(tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.unet.enable_group_offload(CPU, CPU, "leaf_level")
+    trainer = tiny_trainer(tmp_path, pipeline, max_steps=1)
+    trainer.train()
+    assert trainer.evaluate(metrics=["loss"])["eval_loss"] > 0
+
+
 # ---- PEFT: all-linear, loading twice, failed injections, tied weights, quantized weights ----
 
 

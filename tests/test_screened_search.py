@@ -1,5 +1,6 @@
 """A search begins with a screening: one worker makes it, the study keeps it, and its masks are tried first."""
 
+import json
 import logging
 import math
 import re
@@ -9,13 +10,15 @@ from pathlib import Path
 
 import optuna
 import pytest
-from conftest import tiny_pipeline, tiny_trainer
+import torch
+from conftest import images_of, tiny_pipeline, tiny_trainer
 from optuna.samplers import RandomSampler
+from test_audit import folder_of
 
 from memcontrol_hf import MemControlConfig, MemControlTrainer, Screening, SearchSpace, cli
 from memcontrol_hf.flags import ScriptArguments
 from memcontrol_hf.from_flags import METHODS, dry_run, make_trainer, peft_config_from, settings_with_images
-from memcontrol_hf.search import kept_screening
+from memcontrol_hf.search import SearchSettings, SharedStudy, kept_screening
 from memcontrol_hf.search.claims import SCREENING, Claim
 from memcontrol_hf.search.screened import SCREENED_MASKS, screened_trials
 from memcontrol_hf.search.worker import this_worker
@@ -161,6 +164,17 @@ def test_a_screening_that_diverges_does_not_end_the_search(tmp_path, monkeypatch
     trainer.hyperparameter_search(n_trials=3, learning_rate_range=(1e30, 1e30))
 
 
+def test_a_screening_that_runs_out_of_memory_does_not_end_the_search(tmp_path, monkeypatch, caplog):
+    def too_large(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(MemControlTrainer, "screen", too_large)
+    monkeypatch.setattr(MemControlTrainer, "train_and_evaluate", lambda self: FIGURES)
+    study = searched(tmp_path, n_trials=1)
+    assert study.user_attrs["screening"] == {"failure": "out of memory"} and len(study.trials) == 1
+    assert "the search goes on without a screening: out of memory" in caplog.text
+
+
 def test_a_screening_in_which_no_block_learned_anything_does_not_end_the_search(tmp_path, monkeypatch, caplog):
     trainer = tiny_trainer(tmp_path, **CHEAP)
     found = trainer.screen(4)
@@ -259,6 +273,18 @@ def test_singular_values_that_cannot_be_chosen_are_refused_before_any_training(
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--output_dir", str(tmp_path / "out"), *given])
     assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_command_screens_images_without_an_encoder_beside_a_study_of_another_method(tmp_path, monkeypatch):
+    folder_of(images_of(40), tmp_path / "images")
+    lines = [json.dumps({"file_name": f"{i}.png", "text": f"picture {i}"}) for i in range(40)]
+    (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(lines))
+    settings = {"settings": {"method": "svdiff"}, "study_name": "memcontrol"}
+    SharedStudy.open(SearchSettings(8, ["minimize"] * 2, **settings), str(tmp_path / "out" / "study.journal"))
+    monkeypatch.setattr(MemControlTrainer, "screen", lambda *_, **__: MADE_UP)
+    flags = ["--train_data_dir", str(tmp_path / "images"), "--method", "lora", "--search_max_steps", "8"]
+    cli.main(["screen", "--output_dir", str(tmp_path / "out"), *flags])
+    assert Screening.from_json(tmp_path / "out" / "screening.json") == MADE_UP
 
 
 def test_the_command_says_what_cannot_be_screened(tmp_path, capsys):

@@ -1,3 +1,4 @@
+import errno
 import logging
 import math
 import os
@@ -483,10 +484,17 @@ def test_a_finalist_that_fails_is_left_out(tmp_path):
             raise ValueError("member_scores: 10 of 10 are not finite")
         return {**measure(), "eval_loss": math.nan} if len(calls) in bad else measure()
 
+    def full_disk():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     trainer.train_and_evaluate, bad = failing, {3}
     assert [run.run_id for run in repeat_runs(trainer, runs, 2)] == [runs[2].run_id]
     assert len(calls) == 5 and trainer.args.seed == 42
-    bad = set(range(99))
+    kept, trainer.train_and_evaluate = dict(runs[0].run_summary.user_attrs), full_disk
+    with pytest.raises(OSError, match="No space left"):
+        repeat_runs(trainer, runs[:1], 2)
+    assert trainer.args.seed == 42 and runs[0].run_summary.user_attrs == kept
+    trainer.train_and_evaluate, bad = failing, set(range(99))
     with pytest.raises(RuntimeError, match=r"no finalist could be repeated: .* not finite.*; repeat 1 of trial 1: "):
         repeat_runs(trainer, runs[:2], 2)
 

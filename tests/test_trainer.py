@@ -116,6 +116,9 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, config):
         tiny_trainer(tmp_path, mask={SITE: True}, **{**settings, "config": other}).train(resume_from_checkpoint=True)
 
 
+DIVIDED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -125,17 +128,40 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, config):
         ({"per_device_train_batch_size": 8}, "rows of a step was 4 and is 8"),
         ({"train": images_of(10, seed=9)}, "training images was v.* and is v"),
         ({"max_steps": 1}, "it has made 2 steps, and 1 are asked for"),
+        (
+            {
+                **{"adam_beta1": 0.5, "adam_beta2": 0.9, "adam_epsilon": 1e-3, "bf16": True, "use_cpu": True},
+                "optimizer_cls_and_kwargs": (torch.optim.SGD, {"momentum": 0.9}),
+            },
+            r"adam_beta1 was 0.9 and is 0.5; adam_beta2 was 0.999 and is 0.9; adam_epsilon was 1e-08 and is 0.001; "
+            r"mixed_precision was no and is bf16; optimizer was None and is \['SGD', {'momentum': 0.9}\]",
+        ),
+        ({"max_steps": 3, "warmup_steps": 0.5}, "end of the schedule was 2 and is 3"),
+        (
+            {"max_steps": 3, "lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2}},
+            "end of the schedule was 2 and is 3; lr_scheduler_kwargs was .* and is {'num_cycles': 2}",
+        ),
+        (DIVIDED, r"division of a step was 1 process\(es\) x 1 batch\(es\) x 4 row\(s\) and is 1 .* x 2 b.* x 2 row"),
     ],
 )
 def test_a_checkpoint_of_a_training_that_was_told_something_else_is_refused(tmp_path, change, message):
-    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    told = {name: change[name] for name in ("lr_scheduler_type", "warmup_steps") if name in change}
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "lr_scheduler_type": "constant", **told}
     tiny_trainer(tmp_path, **settings).train()
     with pytest.raises(ValueError, match=message):
         tiny_trainer(tmp_path, **{**settings, **change}).train(resume_from_checkpoint=True)
-    same = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3}
-    trainer = tiny_trainer(tmp_path, **{**settings, **same})
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_batches_of_another_size_and_more_steps_are_no_other_run(tmp_path, earlier):
+    """Where the rows of a step divide the epoch, and the rate does not depend on the number of steps."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "lr_scheduler_type": "constant"}
+    tiny_trainer(tmp_path, train=images_of(8), **settings).train()
+    if earlier:  # a version that wrote down less
+        (tmp_path / "checkpoint-2" / "run.json").write_text('{"seed": 42}')
+    trainer = tiny_trainer(tmp_path, train=images_of(8), **{**settings, **DIVIDED, "max_steps": 3})
     trainer.train(resume_from_checkpoint=True)
-    assert trainer.state.global_step == 3, "batches of another size, and more steps, are no other run"
+    assert trainer.state.global_step == 3
 
 
 def test_one_batch_and_its_parts_train_the_same(tmp_path):
@@ -345,6 +371,14 @@ def test_what_one_run_sets_is_undone_for_the_next(tmp_path):
     assert (trainer.args.snr_gamma, trainer.args.learning_rate) == (before[0], 0.25)
     trainer.apply_hyperparameters({})
     assert (trainer.args.snr_gamma, trainer.args.learning_rate) == before
+
+
+def test_a_process_without_a_launcher_uses_one_gpu_and_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # nn.DataParallel fails where there are none
+    trainer = tiny_trainer(tmp_path, max_steps=1)
+    assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == 4
+    assert "accelerate launch --num_processes 2" in caplog.text and "CUDA_VISIBLE_DEVICES" in caplog.text
+    trainer.train()
 
 
 def test_a_sharded_denoiser_is_refused(tmp_path, monkeypatch):

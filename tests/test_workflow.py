@@ -3,8 +3,11 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from conftest import images_of, tiny_pipeline, tiny_trainer
 from datasets import DatasetDict
 from transformers.trainer_utils import BestRun
@@ -12,7 +15,7 @@ from transformers.trainer_utils import BestRun
 from memcontrol_hf import MemControlConfig, MemorizationReport, workflow
 from memcontrol_hf.adapter_checks import base_weights
 from memcontrol_hf.report import DEFAULT_GATE
-from memcontrol_hf.workflow import within_gate
+from memcontrol_hf.workflow import _choose, within_gate
 
 PAGE = Path(__file__).parents[1] / "docs" / "python.md"
 
@@ -56,6 +59,34 @@ def test_a_run_that_the_gate_would_fail_is_not_chosen_in_silence(caplog):
     assert within_gate(runs, ["fid", "amd"], DEFAULT_GATE) == runs
 
 
+def random_front(seed: int) -> list[BestRun]:
+    """Runs none of which dominates another: a lower loss goes with a higher AUC. The first is the frozen base."""
+    draws = np.random.default_rng(seed)
+    number = int(draws.integers(2, 9))
+    losses, aucs = np.sort(draws.uniform(0.1, 0.2, number))[::-1], np.sort(draws.uniform(0.5, 0.75, number))
+    return [BestRun(str(i), [losses[i], aucs[i]], {"mask": {"a": i > 0}}) for i in range(number)]
+
+
+@pytest.mark.parametrize("budget", [None, 0.75])
+def test_repeats_with_the_same_figures_do_not_change_the_choice(monkeypatch, budget):
+    monkeypatch.setattr(workflow, "repeat_runs", lambda trainer, runs, repeats: list(runs))
+    trainer = SimpleNamespace(args=SimpleNamespace(objectives=["loss", "membership_auc"]))
+    for seed in range(200):
+        front = random_front(seed)
+        once, repeated = (_choose(trainer, front, budget, DEFAULT_GATE, finalists, 1) for finalists in (0, 3))
+        assert once == repeated, seed
+
+
+def test_a_finalist_whose_repeats_the_gate_would_fail_is_not_chosen(monkeypatch, caplog):
+    front = [BestRun(str(i), list(objective), {"mask": {"a": i > 0}})
+             for i, objective in enumerate([(0.2, 0.5), (0.11, 0.55), (0.1, 0.64)])]  # fmt: skip
+    repeated = [front[1]._replace(objective=[0.1, 0.7]), front[2]._replace(objective=[0.19, 0.64])]
+    monkeypatch.setattr(workflow, "repeat_runs", lambda trainer, runs, repeats: repeated)
+    trainer = SimpleNamespace(args=SimpleNamespace(objectives=["loss", "membership_auc"]))
+    assert _choose(trainer, front, None, DEFAULT_GATE, 2, 1).run_id == "2"
+    assert "above the gate's limit 0.65: trial 1: 0.700" in caplog.text
+
+
 def test_a_given_mask_goes_the_same_way_without_a_search(tmp_path, data):
     modules = [f"{block}.attentions.0.transformer_blocks.0.attn1.to_q" for block in ("down_blocks.0", "mid_block")]
     config = MemControlConfig(singular_values={modules[0]: [0], modules[1]: [1, 2]})
@@ -83,6 +114,62 @@ def test_what_stopped_an_audit_is_logged_and_not_published(tmp_path, data, caplo
     assert str(tmp_path) in caplog.text
     assert report.gate["failures"] == ["no audit: the log of the training says why"]
     assert str(tmp_path) not in (tmp_path / "memorization_report.json").read_text()
+
+
+def test_a_space_of_masks_alone_is_searched_and_saved(tmp_path, data):
+    trainer = tiny_trainer(tmp_path, max_steps=1, learning_rate=0.03)
+    blocks = list(trainer.search_space.blocks)
+    masks = iter([{blocks[0]: True}, {blocks[0]: True}, {blocks[1]: True, blocks[0]: False}])
+    trainer.train_and_evaluate = lambda: {"eval_loss": 0.1, "eval_membership_auc": 0.5}
+    choice = workflow.search(trainer, n_trials=2, hp_space=lambda trial: {"mask": next(masks)}, enqueue=[])
+    tuned = workflow.FineTuned({"selected mask": {"loss": 0.1}})
+    report = workflow.save(trainer, choice, tuned, data)
+    assert [trial["learning_rate"] for trial in report.search["trials"]] == [0.03, 0.03]
+    assert report.search["block_effects"] == {blocks[0]: [0.0, 0.0], blocks[1]: [0.0, 0.0]}
+
+
+def test_a_space_without_a_mask_is_refused_before_the_first_trial(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    with pytest.raises(ValueError, match="hp_space suggests learning_rate and no mask, which is what is chosen"):
+        workflow.search(trainer, hp_space=lambda trial: {"learning_rate": trial.suggest_float("x", 0.1, 0.2)})
+    assert not (tmp_path / "study.journal").exists()
+
+
+def test_a_second_search_has_the_seed_of_the_first_one(tmp_path, data):
+    trainer, seeds = tiny_trainer(tmp_path, objectives=["loss"]), []
+    trainer.train_and_evaluate = lambda: seeds.append(trainer.args.seed) or {"eval_loss": 0.1}
+    trainer.train = lambda resume_from_checkpoint=None: seeds.append(trainer.args.seed)
+    trainer.evaluate = lambda held_out, metrics: {"eval_loss": 0.1}
+    for name in ("one", "two"):
+        choice = workflow.search(trainer, n_trials=1, study_name=name, storage=str(tmp_path / "journal"))
+        workflow.fine_tune(trainer, choice, data["held_out"])
+        assert choice.seed == trainer.args.seed == 43, "figures that are measured afterwards have the seed, too"
+    assert seeds == 2 * [42, 43, 43], "one trial, all blocks and the chosen mask"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("the losses are not finite"), "the losses are not finite"),
+        (torch.OutOfMemoryError("CUDA out of memory. Process 12 has 10 GiB memory in use."), "out of memory"),
+    ],
+)
+def test_all_blocks_that_cannot_be_trained_are_left_out_of_the_comparison(tmp_path, data, monkeypatch, error, said):
+    trainer, calls = tiny_trainer(tmp_path), []
+
+    def failing(trainer, *args):
+        calls.append(dict(trainer.mask))
+        if len(calls) in fails:
+            raise error
+        return {"loss": 0.1}
+
+    monkeypatch.setattr(workflow, "fine_tune_and_measure", failing)
+    choice, fails = workflow.Choice({"mask": {"mid_block.attentions.0": True}, "learning_rate": 0.01}), [2]
+    tuned = workflow.fine_tune(trainer, choice, data["held_out"])
+    assert tuned.failed == {"all blocks": said} and list(tuned.figures) == ["frozen base", "selected mask"]
+    fails.append(len(calls) + 3)  # the chosen mask itself
+    with pytest.raises(type(error)):
+        workflow.fine_tune(trainer, choice, data["held_out"])
 
 
 def test_an_audit_that_does_not_end_does_not_pass(tmp_path, data, monkeypatch):

@@ -44,6 +44,7 @@ __all__ = [
     "TrainingConditions",
     "parse_mitigations",
     "per_sample_gradients",
+    "public_mitigations",
 ]
 
 MITIGATIONS: dict[str, type[Mitigation]] = {
@@ -88,6 +89,12 @@ def parse_mitigations(texts: Iterable[str]) -> dict[str, Mitigation]:
         except ValueError as error:
             raise ValueError(f"mitigation {text!r}: {error}; use {MITIGATIONS[name].usage}") from None
     return {name: parsed[name] for name in MITIGATIONS if name in parsed}
+
+
+def public_mitigations(texts: Iterable[str]) -> list[str]:
+    """Mitigations as reports, commands and trackers show them: the name of a column may name persons."""
+    named = "multiple_captions:"
+    return [f"{named}column=YOUR_COLUMN" if text.startswith(named) else text for text in texts]
 
 
 def _arguments(mitigation: type[Mitigation], text: str) -> dict[str, Any]:

@@ -96,7 +96,6 @@ class DPSGD(Mitigation):
             "a schedule that goes by evaluations": args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"),
             "num_train_epochs in the place of max_steps": args.max_steps < 1,
             "several processes": args.world_size > 1,
-            "several devices in one process": args.n_gpu > 1,
             "mixed precision": args.fp16 or args.bf16 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no",
             "gradient checkpointing": args.gradient_checkpointing or args.activation_checkpointing,
             "torch_compile": args.torch_compile,

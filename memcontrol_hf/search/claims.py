@@ -1,26 +1,67 @@
 """Work that exactly one of a study's workers does. Workers claim it by asking for a trial of a study of its own."""
 
+import socket
+import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import optuna
 from optuna.trial import FrozenTrial
 
-from .worker import this_worker, wait_for_names
+from .worker import is_alive, this_worker, wait_for_names
 
 FINAL, SCREENING = "-final", "-screening"
 """What the name of the study has at its end by which one worker takes the final fine-tune, or makes the screening."""
+
+SILENCE = 600.0
+"""Seconds without a sign of life after which a claim of another machine is taken by the next worker.
+
+That is twice as long as a worker waits for a server of the study that does not answer.
+"""
+
+_BEAT = 120.0  # seconds between two signs of life
+_SEEN = "seen"  # attribute of a claim: seconds since 1970, at its worker's last sign of life
+
+
+def is_held(claim: FrozenTrial) -> bool:
+    """Whether the worker of a claim has not released the claim and is alive.
+
+    A worker of another machine is alive while it gives signs of life, which a claim of an earlier version has not.
+    """
+    if claim.state.is_finished():
+        return False
+    if claim.user_attrs.get("worker", [socket.gethostname()])[0] == socket.gethostname():
+        return is_alive(claim)
+    return time.time() - claim.user_attrs.get(_SEEN, claim.datetime_start.timestamp()) < SILENCE
+
+
+def holders(study: optuna.Study, work: str) -> str:
+    """The processes that hold a claim on a piece of work of the study, in words; empty when there is none."""
+    claims = optuna.load_study(storage=study._storage, study_name=study.study_name + work)
+    held = [claim.user_attrs.get("worker") for claim in claims.get_trials(deepcopy=False) if is_held(claim)]
+    return ", ".join(f"process {worker[1]} on {worker[0]}" for worker in held if worker)  # one may have no name yet
 
 
 class Claim:
     """A claim on a piece of work, which the worker holds until it releases the claim or its process ends.
 
+    A thread gives signs of life all the while, by which workers of other machines know that the claim is held.
+
     Args:
         study (`optuna.Study`): the study of the claims.
-        number (`int`): number of the claim.
+        trial (`optuna.Trial`): the trial that stands for the claim.
     """
 
-    def __init__(self, study: optuna.Study, number: int) -> None:
-        self._study, self._number = study, number
+    def __init__(self, study: optuna.Study, trial: optuna.Trial) -> None:
+        self._study, self._trial = study, trial
+        self._released = threading.Event()
+        threading.Thread(target=self._give_signs_of_life, daemon=True).start()
+
+    def _give_signs_of_life(self) -> None:
+        while not self._released.wait(_BEAT):
+            with suppress(Exception):  # the study's server may be gone for a while, and the work goes on without it
+                self._trial.set_user_attr(_SEEN, time.time())
 
     @classmethod
     def make(cls, study: optuna.Study, work: str, holds: Callable[[FrozenTrial], bool]) -> "Claim | None":
@@ -36,14 +77,16 @@ class Claim:
         """
         claims = optuna.create_study(storage=study._storage, study_name=study.study_name + work, load_if_exists=True)
         claim = claims.ask()
+        claim.set_user_attr(_SEEN, time.time())
         claim.set_user_attr("worker", this_worker())
         wait_for_names(claims)
         earlier = [trial for trial in claims.get_trials(deepcopy=False) if trial.number < claim.number]
         if any(map(holds, earlier)):
             claims.tell(claim, state=optuna.trial.TrialState.FAIL)
             return None
-        return cls(claims, claim.number)
+        return cls(claims, claim)
 
     def release(self) -> None:
         """Record that the work has ended, after an error, too."""
-        self._study.tell(self._number, 0.0)
+        self._released.set()
+        self._study.tell(self._trial, 0.0)

@@ -14,9 +14,9 @@ from optuna.trial import FrozenTrial, TrialState
 from transformers.trainer_utils import BestRun
 
 from ..tracking import start_tracking
-from .claims import FINAL, Claim
+from .claims import FINAL, SILENCE, Claim, holders, is_held
 from .front import NoRunError
-from .loop import objective_values
+from .loop import is_of_machine, objective_values
 from .processes import Processes, from_first
 from .protocol import ComputeObjective, SearchableTrainer
 from .settings import named_values
@@ -54,6 +54,7 @@ def repeat_runs(
 
     Raises:
         NoRunError: when all runs failed.
+        OSError: when a file cannot be read or written; the repeats that were made are kept.
     """
     processes, seed = Processes(trainer.args.world_size), trainer.args.seed
     repeated, reasons = [], []
@@ -97,6 +98,8 @@ def _repeat(
         trainer.apply_hyperparameters(run.hyperparameters)
         values = objective_values(trainer.train_and_evaluate(), args.objectives, compute_objective)
     except Exception as raised:
+        if is_of_machine(raised):
+            raise
         error = f"{type(raised).__name__}: {raised}"
         clear_device_cache(garbage_collection=True)
     if error := processes.first_error(error):
@@ -117,8 +120,9 @@ def claim_final(
     """Claim the final fine-tune for this trainer; exactly one of those that work on a study gets it.
 
     The call waits until no trial runs any more. When the process that has the fine-tune is killed, the next process
-    that claims it gets it. When that process has finished, only a process that was started later gets it. The process
-    that has the fine-tune may claim it again.
+    that claims it gets it; on another machine, when there was no sign of life for
+    [`~memcontrol_hf.search.claims.SILENCE`]. When that process has finished, only a process that was started later
+    gets it. The process that has the fine-tune may claim it again.
 
     Args:
         runs (`BestRun` or list of `BestRun`):
@@ -132,24 +136,40 @@ def claim_final(
         `bool`: whether this trainer is to do the final fine-tune.
     """
     study = (runs if isinstance(runs, BestRun) else runs[0]).run_summary
-    claimed = trainer.is_world_process_zero() and _claim_final_run(study, timeout, poll_seconds)
-    return from_first(claimed, trainer.args.world_size)
-
-
-def _claim_final_run(study: optuna.Study, timeout: float | None, poll_seconds: float) -> bool:
-    """Claim the final fine-tune by a trial of a study of its own, whose numbers are given once."""
-    states = (TrialState.RUNNING,)
-    while running := [t for t in study.get_trials(deepcopy=False, states=states) if is_alive(t, timeout)]:
-        hosts = {trial.user_attrs.get("worker", ["an unknown machine"])[0] for trial in running}
-        logger.info(
-            f"waiting for trial {', '.join(str(t.number) for t in running)} of another process on {', '.join(hosts)}; "
-            "if it is gone, or has another name now, end this one and give --trial_timeout"
-        )
+    first, world_size, said = trainer.is_world_process_zero(), trainer.args.world_size, False
+    # All processes go through each round: none may wait for the first one longer than its backend allows.
+    while running := from_first(_running(study, timeout) if first else {}, world_size):
+        if first and not said:
+            logger.info(
+                f"waiting for trial {', '.join(map(str, running))} of another process on "
+                f"{', '.join(sorted({*running.values()}))}; if it is gone, or has another name now, end this one and "
+                "give --trial_timeout"
+            )
+            said = True
         time.sleep(poll_seconds)
-    claim = Claim.make(study, FINAL, _keeps_final_run)
-    if claim is not None:
+    return from_first(first and _claim_final_run(study), world_size)
+
+
+def _running(study: optuna.Study, timeout: float | None) -> dict[int, str]:
+    """The trials that run now, with the names of their machines."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    alive = [trial for trial in trials if is_alive(trial, timeout)]
+    return {trial.number: trial.user_attrs.get("worker", ["an unknown machine"])[0] for trial in alive}
+
+
+def _claim_final_run(study: optuna.Study) -> bool:
+    """Claim the final fine-tune by a trial of a study of its own, whose numbers are given once."""
+    if (claim := Claim.make(study, FINAL, _keeps_final_run)) is not None:
         atexit.register(claim.release)  # after the final fine-tune, or an error
-    return claim is not None
+        return True
+    if holder := holders(study, FINAL):
+        logger.info(
+            f"{holder}, which works on this study too, does the final fine-tune. If it was killed, the same command "
+            f"does the final fine-tune, on another machine {SILENCE / 60:g} minutes after the last sign of life"
+        )
+    else:
+        logger.info("another process that works on this study has done the final fine-tune")
+    return False
 
 
 def _keeps_final_run(claim: FrozenTrial) -> bool:
@@ -158,4 +178,4 @@ def _keeps_final_run(claim: FrozenTrial) -> bool:
         return False
     if claim.state == TrialState.COMPLETE:
         return claim.datetime_complete > datetime.fromtimestamp(psutil.Process().create_time())
-    return claim.state == TrialState.RUNNING and is_alive(claim)
+    return is_held(claim)

@@ -90,7 +90,11 @@ def select_run(runs: BestRun | Sequence[BestRun], memorization_budget: float | N
     return rank_runs(runs, memorization_budget)[0]
 
 
-def rank_runs(runs: BestRun | Sequence[BestRun], memorization_budget: float | None = None) -> list[BestRun]:
+def rank_runs(
+    runs: BestRun | Sequence[BestRun],
+    memorization_budget: float | None = None,
+    front: Sequence[BestRun] | None = None,
+) -> list[BestRun]:
     """Sort the runs that trained something, the best choice first.
 
     Args:
@@ -102,6 +106,9 @@ def rank_runs(runs: BestRun | Sequence[BestRun], memorization_budget: float | No
             budget, the runs are sorted by their distance to the knee of the front: after both objectives are scaled to
             [0, 1], how far a run is below the line between the two ends of the front (Das 1999, Structural
             Optimization 18:107).
+        front (list of `BestRun`, *optional*):
+            The runs by which both objectives are scaled, where `runs` are the repeats of a part of the front; `runs`
+            by default.
 
     Raises:
         ValueError: when no run trained anything, or none is within the budget.
@@ -116,12 +123,17 @@ def rank_runs(runs: BestRun | Sequence[BestRun], memorization_budget: float | No
     signs = signs_of(study) if study else [1] * len(trained[0].objective)
     if memorization_budget is not None:
         return _within_budget(trained, signs, memorization_budget)
-    costs = np.array([[s * value for s, value in zip(signs, run.objective)] for run in runs])
-    span = costs.max(0) - costs.min(0)
-    scaled = (costs - costs.min(0)) / np.where(span > 0, span, 1)
+    costs, scale = (_costs(given, signs) for given in (runs, runs if front is None else front))
+    span = scale.max(0) - scale.min(0)
+    scaled = (costs - scale.min(0)) / np.where(span > 0, span, 1)
     # The ends of the front lie on the plane of equal sums; the knee is deepest below it.
     depth = {id(run): total for run, total in zip(runs, scaled.sum(1))}
     return sorted(trained, key=lambda run: depth[id(run)])
+
+
+def _costs(runs: Sequence[BestRun], signs: Sequence[int]) -> np.ndarray:
+    """The objectives of runs, `[N, M]`; lower is better in each."""
+    return np.array([[s * value for s, value in zip(signs, run.objective)] for run in runs])
 
 
 def _why_nothing_else(study: optuna.Study | None) -> str:

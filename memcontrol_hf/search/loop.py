@@ -132,8 +132,8 @@ def run_trial(
     except Dominated as stop:
         return Outcome(trial, TrialState.PRUNED, str(stop), in_all_processes=True)
     except Exception as error:
-        if isinstance(error, OSError) and not isinstance(error, TimeoutError):
-            raise  # a full disk or an image that is gone is no fault of these hyperparameters
+        if is_of_machine(error):
+            raise
         clear_device_cache(garbage_collection=True)
         return Outcome(trial, TrialState.FAIL, f"{type(error).__name__}: {error}")
     if len(values) != len(settings.directions):
@@ -151,6 +151,11 @@ def run_trial(
         learning_rate=trainer.args.learning_rate,
         seconds=time.perf_counter() - started,
     )
+
+
+def is_of_machine(error: Exception) -> bool:
+    """Whether an error, such as a full disk or an image that is gone, is no fault of the hyperparameters of a run."""
+    return isinstance(error, OSError) and not isinstance(error, TimeoutError)
 
 
 def objective_values(

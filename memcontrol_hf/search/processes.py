@@ -28,6 +28,11 @@ def from_first(value: _Value, world_size: int) -> _Value:
     return message[0]
 
 
+def reason_in_words(error: BaseException) -> str:
+    """Why a training failed, as a report may say it: the text of PyTorch names this machine's processes."""
+    return "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error)
+
+
 class Processes:
     """What the processes of a trial have to agree on; a single process agrees with itself."""
 
@@ -41,12 +46,16 @@ class Processes:
         """The first error that a process had, if any.
 
         Raises:
-            RuntimeError: when a process does not say how the trial ended for it.
+            RuntimeError: when a process does not say how the training ended for it. The text is the error of this
+                process, if it had one.
         """
         if self._group is None:
             return error
         errors: list[str | None] = [None] * self.world_size
-        torch.distributed.all_gather_object(errors, error, group=self._group)
+        try:
+            torch.distributed.all_gather_object(errors, error, group=self._group)
+        except RuntimeError as raised:
+            raise RuntimeError(error or f"another process is missing: {str(raised).splitlines()[0]}") from None
         return next((f"{e} (process {i})" for i, e in enumerate(errors) if e is not None), None)
 
     def any(self, flag: bool) -> bool:
@@ -97,11 +106,10 @@ class SearchProcesses(Processes):
         """The first error that a process had in the trial, if any."""
         try:
             return self.first_error(outcome.reason or None)
-        except RuntimeError as raised:
+        except RuntimeError as reason:
             number = outcome.trial.number
-            reason = outcome.reason or f"a process of the trial is missing: {str(raised).splitlines()[0]}"
             study = optuna.load_study(study_name=self._settings.study_name, storage=open_storage(self._address))
-            SharedStudy(study, self._settings).fail(number, reason)
+            SharedStudy(study, self._settings).fail(number, str(reason))
             raise RuntimeError(f"trial {number} failed in one process alone: {reason}") from None
 
     def queue_again(self, trial: PlannedTrial, interrupt: BaseException) -> None:

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial
+import torch
+from accelerate.utils.memory import clear_device_cache
 
 from ..screening import Screening
-from .claims import SCREENING, Claim
-from .processes import from_first
+from .claims import SCREENING, Claim, holders, is_held
+from .processes import Processes, from_first, reason_in_words
 from .protocol import HpSpace, SearchableTrainer
 from .sampler import known_trials, middle_rate
 from .settings import SearchSettings
 from .study import SharedStudy
-from .worker import is_alive
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +68,21 @@ def screening_of_study(
         [`~memcontrol_hf.screening.Screening`]; `None` when the screening has failed, and for a study whose first trial
         was begun without one.
     """
-    kept, claim = _kept_or_claimed(shared, settings.trial_timeout) if shared else (None, None)
-    kept, make = from_first((kept, claim is not None), trainer.args.world_size)
+    said = False
+    while True:
+        # All processes go through each round: none may wait for the first one longer than its backend allows.
+        kept, claim, waits = _kept_or_claimed(shared) if shared else (None, None, False)
+        kept, make, waits = from_first((kept, claim is not None, waits), trainer.args.world_size)
+        if not waits:
+            break
+        if shared and not said:
+            holder = holders(shared.study, SCREENING) or "another process"
+            logger.info(f"the screening of this study is made by {holder}: waiting for it")
+            said = True
+        time.sleep(_POLL_SECONDS)
     if make:
         try:
-            kept = _make(trainer, settings)
+            kept = _make(trainer, settings, Processes(trainer.args.world_size))
             if shared:
                 shared.study.set_user_attr(_ATTRIBUTE, kept)
         finally:
@@ -81,26 +91,18 @@ def screening_of_study(
     return None if _failed(kept) else Screening.from_dict(kept)
 
 
-def _kept_or_claimed(shared: SharedStudy, timeout: float | None) -> tuple[Mapping[str, Any] | None, Claim | None]:
-    """The screening that the study keeps, or the claim to make it; neither, when trials were begun without one."""
-    said = False
+def _kept_or_claimed(shared: SharedStudy) -> tuple[Mapping[str, Any] | None, Claim | None, bool]:
+    """The screening that the study keeps, the claim to make it, and whether another worker is to be waited for.
 
-    def holds(claim: FrozenTrial) -> bool:
-        return not claim.state.is_finished() and is_alive(claim, timeout)
-
-    while True:
-        if (kept := shared.study.user_attrs.get(_ATTRIBUTE)) is not None or shared.has_trials():
-            return kept, None
-        claim = Claim.make(shared.study, SCREENING, holds)
-        if claim is not None:
-            if _ATTRIBUTE not in shared.study.user_attrs:
-                return None, claim
-            claim.release()  # it was finished between the two looks
-            continue
-        if not said:
-            logger.info("another process that works on this study makes its screening: waiting for it")
-            said = True
-        time.sleep(_POLL_SECONDS)
+    There is neither of them when trials were begun without a screening.
+    """
+    if (kept := shared.study.user_attrs.get(_ATTRIBUTE)) is not None or shared.has_trials():
+        return kept, None, False
+    claim = Claim.make(shared.study, SCREENING, is_held)
+    if claim is not None and (kept := shared.study.user_attrs.get(_ATTRIBUTE)) is not None:
+        claim.release()  # it was finished between the two looks
+        return kept, None, False
+    return None, claim, claim is None
 
 
 def kept_screening(study: optuna.Study) -> dict[str, Any] | None:
@@ -113,15 +115,21 @@ def _failed(kept: Mapping[str, Any] | None) -> bool:
     return kept is None or "failure" in kept
 
 
-def _make(trainer: SearchableTrainer, settings: SearchSettings) -> dict[str, Any]:
-    """The screening as the study keeps it; a screening that diverges is kept as a failure, and is not made again."""
+def _make(trainer: SearchableTrainer, settings: SearchSettings, processes: Processes) -> dict[str, Any]:
+    """The screening as the study keeps it.
+
+    A screening that diverges or runs out of memory is kept as a failure, and is not made again.
+    """
     rate = middle_rate(*settings.learning_rate_range)
-    started = time.perf_counter()
+    started, error = time.perf_counter(), None
     try:
         screening = trainer.screen(settings.screen_steps, learning_rate=rate)
-    except ValueError as error:
+    except (ValueError, torch.OutOfMemoryError) as raised:
+        error = reason_in_words(raised)
+    if error := processes.first_error(error):
+        clear_device_cache(garbage_collection=True)
         logger.warning(f"the search goes on without a screening: {error}")
-        return {"failure": str(error)}
+        return {"failure": error}
     seconds = time.perf_counter() - started
     logger.info(
         f"screening: what each of {len(screening.learns)} blocks learns and memorizes, from "

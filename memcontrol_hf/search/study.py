@@ -90,9 +90,9 @@ class SharedStudy:
 
     - study: `settings`, `memorization_budget`, `screening` (what [`~memcontrol_hf.screening.Screening.to_dict`] gives,
       or a `failure`), and `repeat N of trial M` (see [`~memcontrol_hf.search.repeat_runs`])
-    - trial: `worker`, `hyperparameters`, `figures`, `trainable_parameters`, `trainable_percent`; `same_as` (the number
-      of the earlier trial whose figures it has), `repeats` (the number of the killed trial), `on_the_way` (figures in
-      the middle of the training, for pruning) and `failure` (the reason)
+    - trial: `worker`, `hyperparameters`, `figures`, `trainable_parameters`, `trainable_percent`, `learning_rate` (not
+      in earlier versions); `same_as` (the number of the earlier trial whose figures it has), `repeats` (the number of
+      the killed trial), `on_the_way` (figures in the middle of the training, for pruning) and `failure` (the reason)
 
     Args:
         study (`optuna.Study`): the study; [`SharedStudy.open`] opens or creates one.
@@ -176,8 +176,8 @@ class SharedStudy:
             if earlier is None:
                 self._trial = trial
                 return planned
-            for attribute in ("trainable_parameters", "trainable_percent"):
-                trial.set_user_attr(attribute, earlier.user_attrs[attribute])
+            for attribute in ("trainable_parameters", "trainable_percent", "learning_rate"):
+                trial.set_user_attr(attribute, earlier.user_attrs.get(attribute))
             trial.set_user_attr("same_as", earlier.number)
             for constraint, value in earlier.constraints.items():
                 trial.set_constraint(constraint, value)
@@ -303,6 +303,7 @@ class SharedStudy:
         trial, budget = self._trial, self.settings.memorization_budget
         trial.set_user_attr("trainable_parameters", outcome.trainable_parameters)
         trial.set_user_attr("trainable_percent", outcome.trainable_percent)
+        trial.set_user_attr("learning_rate", outcome.learning_rate)
         if budget is not None:
             trial.set_constraint("memorization_budget", signs_of(self.study)[1] * (outcome.values[1] - budget))
         self._finish(trial, outcome.values, outcome.figures)

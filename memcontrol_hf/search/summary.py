@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+from optuna.trial import FrozenTrial
 
 from .front import complete_trials, pareto_front
 
@@ -21,7 +22,7 @@ def search_summary(study: optuna.Study, sampler: str, objectives: list[str]) -> 
         {
             "number": trial.number,
             "values": trial.values,
-            "learning_rate": trial.user_attrs["hyperparameters"]["learning_rate"],
+            "learning_rate": _learning_rate(trial),
             "blocks": sum(trial.user_attrs["hyperparameters"]["mask"].values()),
             "trainable_percent": trial.user_attrs["trainable_percent"],
             "on_front": trial.number in front,
@@ -41,6 +42,11 @@ def search_summary(study: optuna.Study, sampler: str, objectives: list[str]) -> 
     }
 
 
+def _learning_rate(trial: FrozenTrial) -> float | None:
+    """The rate that a trial suggested, or else had; `None` where an earlier version has not written it down."""
+    return trial.user_attrs["hyperparameters"].get("learning_rate", trial.user_attrs.get("learning_rate"))
+
+
 def block_effects(study: optuna.Study) -> dict[str, list[float]]:
     """The effect of each block on each objective: the mean over the finished trials with the block on, minus the mean
     over the other finished trials.
@@ -55,8 +61,8 @@ def block_effects(study: optuna.Study) -> dict[str, list[float]]:
     masks = [t.user_attrs["hyperparameters"]["mask"] for t in trials]
     values = np.array([t.values for t in trials])
     effects = {}
-    for name in masks[0] if masks else ():
-        on = np.array([mask[name] for mask in masks])
+    for name in dict.fromkeys(name for mask in masks for name in mask):
+        on = np.array([bool(mask.get(name)) for mask in masks])  # a mask may leave out blocks that are off
         if on.any() and not on.all():
             effects[name] = (values[on].mean(0) - values[~on].mean(0)).tolist()
     return effects
