@@ -142,7 +142,7 @@ def test_a_terminal_gets_a_bar_with_the_time_left():
         (
             {"passed": False, "failures": ["a: above", "b: above"]},
             {},
-            ["verdict: FAILED, 2 limits are not kept", "--allow_failed_gate", "next: train with a means"],
+            ["verdict: FAILED, 2 limits are not kept", "--allow_failed_gate", "next: train with a mitigation"],
         ),
         (
             {"passed": False, "failures": ["a: may be"], "kinds": {"a": "unmeasured"}},
@@ -152,7 +152,7 @@ def test_a_terminal_gets_a_bar_with_the_time_left():
         (
             {"passed": False, "failures": ["a: above", "b: may be"], "kinds": {"a": "leaks", "b": "unmeasured"}},
             {},
-            ["verdict: FAILED, 2 limits are not kept", "next: train with a means"],
+            ["verdict: FAILED, 2 limits are not kept", "next: train with a mitigation"],
         ),
         (
             {"passed": False, "failures": ["no audit: the train set has 3"]},

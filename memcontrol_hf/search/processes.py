@@ -1,6 +1,8 @@
 """The processes that share each trial. The first of them owns the study; all of them call the same methods."""
 
+import atexit
 import dataclasses
+from contextlib import suppress
 from datetime import timedelta
 from typing import TypeVar
 
@@ -33,6 +35,18 @@ def reason_in_words(error: BaseException) -> str:
     return "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error)
 
 
+def _end(group: "torch.distributed.ProcessGroup") -> None:
+    """End a group of gloo, and the default one if it is of gloo, too, at the end of the process.
+
+    Their threads can abort a process that has done its work, and the launch with it, when they outlive Python
+    (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    with suppress(ValueError):  # it has ended before
+        torch.distributed.destroy_process_group(group)
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
+
+
 class Processes:
     """What the processes of a trial have to agree on; a single process agrees with itself."""
 
@@ -41,6 +55,7 @@ class Processes:
         self._group = None
         if world_size > 1:
             self._group = torch.distributed.new_group(backend="gloo", timeout=_AGREEMENT)
+            atexit.register(_end, self._group)
 
     def first_error(self, error: str | None) -> str | None:
         """The first error that a process had, if any.
