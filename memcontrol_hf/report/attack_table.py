@@ -21,7 +21,7 @@ _ATTACKS = {
     "p-value, small where it can be told",
     "extraction_rate_calibrated": "Get training images back by asking with their captions: nearer to the training "
     "image than half the way to other real images",
-    "extraction_rate": "Get them back by a fixed distance that was set for photographs",
+    "extraction_rate": "Get training images back, by a fixed distance that was set for photographs",
     "embedding_attack_auc": "Get training images back sooner than held-out ones, by searching the text embedding that "
     "brings each back. 0.5 is guessing",
     "embedding_attack_rate": "Training images that come back by such a search, nearer than half the way to other real "
