@@ -155,8 +155,5 @@ def test_an_attack_that_no_gate_limits_has_its_row_in_the_dossier_and_its_figure
     )
     card = (folder / "README.md").read_text()
     assert "again in images that are generated" not in card
-    assert (
-        "\n\n**Not judged**" in card
-        and "\n\n**Canaries**" in card
-        and "`reidentified_share` 25 % (10 % to 40 %)" in card
-    )
+    assert "`reidentified_share` 25 % (10 % to 40 %)" in card
+    assert all(f"\n\n{paragraph}" in card for paragraph in ("**Not judged**", "**Canaries**"))
