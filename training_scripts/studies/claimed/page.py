@@ -218,6 +218,9 @@ def _compared(content: Content, shown: Iterable[str], one: str, others: list[str
 
 def _weaker(content: Content, shown: Iterable[str]) -> Iterator[str]:
     """What makes single lines of the table say less than they seem to, in sentences."""
+    few = [_short(name) for name in shown if content["seeds"][name] < SEEDS]
+    if few:
+        yield f"What is counted of {_and(few)} is preliminary: not all seeds are finished."
     left_out = [
         f"{row['left_out']} of {row['pairs']} ({_short(name)})"
         for name, row in _compared(content, shown, FOUND, [*RANDOMS]).items()
