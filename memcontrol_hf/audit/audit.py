@@ -135,13 +135,13 @@ def audit_memorization(
     for name, data in given.items():
         check_captions(data, name)
     encoder = named_encoder(encoder, train, held_out)
-    for attacked in (pipeline, base_pipeline):
-        if attacked is not None:
+    if pipeline is None:
+        _check_columns({"generated": generated}, ["image"])
+    else:
+        for attacked in filter(None, (pipeline, base_pipeline)):
             family = family_of(attacked)
             family.check_resolution(settings.resolution)
             family.pipeline_arguments(train["text"][:1], settings.resolution, settings.guidance_scale)
-    if pipeline is None:
-        _check_columns({"generated": generated}, ["image"])
     if adapter is not None:
         _check_adapter(pipeline, adapter, _framed(train, settings))
     clip = None if clip_model is None or pipeline is None else metrics.load_clip(clip_model)
