@@ -805,6 +805,13 @@ def _check_fits(family: Family, args: MemControlTrainingArguments, peft_config: 
     by_torchao = name in ("svdiff", "weights") and any(map(quantized_type, family.denoiser.modules()))
     if by_torchao or (getattr(family.denoiser, "hf_quantizer", None) and peft_config.peft_type != PeftType.LORA):
         raise ValueError(f"{name} cannot be trained on a quantized base: use LoRA (--method lora), or no quantization")
+    for weight in family.denoiser.parameters():
+        if weight.is_floating_point() and weight.dtype.itemsize == 1:
+            raise ValueError(
+                f"the denoiser's weights are kept as {weight.dtype}, as by enable_layerwise_casting(), and PyTorch "
+                "has no gradients through them: train without it, and use it to sample. "
+                "load_pipeline(quantization=...) makes a base smaller that LoRA is trained on"
+            )
 
 
 def _check_one_dataset(*datasets: Any) -> None:

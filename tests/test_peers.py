@@ -497,6 +497,16 @@ def test_a_trainer_refuses_a_denoiser_that_torchao_has_quantized_by_name(tmp_pat
         tiny_trainer(tmp_path, pipeline)
 
 
+@pytest.mark.parametrize("config", [None, LoraConfig()], ids=["svdiff", "lora"])
+def test_a_trainer_refuses_weights_that_layerwise_casting_keeps_in_eight_bits_before_the_backward_pass_would(
+    tmp_path, config
+):
+    pipeline = tiny_pipeline()
+    pipeline.unet.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"float8_e4m3fn, as by enable_layerwise_casting.* train without it"):
+        tiny_trainer(tmp_path, pipeline, config)
+
+
 # ---- diffusers: a LoRA beside the adapter ----
 
 
