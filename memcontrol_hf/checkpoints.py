@@ -3,10 +3,13 @@
 import json
 import logging
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import List
+from datasets.fingerprint import Hasher
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -25,9 +28,14 @@ RUN = "run.json"
 """File of a checkpoint with what its training was told; see [`run_facts`]."""
 
 _ARGUMENTS = (
-    "seed", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "adam_beta1", "adam_beta2",
-    "adam_epsilon", "weight_decay", "max_grad_norm", "snr_gamma", "caption_dropout", "mitigations", "resolution",
-    "fit", "background",
+    "seed", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "snr_gamma", "caption_dropout", "mitigations",
+    "resolution", "fit", "background",
+)  # fmt: skip
+# What decides the noise process, in the configuration of a scheduler.
+_NOISE = (
+    "prediction_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas",
+    "rescale_betas_zero_snr", "shift", "use_dynamic_shifting", "base_shift", "max_shift",
 )  # fmt: skip
 # The schedules whose rate at a step is the same however many steps follow.
 _WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
@@ -36,6 +44,8 @@ _WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_o
 def run_facts(
     args: "TrainingArguments",
     images: EncodedImages,
+    base_weights: str,
+    scheduler: Mapping[str, Any],
     mixed_precision: str = "no",
     optimizer: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
@@ -48,6 +58,8 @@ def run_facts(
     Args:
         args ([`MemControlTrainingArguments`]): Training arguments.
         images ([`~memcontrol_hf.data.EncodedImages`]): Training images.
+        base_weights (`str`): What [`~memcontrol_hf.adapter_checks.base_weights`] says of the frozen base.
+        scheduler (mapping): Configuration of the scheduler by which noise is added.
         mixed_precision (`str`): Precision of the training: `no`, `fp16` or `bf16`.
         optimizer (tuple, *optional*): Class of an optimizer of the user's own, and its keyword arguments.
     """
@@ -59,6 +71,10 @@ def run_facts(
     if args.lr_scheduler_type not in _WITHOUT_END or 0 < args.warmup_steps < 1:
         facts["end of the schedule"] = args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs} epochs"
     facts["training images"] = images_digest(images)
+    lists = [name for name, feature in images.images.features.items() if isinstance(feature, List)]
+    facts["further captions"] = Hasher.hash([images.images[name][:] for name in lists])
+    facts["base weights"] = base_weights
+    facts |= {f"scheduler's {name}": scheduler.get(name) for name in _NOISE}
     facts["mixed_precision"] = mixed_precision
     facts["optimizer"] = None if optimizer is None else [optimizer[0].__qualname__, optimizer[1]]
     return json.loads(json.dumps(facts, default=str))

@@ -160,6 +160,8 @@ class Evaluator:
             rows (list of `int`): rows of `data`.
         """
         shape = data.encoded[0]["latents"].shape
+        # A model without classifier-free guidance is sampled along its prediction for the caption.
+        guidance_scale = self.guidance_scale if self.family.guided_passes > 1 else 1.0
         norms = []
         for start in bar(range(0, len(rows), self.batch_size), f"trajectories of {len(rows)} captions"):
             batch = list(rows[start : start + self.batch_size])
@@ -172,7 +174,7 @@ class Evaluator:
                     shape,
                     self._keys(data, batch, Purpose.AUDIT_TRAJECTORIES),
                     self.inference_steps,
-                    self.guidance_scale,
+                    guidance_scale,
                     batch_size=self.batch_size,
                 )
             )

@@ -9,7 +9,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from transformers.trainer_utils import (
     rotate_checkpoints,
 )
 
+from .adapter_checks import base_weights
 from .adapter_folder import REPORT
 from .adapters import MaskedAdapters, merged
 from .checkpoints import RUN, check_parameters, check_whole, differing_facts, newest_whole, run_facts
@@ -245,6 +246,8 @@ class MemControlTrainer(Trainer):
             if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
                 self._load_best_model()
             return TrainOutput(state.global_step, 0.0, {})
+        if self.args.save_strategy != "no":
+            _ = self.base_weights  # which each checkpoint holds; adapters are taken off before the training alone
         try:
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         finally:
@@ -264,6 +267,8 @@ class MemControlTrainer(Trainer):
         if rates and not math.isclose(rates[0], self.args.learning_rate):
             differing.append(f"the learning rate was {rates[0]:g} and is {self.args.learning_rate:g}")
         differing += differing_facts(checkpoint, self._run_facts(), self.args.max_steps)
+        if not differing and (private := self._private_training()):
+            private.load(checkpoint)  # refuses a checkpoint of other noise
         if differing:
             raise ValueError(
                 f"the checkpoint {checkpoint} is of another run: {'; '.join(sorted(differing))}. Use the same "
@@ -272,7 +277,20 @@ class MemControlTrainer(Trainer):
 
     def _run_facts(self) -> dict[str, Any]:
         """What this training is told that decides its result."""
-        return run_facts(self.args, self.train_dataset, self.accelerator.mixed_precision, self._given_optimizer)
+        return run_facts(
+            self.args,
+            self.train_dataset,
+            self.base_weights,
+            self.family.noise.scheduler.config,
+            self.accelerator.mixed_precision,
+            self._given_optimizer,
+        )
+
+    @cached_property
+    def base_weights(self) -> str:
+        """What tells the frozen base from others; see [`~memcontrol_hf.adapter_checks.base_weights`]."""
+        with self.adapters.set_aside():
+            return base_weights(self.denoiser)
 
     def _finished(self, checkpoint: str) -> TrainerState | None:
         """The state in a checkpoint if its run made all steps or was stopped early, and `None` otherwise."""

@@ -22,7 +22,6 @@ from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset, DatasetDict
 from transformers.trainer_utils import BestRun
 
-from .adapter_checks import base_weights
 from .adapter_folder import LORA, PLOT, REPORT, adapter_digests, file_digest
 from .audit import AuditSettings, TooFewImages, audit_memorization
 from .data import SPLITS
@@ -250,7 +249,7 @@ def fine_tune(
         hyperparameters = {**choice.hyperparameters, "mask": mask}
         trainer.apply_hyperparameters(hyperparameters, final_model=True, seed=choice.seed)
         if name == FROZEN_BASE:
-            tuned.base_weights = base_weights(trainer.family.denoiser)
+            tuned.base_weights = trainer.base_weights
         logger.info(f"{name}: {'fine-tune on all of the data, then ' if any(mask.values()) else ''}held-out figures")
         config = {**hyperparameters, "objectives": list(trainer.args.objectives)}
         start_tracking(trainer, study_name, name, "final", config)

@@ -122,6 +122,13 @@ def test_a_group_in_two_splits_is_refused():
         split(DatasetDict(train=train, held_out=held_out, validation=validation))
 
 
+def test_groups_of_some_splits_alone_are_refused():
+    train, held_out = images_of(12), images_of(4, seed=1)
+    data = DatasetDict(train=train.add_column("group", [f"p{row // 2}" for row in range(12)]), held_out=held_out)
+    with pytest.raises(ValueError, match="'group' is in train, but not in held_out: give all splits one"):
+        split(data)
+
+
 def test_copies_of_an_image_join_their_groups():
     images = images_of(8)
     rows = [{**row, "group": f"{i}{copy}"} for i, row in enumerate(images) for copy in range(2)]

@@ -1,11 +1,9 @@
 """Differentially private training: its gradients, its draws, its account, and how it is reported and refused."""
 
-import json
-
 import peft
 import pytest
 import torch
-from conftest import adapter_of, images_of, tiny_trainer
+from conftest import adapter_of, images_of, tiny_pipeline, tiny_trainer
 from opacus import PrivacyEngine
 from opacus.accountants import RDPAccountant
 from test_families import family_trainer
@@ -139,6 +137,25 @@ def test_rows_are_drawn_independently_at_the_sampling_rate():
     assert list(PrivateGradients(DPSGD(delta=1e-3), 50, 10, 3, 400)) != batches, "each training has its own key"
 
 
+@pytest.mark.parametrize("steps", [4, 9])
+def test_with_a_given_noise_a_run_goes_on_as_long_as_one_likes(tmp_path, steps):
+    settings = {"mitigations": ["dp_sgd:noise_multiplier=1,delta=0.001"], "save_strategy": "steps", "save_steps": 2}
+    settings["lr_scheduler_type"] = "constant"
+    tiny_trainer(tmp_path, max_steps=2, **settings).train()
+    longer = tiny_trainer(tmp_path, max_steps=steps, **settings)
+    longer.train(resume_from_checkpoint=True)
+    account = RDPAccountant()
+    account.history = [(1.0, 0.4, steps)]
+    assert longer.privacy["epsilon"] == pytest.approx(account.get_epsilon(1e-3))
+
+
+def test_parameters_that_would_round_the_clipped_sum_are_refused(tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.unet.to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"dp_sgd trains parameters of torch\.bfloat16 here"):
+        tiny_trainer(tmp_path, pipeline, peft.LNTuningConfig(target_modules=["norm1"]), mitigations=[DP])
+
+
 # ---- the account ----
 
 
@@ -182,6 +199,7 @@ def test_a_resumed_run_ends_with_the_same_weights_and_the_same_account(tmp_path)
     """Combined with what changes captions, with a mask, and with batches that are read in parts."""
     settings = {
         "mitigations": [DP, "rwa:1", "gaussian_noise", "caption_dropout:0.3"], "mask": {SITE: True}, "max_steps": 4,
+        "lr_scheduler_type": "constant",
         "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
     }  # fmt: skip
     whole = tiny_trainer(tmp_path / "whole", **settings)
@@ -194,14 +212,10 @@ def test_a_resumed_run_ends_with_the_same_weights_and_the_same_account(tmp_path)
     assert resumed.state.global_step == whole.state.global_step == 4
     equal(adapter_of(whole.model), adapter_of(resumed.model))
     assert resumed.privacy == whole.privacy and whole.privacy["steps"] == 4
-    history = [(1.0, 0.4, 3), (2.0, 0.4, 1)]  # of a run that went on with other noise
-    (checkpoint / "dp_sgd.json").write_text(json.dumps({"key": 1, "history": history[:1]}))
-    mixed = resumed._private
-    mixed.load(checkpoint)
-    mixed.accountant.step(noise_multiplier=2.0, sample_rate=0.4)
-    expected = RDPAccountant()
-    expected.history = history
-    assert mixed.report()["epsilon"] == expected.get_epsilon(1e-3)
+    longer = tiny_trainer(tmp_path / "longer", **{**settings, "max_steps": 40})
+    for refuses in (longer.train, longer.check_resumes):  # the noise of 40 steps is larger, and the draws the same
+        with pytest.raises(ValueError, match=r"has made 2 steps of dp_sgd with the noise multiplier 0\.\d+ "):
+            refuses(str(checkpoint))
     (checkpoint / "dp_sgd.json").unlink()
     with pytest.raises(ValueError, match="checkpoint-2 was not trained with dp_sgd"):
         resumed.train(resume_from_checkpoint=str(checkpoint))

@@ -135,6 +135,31 @@ def test_the_all_off_mask_is_the_base_exactly(tmp_path, name):
     assert ("eval_noise_norm" in figures) == (name != "ddpm"), "declared not applicable rather than a number"
 
 
+def test_flux_is_sampled_at_the_guidance_that_its_adapter_is_tuned_at(tmp_path):
+    trainer, given = family_trainer(tmp_path, "flux", eval_guidance_scale=7.5), []
+    hook = trainer.denoiser.register_forward_pre_hook(
+        lambda _, args, kwargs: given.append(kwargs["guidance"].unique().tolist()), with_kwargs=True
+    )
+    trainer.evaluate(metrics=list(METRICS))
+    hook.remove()
+    assert given and all(scales == [3.5] for scales in given)
+
+
+def test_the_trajectories_of_flux_are_those_that_its_pipeline_samples(tmp_path, monkeypatch):
+    trainer, scales = family_trainer(tmp_path, "flux", eval_guidance_scale=7.5), []
+    norms = metrics.trajectory_noise_norms
+    monkeypatch.setattr(
+        metrics, "trajectory_noise_norms", lambda *args, **kw: scales.append(args[7]) or norms(*args, **kw)
+    )
+    trainer.evaluator().trajectory_norms(trainer.train_dataset, [0])
+    assert scales == [1.0], "along the prediction for the caption"
+
+
+def test_caption_dropout_needs_captions(tmp_path):
+    with pytest.raises(ValueError, match="caption_dropout drops captions, which UnconditionalFamily has not"):
+        family_trainer(tmp_path, "ddpm", mitigations=["caption_dropout"])
+
+
 def test_the_demos_weights_are_a_family_too(tmp_path):
     pipeline = demo_pipeline()
     space = SearchSpace.from_model(pipeline.unet)

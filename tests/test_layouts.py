@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ from conftest import RESOLUTION, images_of
 from datasets import Dataset, DatasetDict
 
 from memcontrol_hf.data import encode, load_image_folder, load_images, read_folder
+from memcontrol_hf.data.cache import cache_folder
 from memcontrol_hf.data.split_names import split_of_name
 from memcontrol_hf.families import family_of
 
@@ -267,6 +269,7 @@ def test_images_without_a_line_are_counted_and_left_out(tmp_path, caplog):
     [
         (["P1", "p1", "p2"] * 4, "1 groups are spelt in several ways.*'P1' and 'p1'"),
         (["p1", "p1 ", "p 2"] * 4, "1 groups are spelt.*'p1' and 'p1 '"),
+        (["7", "7.0", "8"] * 4, "1 groups are spelt in several ways.*'7' and '7.0'"),
         (["p1", None, "p2"] * 4, r"4 rows have no group: row 1 of train, row 4 of train"),
         (["p1", " ", "p2"] * 4, "4 rows have no group"),
     ],
@@ -276,6 +279,36 @@ def test_groups_that_are_spelt_twice_or_missing_are_shown(tmp_path, groups, mess
     with pytest.raises(ValueError, match=message):
         load_images(train_data_dir=str(tmp_path), group_column="patient")
     assert load_images(train_data_dir=str(tmp_path))["train"]
+
+
+def test_a_number_is_the_same_person_in_a_table_that_made_floats_of_it(tmp_path):
+    for name, ids in (("train", [0, 1, 2, 3]), ("test", [0.0, 4.0, 5.0, 6.0])):
+        rows = IMAGES.select(ROWS["train"][:4] if name == "train" else range(8, 12))
+        rows.add_column("patient", ids).to_parquet(tmp_path / f"{name}.parquet")
+    with pytest.raises(ValueError, match="group is in the train and in the held_out split"):
+        load_images(train_data_dir=str(tmp_path), group_column="patient")
+
+
+def test_copies_that_are_made_of_archives_are_for_their_owner_alone(tmp_path):
+    parquet(tmp_path / "a")
+    data = load_images(train_data_dir=str(tmp_path / "a"))
+    kept = Path(data["train"].cache_files[0]["filename"])
+    assert cache_folder() in kept.parents and cache_folder().stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(("name", "options"), [("a.tiff", {}), ("a.gif", {}), ("a.webp", {"lossless": True})])
+def test_pages_and_frames_are_not_left_out_in_silence(tmp_path, name, options):
+    pages = [IMAGES[row]["image"] for row in range(3)]
+    pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:], **options)
+    with pytest.raises(ValueError, match="it holds 3 pages or frames: save those that you need"):
+        load_images(train_data_dir=str(tmp_path), caption_column="")
+
+
+def test_the_preview_in_a_photograph_is_no_second_page(tmp_path):
+    photos = [IMAGES[row]["image"] for row in range(2)]
+    for row in range(12):
+        IMAGES[row]["image"].save(tmp_path / f"{row}.jpg", format="MPO", save_all=True, append_images=photos[:1])
+    assert sum(map(len, load_images(train_data_dir=str(tmp_path), caption_column="").values())) == 12
 
 
 def test_ids_of_a_csv_stay_texts(tmp_path):

@@ -58,6 +58,17 @@ def test_a_prompt_is_made_to_steer_less_until_the_target(pipeline):
     assert (norms_at_first_step(pipeline, adjusted(pipeline)) < before).all(), "without a target: ten steps"
 
 
+@pytest.mark.parametrize(("factor", "changes"), [(1.1, False), (0.9, True)])
+def test_the_target_is_of_the_noise_that_a_prediction_implies(pipeline, factor, changes):
+    pipeline.scheduler.register_to_config(prediction_type="v_prediction")
+    family = family_of(pipeline)
+    norms = norms_at_first_step(pipeline, adjusted(pipeline, target=1e9))
+    norms = family.noise.epsilon_scale(int(pipeline.scheduler.timesteps[0])) * norms
+    inputs = adjusted(pipeline, target=factor * norms.max().item(), iterations=1)
+    plain = family.encode_prompts(PROMPTS)["prompt_embeds"]
+    assert torch.equal(inputs["prompt_embeds"], plain) is not changes
+
+
 def test_prompts_below_the_target_give_the_images_of_no_mitigation(pipeline):
     plain = images(pipeline)
     assert torch.equal(plain, images(pipeline, prompt_embedding=PromptEmbedding(target=1e9)))

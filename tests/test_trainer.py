@@ -141,6 +141,7 @@ DIVIDED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
             {"max_steps": 3, "lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2}},
             "end of the schedule was 2 and is 3; lr_scheduler_kwargs was .* and is {'num_cycles': 2}",
         ),
+        ({"optim_args": "eps=1e-3"}, "optim_args was None and is eps=1e-3"),
         (DIVIDED, r"division of a step was 1 process\(es\) x 1 batch\(es\) x 4 row\(s\) and is 1 .* x 2 b.* x 2 row"),
     ],
 )
@@ -150,6 +151,29 @@ def test_a_checkpoint_of_a_training_that_was_told_something_else_is_refused(tmp_
     tiny_trainer(tmp_path, **settings).train()
     with pytest.raises(ValueError, match=message):
         tiny_trainer(tmp_path, **{**settings, **change}).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_on_another_base_is_refused(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    tiny_trainer(tmp_path, max_steps=2, **settings).train()
+    base = tiny_pipeline()
+    next(base.unet.parameters()).data += 1e-3
+    base.scheduler.register_to_config(prediction_type="v_prediction")
+    message = r"base weights was float32:\w+ and is float32:\w+; scheduler's prediction_type was epsilon and is v_pred"
+    with pytest.raises(ValueError, match=message):
+        tiny_trainer(tmp_path, base, max_steps=4, **settings).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_other_further_captions_is_refused(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    images = images_of(8)
+    for text in "ab":
+        train = images.add_column("captions", [[text]] * 8)
+        trainer = tiny_trainer(tmp_path, train=train, max_steps=2, mitigations=["multiple_captions"], **settings)
+        if text == "a":
+            trainer.train()
+    with pytest.raises(ValueError, match="another run: further captions was"):
+        trainer.train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("earlier", [False, True])

@@ -10,7 +10,7 @@ from datasets import DatasetDict
 from torch.nn import functional as F
 
 from .. import metrics
-from ..data import EncodedImages, check_groups
+from ..data import EncodedImages, check_groups, group_name
 from ..encoders import Encoder
 from .settings import FALSE_ALARMS, LEAST_PERSONS, Figure
 
@@ -50,7 +50,7 @@ def check_persons(members: EncodedImages, others: EncodedImages) -> None:
     if not members.by_person:
         return
     check_groups(DatasetDict(train=members.images, held_out=others.images))
-    names = [{str(group) for group in images.images["group"]} for images in (members, others)]
+    names = [{group_name(group) for group in images.images["group"]} for images in (members, others)]
     if shared := names[0] & names[1]:
         raise ValueError(
             f"{len(shared)} persons (groups) have images in train and in held_out, which must be disjoint: move all "

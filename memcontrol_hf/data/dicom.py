@@ -30,10 +30,11 @@ class DicomImage(ImageFile.ImageFile):
 
 
 def dicom_to_image(dicom: "FileDataset") -> Image.Image:
-    """The image of a DICOM data set as a viewer shows it.
+    """The image of a DICOM data set with the grey values of a viewer, from its darkest to its brightest.
 
     The modality LUT, the VOI LUT or window, and the presentation LUT are applied in this order (DICOM PS3.4, N.2); of
-    `MONOCHROME1`, low values are bright. The range of what is shown becomes the range of 16 bits.
+    `MONOCHROME1`, low values are bright. The darkest value that is shown becomes 0, and the brightest one
+    the largest of 16 bits: a viewer leaves a dim image dim.
 
     Args:
         dicom (`pydicom.dataset.FileDataset`): a data set with pixels.

@@ -20,6 +20,7 @@ from ..randomness import Purpose, seeded_generator
 from ..whole_files import check_room
 from .cache import cache_folder, delete_damaged, is_whole, seal
 from .columns import Columns
+from .splits import group_name
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ class EncodedImages(torch.utils.data.Dataset):
 
         Units are numbered from 0 in the order of their first image.
         """
-        names = [str(group) for group in self.images["group"]] if self.by_person else range(len(self))
+        names = [group_name(group) for group in self.images["group"]] if self.by_person else range(len(self))
         numbers: dict[Hashable, int] = {}
         return {row: numbers.setdefault(names[row], len(numbers)) for row in self.distinct}
 

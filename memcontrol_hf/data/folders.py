@@ -20,6 +20,7 @@ from datasets.fingerprint import Hasher
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from pyarrow import ArrowException
 
+from .cache import cache_folder
 from .dicom import DICOM_SUFFIXES
 from .split_names import SPLITS, split_of_name, split_of_path
 
@@ -250,10 +251,11 @@ def renamed_splits(loaded: DatasetDict) -> DatasetDict:
 
 def _archives(root: Path, kind: str, by_split: dict[str, list[Path]]) -> DatasetDict:
     """Parquet files, or WebDataset archives, whose fields are named by suffixes: the image's becomes `image`."""
-    result = DatasetDict()
+    result, kept = DatasetDict(), str(cache_folder() / kind)  # a copy of the images, for their owner alone
     for name, files in by_split.items():
+        data_files = {"train": [str(file) for file in files]}
         try:
-            table = load_dataset(kind, data_files={"train": [str(file) for file in files]}, split="train")
+            table = load_dataset(kind, data_files=data_files, split="train", cache_dir=kept)
         except (OSError, ValueError, DatasetsError) as error:
             reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"cannot read the {kind} files of {str(root)!r}: {reason}") from None

@@ -5,8 +5,10 @@ final measurement.
 """
 
 import os
+import re
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +75,7 @@ def load_images(
         raise ValueError(f"--train_data_dir {train_data_dir!r} is no folder")
     try:
         loaded = read_folder(folder) if folder else renamed_splits(load_dataset(dataset_name))
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: a data set that is a script
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"cannot load the images of {folder or dataset_name!r}: {reason}") from None
     splits = {}
@@ -227,8 +229,13 @@ def check_readable(dataset: Dataset, split_name: str) -> None:
         _read_image(undecoded[row]["image"], split_name, row)
 
 
+def group_name(group: Any) -> str:
+    """The name of a group. A whole number is the same as `int` and as `float`, which tables make of it."""
+    return str(int(group)) if isinstance(group, float) and group.is_integer() else str(group)
+
+
 def check_groups(data: DatasetDict) -> None:
-    """Raise `ValueError` for groups that are missing, or differ in case or blanks only: one patient, spelt twice."""
+    """Raise `ValueError` for groups that are missing, or differ in spelling only: one patient, spelt twice."""
     groups = [(name, row, g) for name in data if "group" in data[name].column_names
               for row, g in enumerate(data[name]["group"])]  # fmt: skip
     missing = [f"row {row} of {name}" for name, row, g in groups if g is None or g != g or not str(g).strip()]
@@ -239,12 +246,14 @@ def check_groups(data: DatasetDict) -> None:
         )
     spellings: dict[str, set[str]] = {}
     for _, _, group in groups:
-        spellings.setdefault("".join(str(group).split()).casefold(), set()).add(str(group))
+        name = group_name(group)
+        spelling = re.sub(r"^(\d+)\.0+$", r"\1", "".join(name.split()).casefold())
+        spellings.setdefault(spelling, set()).add(name)
     twice = [" and ".join(map(repr, sorted(of_one))) for of_one in spellings.values() if len(of_one) > 1]
     if twice:
         raise ValueError(
-            f"{len(twice)} groups are spelt in several ways, which differ in case or blanks only: {_first(twice)}. "
-            "Give one person one id, so that no image of theirs is in two splits"
+            f"{len(twice)} groups are spelt in several ways, which differ in case, blanks or a .0 only: "
+            f"{_first(twice)}. Give one person one id, so that no image of theirs is in two splits"
         )
 
 
@@ -258,6 +267,8 @@ def _read_image(stored: dict | None, split_name: str, row: int) -> PILImage.Imag
     path = stored.get("path")
     try:
         image = Image().decode_example(stored)
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a photo, with a preview as its second frame
+            raise ValueError(f"it holds {image.n_frames} pages or frames: save those that you need as files")
         image.load()
         if image.mode in ("I", "F"):
             raise ValueError(f"its mode {image.mode} says no range of values: save it with 8 or 16 bits")
@@ -350,7 +361,13 @@ def _groups(data: DatasetDict) -> dict[str, list[int]]:
     """
     pixels = [pixel_digest(row["image"]) for dataset in data.values() for row in dataset]
     named = ["group" in dataset.column_names for dataset in data.values()]
-    names = [str(group) for dataset in data.values() for group in dataset["group"]] if all(named) else pixels
+    if any(named) and not all(named):
+        of, without = ([name for name, has in zip(data, named) if has is is_named] for is_named in (True, False))
+        raise ValueError(
+            f"the column 'group' is in {' and '.join(of)}, but not in {' and '.join(without)}: give all splits one, "
+            "so that no person is in two of them, or none"
+        )
+    names = [group_name(group) for dataset in data.values() for group in dataset["group"]] if all(named) else pixels
     images = np.unique(pixels, return_inverse=True)[1]
     groups = np.unique(names, return_inverse=True)[1] + images.max() + 1
     links = coo_array((np.ones(len(images)), (images, groups)), shape=(groups.max() + 1,) * 2)

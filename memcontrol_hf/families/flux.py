@@ -12,9 +12,9 @@ class FluxFamily(Family):
     """Flux: a transformer, conditioned on T5 and a pooled CLIP embedding.
 
     The training follows diffusers' `train_dreambooth_flux.py`: the place in the schedule is drawn uniformly, and all
-    losses weigh alike. A model with distilled guidance (dev) gets the guidance scale 3.5 in training and in every
-    attack. Such a model was not trained to leave a caption out; its null condition, the empty caption, is one caption
-    among others.
+    losses weigh alike. A model with distilled guidance (dev) gets the guidance scale 3.5 in training, in every attack
+    and in sampling, whatever guidance scale is asked for: an adapter is tuned at this one. Such a model was not
+    trained to leave a caption out; its null condition, the empty caption, is one caption among others.
     """
 
     pipeline_classes = ("FluxPipeline",)
@@ -39,6 +39,9 @@ class FluxFamily(Family):
             "prompt_embeds": torch.empty(1, tokens, config.joint_attention_dim, device="meta"),
             "pooled_prompt_embeds": torch.empty(1, config.pooled_projection_dim, device="meta"),
         }
+
+    def pipeline_arguments(self, prompts, resolution, guidance_scale):
+        return super().pipeline_arguments(prompts, resolution, self.guidance)
 
     def call_denoiser(self, denoiser, noisy, timesteps, prompt_embeds, pooled_prompt_embeds):
         n, channels, h, w = noisy.shape

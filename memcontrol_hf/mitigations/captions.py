@@ -146,15 +146,19 @@ class CaptionDropout(Mitigation):
 
     Args:
         p (`float`):
-            Probability of the empty caption, between 0 and 1.
+            Probability of the empty caption, above 0 and at most 1.
     """
 
-    usage = "caption_dropout[:p], a share between 0 and 1, such as caption_dropout:p=0.1"
+    usage = "caption_dropout[:p], a share above 0 and at most 1, such as caption_dropout:p=0.1"
     p: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.p <= 1:
+        if not 0 < self.p <= 1:
             raise ValueError(f"p is {self.p}")
+
+    def check(self, family: Family, images: Dataset, args: "TrainingArguments", tunes_text: bool) -> None:
+        if not family.conditions:
+            raise ValueError(f"caption_dropout drops captions, which {type(family).__name__} has not: leave it out")
 
     def check_arguments(self, args: "TrainingArguments", others: Mapping[str, Mitigation]) -> None:
         args.caption_dropout = self.p

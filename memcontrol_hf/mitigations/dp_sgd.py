@@ -224,8 +224,14 @@ class PrivateGradients:
         return losses.sum() / self.batch_size
 
     def check_layers(self, model: nn.Module, loss_function: Callable, batch: dict[str, Any]) -> None:
-        """Raise `ValueError` when the gradient of each row cannot be computed through the adapter's layers."""
+        """Raise `ValueError` for parameters of low precision, and for layers without gradients of each row."""
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if rounded := sorted({str(p.dtype) for p in parameters.values() if p.dtype != torch.float32}):
+            raise ValueError(
+                f"dp_sgd trains parameters of {', '.join(rounded)} here, whose clipped sum is rounded before the "
+                "noise is added, so that a row can count for more than max_grad_norm: load the base in float32, or "
+                "use a method whose parameters are in float32"
+            )
         try:
             per_sample_gradients(model, parameters, loss_function, batch)
         except RuntimeError as error:
@@ -270,7 +276,10 @@ class PrivateGradients:
         """Go on with the key and the accountant's history of a checkpoint.
 
         Raises:
-            ValueError: when the checkpoint was written without DP-SGD.
+            ValueError: when the checkpoint was written without DP-SGD, or with other noise: the noise for a budget ε
+                depends on the number of steps, so the budget would not hold with more of them. And since the key is
+                the same, so are the draws: the difference of two models that were trained further with different
+                noise would give away what the noise hides.
         """
         file = Path(checkpoint) / STATE_NAME
         if not file.exists():
@@ -279,6 +288,14 @@ class PrivateGradients:
                 "anew, or resume without dp_sgd"
             )
         state = json.loads(file.read_text(encoding="utf-8"))
+        for noise, rate, steps in state["history"]:
+            if (noise, rate) != (self.noise_multiplier, self.sample_rate):
+                raise ValueError(
+                    f"the checkpoint {checkpoint} has made {steps} steps of dp_sgd with the noise multiplier "
+                    f"{noise:g} and the sample rate {rate:g}, but these settings need {self.noise_multiplier:g} and "
+                    f"{self.sample_rate:g}: resume with the number of steps and the budget that the training began "
+                    "with, or start anew"
+                )
         self.key = state["key"]
         self.accountant.history = [tuple(entry) for entry in state["history"]]
 

@@ -101,11 +101,12 @@ class PromptEmbedding(Mitigation):
 
         with torch.no_grad():
             unconditional = prediction(null)
+        scale = family.noise.epsilon_scale(round(first.item()))  # the norm is of the noise that a prediction implies
         adjusted = embeds.clone().requires_grad_()
         optimizer = torch.optim.Adam([adjusted], lr=self.lr)
         for _ in range(self.iterations):
             with torch.enable_grad():
-                norms = steering_norms(prediction(adjusted), unconditional)
+                norms = scale * steering_norms(prediction(adjusted), unconditional)
                 (adjusted.grad,) = torch.autograd.grad(norms.sum(), adjusted)
             reached = norms <= (-math.inf if self.target is None else self.target)
             if reached.all():
