@@ -1,6 +1,7 @@
 """The study of the claims: masks, curves, matched quality, intervals, verdicts and pages."""
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from statistics import NormalDist
 
@@ -20,7 +21,9 @@ from claimed.judged import (
     UNMATCHED,
     Images,
     Tested,
+    changed_without,
     compare,
+    interpolation_errors,
     judge,
     matched,
     place,
@@ -107,6 +110,24 @@ def test_two_runs_are_compared_at_the_lowest_loss_that_both_reach():
     weights = matched(curves, "one", "other")
     assert weights == pytest.approx({("one", 40): 0.5, ("one", 80): 0.5, ("other", 20): 0.0, ("other", 40): -1.0})
     assert value(curves, weights, "auc_loss") == pytest.approx(0.55 - 0.70)
+
+
+def test_a_little_above_the_lowest_common_loss_a_run_is_taken_before_its_last_steps():
+    curves = {
+        "one": run([0.5, 0.4, 0.3, 0.2, 0.199], [0.5, 0.5, 0.5, 0.6, 0.9]),
+        "other": run([0.5, 0.4, 0.3, 0.2, 0.1], [0.5, 0.5, 0.5, 0.5, 0.5]),
+    }
+    at = [value(curves, matched(curves, "one", "other", above), "auc_loss") for above in (0.0, 0.001, 0.002)]
+    assert at[0] == pytest.approx(0.4) and at[1] == pytest.approx(0.1) and 0.09 < at[2] < 0.1
+    assert matched(curves, "one", "other", 0.302) is None
+
+
+def test_interpolation_is_compared_with_steps_that_were_measured_as_long_as_the_loss_falls():
+    curve = run([0.5, 0.4, 0.3, 0.2, 0.3], [0.5, 0.52, 0.58, 0.7, 0.9])  # bent, as curves of memorization are
+    runs = {piece_of("runs", "demo", "attention", row, seed): curve for row in ROWS for seed in range(2)}
+    found = interpolation_errors(runs, "demo", "attention", range(2))
+    assert found["auc_loss"].mean == pytest.approx(((0.5 + 0.58) / 2 - 0.52 + (0.52 + 0.7) / 2 - 0.58) / 2)
+    assert found["auc_clid"].half == pytest.approx(0)
 
 
 def test_runs_without_a_common_quality_are_not_matched():
@@ -244,6 +265,16 @@ def test_the_reward_is_ranked_beside_what_was_learned_and_what_was_memorized():
     assert reward(runs, "demo", "attention", range(2)) == {}
 
 
+def test_runs_that_are_tested_twice_make_the_others_in_their_family_harder_to_confirm():
+    def line(claim: str, one: str, p: float) -> dict:
+        tests = [asdict(a_test(-0.1, 0.05, p)) for _ in range(2)]
+        return {"claim": claim, "one": one, "second": True, "kind": "matched", "verdict": UNDECIDED, "tests": tests}
+
+    judged = [line("on top", "found+rwa", 0.01), line("the other's", "transferred", 0.9), line("copy", OWN_RATE, 0.9)]
+    assert changed_without(judged, OWN_RATE) == {"on top": CONFIRMED}
+    assert changed_without([row for row in judged if row["one"] != OWN_RATE], "none") == {"on top": CONFIRMED}
+
+
 def test_one_seed_decides_nothing():
     assert judge(made_up(1), "demo", "attention", range(10)) == []
 
@@ -272,6 +303,9 @@ def test_the_committed_results_are_taken_up_and_judged_alike(tmp_path):
     for name, verdicts in content["verdicts"].items():
         # Another processor may round the last digits of a mean otherwise.
         assert in_few_digits(judge(runs, *name.split("-"), range(SEEDS))) == in_few_digits(verdicts)
+        judged = {row["claim"]: row for row in judge(runs, *name.split("-"), range(SEEDS), above=0.001)}
+        for row in content["above"][name]["0.001"]:
+            assert in_few_digits(row) == in_few_digits({part: judged[row["claim"]][part] for part in row})
 
 
 def in_few_digits(value):
@@ -328,6 +362,7 @@ def test_the_page_counts_over_all_that_is_shown():
     content = {
         "seeds": dict.fromkeys(names, 10),
         "verdicts": dict.fromkeys(names, committed["verdicts"][one]),
+        "above": dict.fromkeys(names, committed["above"][one]),
         "curves": dict.fromkeys(names, committed["curves"][one]),
         "pieces": rates,
     }

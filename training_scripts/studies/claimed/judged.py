@@ -31,6 +31,8 @@ CONFIRMED, REFUTED, NONE, UNDECIDED, UNMATCHED = (
     "undecided",
     "no common quality",
 )
+ABOVE = (0.0005, 0.001, 0.002)
+"""How far above the lowest common loss two runs are compared, too, without a verdict: does the place decide?"""
 DRAWS = 1000
 """Number of draws of the bootstrap over images."""
 NORMAL = 1.96
@@ -131,16 +133,43 @@ def place(run: Mapping[str, Any], loss: float) -> dict[int, float]:
     return {points[-1][0]: 1.0}
 
 
-def matched(runs: Runs, one: str, other: str) -> Weights | None:
-    """One run minus another at the lowest loss that both reach; `None` when they have no common quality."""
+def matched(runs: Runs, one: str, other: str, above: float = 0.0) -> Weights | None:
+    """One run minus another at the lowest loss that both reach, or so far above it.
+
+    Returns:
+        `None` when they have no common quality there.
+    """
     pair = runs[one], runs[other]
-    loss = max(map(lowest_loss, pair))
+    loss = max(map(lowest_loss, pair)) + above
     if loss > min(map(first_loss, pair)):
         return None
     places = [place(run, loss) for run in pair]
     return {(one, step): share for step, share in places[0].items()} | {
         (other, step): -share for step, share in places[1].items()
     }
+
+
+def interpolation_errors(runs: Runs, data: str, method: str, seeds: Iterable[int]) -> dict[str, Interval]:
+    """How much more memorization is interpolated than measured, where a measured step is left out: means over seeds.
+
+    Of each run, the steps between others count, as long as its loss falls. The gaps are twice as wide there as where
+    the verdicts interpolate.
+    """
+    by_seed: dict[str, list[float]] = {figure: [] for figure in ATTACKS}
+    for seed in seeds:
+        errors: dict[str, list[float]] = {figure: [] for figure in ATTACKS}
+        for row in ROWS:
+            points = list(steps_of(runs[piece_of("runs", data, method, row, seed)]).values())
+            for before, point, after in zip(points, points[1:], points[2:]):
+                if not before[LOSS] > point[LOSS] > after[LOSS]:
+                    break
+                share = (before[LOSS] - point[LOSS]) / (before[LOSS] - after[LOSS])
+                for figure in ATTACKS:
+                    interpolated = (1 - share) * before[figure] + share * after[figure]
+                    errors[figure].append(interpolated - point[figure])
+        for figure, found in errors.items():
+            by_seed[figure] += [fmean(found)] if found else []
+    return {figure: interval for figure, values in by_seed.items() if (interval := t_interval(values))}
 
 
 def mean_weights(weights: Sequence[Weights]) -> Weights:
@@ -266,8 +295,21 @@ def reward(runs: Runs, data: str, method: str, seeds: Iterable[int]) -> dict[str
     return {figure: interval for figure, values in found.items() if (interval := t_interval(values))}
 
 
-def compare(runs: Runs, images: Images, data: str, method: str, asked: Comparison, seeds: Iterable[int]) -> dict:
-    """The tests of a comparison at matched quality, and its differences at equal steps."""
+def compare(
+    runs: Runs,
+    images: Images | None,
+    data: str,
+    method: str,
+    asked: Comparison,
+    seeds: Iterable[int],
+    above: float = 0.0,
+) -> dict[str, Any]:
+    """The tests of a comparison at matched quality, and its differences at equal steps.
+
+    Args:
+        images: For the intervals over images, which are left out without it.
+        above: How far above the lowest common loss two runs are compared.
+    """
     equal: list[Weights] = []
     pairs: list[list[Weights]] = []
     lowest: list[float] = []
@@ -276,7 +318,7 @@ def compare(runs: Runs, images: Images, data: str, method: str, asked: Compariso
         one, *others = (piece_of("runs", data, method, row, seed) for row in (asked.one, *asked.others))
         equal.append(mean_weights([{(one, EQUAL): 1.0, (other, EQUAL): -1.0} for other in others]))
         lowest.append(lowest_loss(runs[one]) - fmean(lowest_loss(runs[other]) for other in others))
-        found = [matched(runs, one, other) for other in others]
+        found = [matched(runs, one, other, above) for other in others]
         left_out += found.count(None)
         pairs.append([weights for weights in found if weights is not None])
     total = left_out + sum(map(len, pairs))
@@ -299,28 +341,51 @@ def compare(runs: Runs, images: Images, data: str, method: str, asked: Compariso
         test = test_of(LOSS, lowest)
         return result | {"kind": UNMATCHED, "tests": [test] if test else []}
     tests = [test_of(figure, [value(runs, weights, figure) for weights in by_seed]) for figure in ATTACKS]
-    for test in tests:
+    for test in tests if images else ():
         test.image_low, test.image_high = images.interval(by_seed, test.figure)
     return result | {"tests": tests}
 
 
-def judge(runs: Runs, data: str, method: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """All comparisons of a data set and a method with two finished seeds, and their verdicts."""
-    images = Images({piece: run for piece, run in runs.items() if piece.startswith(f"runs/{data}-")})
-    compared = [compare(runs, images, data, method, asked, seeds) for asked in CLAIMS]
+def judge(runs: Runs, data: str, method: str, seeds: Sequence[int], above: float = 0.0) -> list[dict[str, Any]]:
+    """All comparisons of a data set and a method with two finished seeds, and their verdicts.
+
+    Args:
+        above: How far above the lowest common loss two runs are compared. Above 0, there are no intervals over images.
+    """
+    images = (
+        None if above else Images({piece: run for piece, run in runs.items() if piece.startswith(f"runs/{data}-")})
+    )
+    compared = [compare(runs, images, data, method, asked, seeds, above) for asked in CLAIMS]
     families = [
         [capacity(runs, data, method, seeds), *(row for row in compared if not row["second"])],
         [row for row in compared if row["second"]],
     ]
-    judged = []
-    for family in families:
-        tests = [test for row in family for test in row["tests"]]
-        for test, corrected in zip(tests, holm([test.p for test in tests])):
-            test.p_holm = corrected
-        judged += [
-            row | {"verdict": _verdict(row), "tests": [*map(asdict, row["tests"])]} for row in family if row["tests"]
-        ]
-    return judged
+    return [row for family in families for row in corrected(family)]
+
+
+def corrected(family: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The comparisons of a family that have tests, with p-values corrected for all of these, and their verdicts."""
+    tests = [test for row in family for test in row["tests"]]
+    for test, p in zip(tests, holm([test.p for test in tests])):
+        test.p_holm = p
+    return [{**row, "verdict": _verdict(row), "tests": [*map(asdict, row["tests"])]} for row in family if row["tests"]]
+
+
+def changed_without(judged: Sequence[Mapping[str, Any]], one: str) -> dict[str, str]:
+    """Verdicts of the second family that would be others if the comparison of the row `one` were not counted in it.
+
+    Args:
+        judged: What [`judge`] returns.
+    """
+    left = [
+        {**row, "tests": [Tested(**test) for test in row["tests"]]}
+        for row in judged
+        if row.get("second") and row["one"] != one
+    ]
+    now = {row["claim"]: row["verdict"] for row in corrected(left)}
+    return {
+        row["claim"]: now[row["claim"]] for row in judged if now.get(row["claim"], row["verdict"]) != row["verdict"]
+    }
 
 
 def _verdict(row: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from common.pages import table
 from common.plots import legend_above, plot_panels
 from paper_table.data_sets import DATA
 
-from .judged import ATTACKS, CAPACITY, CLAIMS, CONFIRMED, LEVEL, LOSS, REFUTED
+from .judged import ABOVE, ATTACKS, CAPACITY, CLAIMS, CONFIRMED, LEVEL, LOSS, REFUTED, changed_without
 from .rows import (
     ALL,
     BASE,
@@ -55,9 +55,13 @@ PICTURED = {
 SHORT = {"demo": "emoji", "elpv": "solar cells"}
 """Names of the data sets inside of a sentence."""
 
+SAME_RUNS = "its rate is that of all blocks: the runs of the third line"
+
 Content = Mapping[str, Any]
 Row = Mapping[str, Any]
 
+NEAR = ABOVE[1]
+"""How far above the lowest common loss the page of one screen looks."""
 SHOWN = 3
 """Number of finished seeds from which on a data set and a method are shown: intervals of two span the whole scale."""
 
@@ -72,9 +76,12 @@ def groups(content: Content) -> dict[str, str]:
     }
 
 
-def change(test: Mapping[str, Any], digits: int = 3) -> str:
-    """A mean difference with its interval."""
-    return Interval.of(test).cell(digits)
+def change(row: Row, test: Mapping[str, Any]) -> str:
+    """A mean difference, or a mean correlation, with its interval, which ends at 1 for a correlation."""
+    interval = Interval.of(test)
+    if row["kind"] == "correlation":
+        interval = interval._replace(low=max(-1.0, interval.low), high=min(1.0, interval.high))
+    return interval.cell(4 if test["figure"] == LOSS else 3)
 
 
 def p_value(p: float) -> str:
@@ -94,9 +101,10 @@ def deciding(row: Row) -> str:
         test = min(against(row), key=lambda test: test["p_holm"])
     else:
         test = max(row["tests"], key=lambda test: test["p_holm"])
-    name = "correlation with " + TITLES[test["figure"]] if row["kind"] == "correlation" else TITLES[test["figure"]]
-    interval = Interval.of(test)
-    return f"{name} {interval.mean:+.3f} ± {interval.half:.3f}, p {p_value(test['p_holm'])}"
+    title, p, interval = TITLES[test["figure"]], p_value(test["p_holm"]), Interval.of(test)
+    if row["kind"] == "correlation":
+        return f"correlation with {title} {change(row, test)}, p {p}"
+    return f"{title} {interval.mean:+.3f} ± {interval.half:.3f}, p {p}"
 
 
 def _preliminary(content: Content, name: str) -> str:
@@ -153,8 +161,9 @@ def render_summary(content: Content) -> str:
         "*confirmed* when both attacks, by the loss and by CLiD, find less in the row that the claim favours, and "
         "*refuted* when one of them finds more. No search and no screening sees CLiD. The cell shows the "
         "weaker of the two tests, of a refuted claim the stronger: the mean difference with half the width of its "
-        "95 % interval over seeds, and the p-value after Holm's correction, which decides. *No common quality*: one "
-        "row never learns as much as the other has at its first measurement, and the lowest losses are compared.",
+        "95 % interval over seeds, or a mean correlation with the interval, and the p-value after Holm's correction, "
+        "which decides. *No common quality*: one row never learns as much as the other has at its first measurement, "
+        "and the lowest losses are compared.",
         "",
         *_meaning(content, shown),
         "[All figures](results/claims.md), with intervals over images, at equal steps, the learning rates, and the "
@@ -169,7 +178,7 @@ def _verdict_cell(content: Content, name: str, row: Row | None) -> str:
     if row is None:
         return ""
     if row.get("one") == OWN_RATE and _same_rate(content["pieces"], name):
-        return "its rate is that of all blocks: the runs of the third line"
+        return SAME_RUNS
     return f"**{row['verdict']}**: {deciding(row)}"
 
 
@@ -234,7 +243,25 @@ def _weaker(content: Content, shown: Iterable[str]) -> Iterator[str]:
             f"The mask found on the other set has {_and(sizes)} the parameters of the random masks beside it, which "
             "have the size of the own mask: what carries over can be how many blocks are trained, and not which."
         )
+    changed = [
+        f'*{row["claim"]}* ({_short(name)}) would be "{other}"'
+        for name in shown
+        if content["seeds"][name] == SEEDS
+        for row in content["verdicts"][name]
+        if row["kind"] == "matched" and not (row["one"] == OWN_RATE and _same_rate(content["pieces"], name))
+        if (other := _verdict_above(content, name, row["claim"])) != row["verdict"]
+    ]
+    yield (
+        "Where two curves are compared decides, too: near its lowest loss a run goes on to memorize while its loss "
+        f"hardly changes. At losses {NEAR} higher, most differences are smaller, and where all seeds are finished, "
+        f"{_and(changed) if changed else 'no verdict would be another'} ([all of them](results/claims.md))."
+    )
     yield "All seeds have the same images; intervals over images, too, are on the page with all figures."
+
+
+def _verdict_above(content: Content, name: str, claim: str) -> str:
+    """The verdict on a claim that the same rule gives a little above the lowest common loss."""
+    return next(row["verdict"] for row in content["above"][name][str(NEAR)] if row["claim"] == claim)
 
 
 def _short(name: str) -> str:
@@ -280,7 +307,9 @@ def render(content: Content) -> str:
                 "",
             ]
         lines += _rows_table(content["curves"][name])
-        lines += _verdict_table(content["verdicts"][name])
+        same_runs = _same_rate(content["pieces"], name)
+        lines += _verdict_table(content["verdicts"][name], same_runs)
+        lines += _above_table(content, name)
         lines += _equal_table(content["verdicts"][name])
     lines += ["## The authors' reward", "", *_reward_table(content)]
     lines += ["## Learning rates", "", *_rates_table(content)]
@@ -317,9 +346,10 @@ def _rows_table(curves: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _verdict_table(verdicts: list[Mapping[str, Any]]) -> list[str]:
+def _verdict_table(verdicts: list[Mapping[str, Any]], same_runs: bool) -> list[str]:
     rows = []
     for row in verdicts:
+        is_copy = same_runs and row.get("one") == OWN_RATE
         for test in row["tests"]:
             images = "" if test["image_low"] is None else f"{test['image_low']:+.3f} to {test['image_high']:+.3f}"
             left_out = f"{row['left_out']} of {row['pairs']}" if row.get("pairs") else ""
@@ -328,11 +358,11 @@ def _verdict_table(verdicts: list[Mapping[str, Any]]) -> list[str]:
                     row["claim"] if test is row["tests"][0] else "",
                     TITLES[test["figure"]],
                     str(test["seeds"]),
-                    change(test, 4 if test["figure"] == LOSS else 3),
+                    change(row, test),
                     images,
                     p_value(test["p_holm"]),
                     left_out,
-                    row["verdict"] if test is row["tests"][0] else "",
+                    (SAME_RUNS if is_copy else row["verdict"]) if test is row["tests"][0] else "",
                 ]
             )
     head = [
@@ -352,15 +382,55 @@ def _verdict_table(verdicts: list[Mapping[str, Any]]) -> list[str]:
         "losses. The four comparisons at the end are a family of their own.",
         "",
         *table(head, rows),
+        *(_copies(verdicts) if same_runs else []),
     ]
+
+
+def _copies(verdicts: list[Mapping[str, Any]]) -> list[str]:
+    """What the runs of another line count for in the correction of their family."""
+    changed = [f'*{claim}* would be "{verdict}"' for claim, verdict in changed_without(verdicts, OWN_RATE).items()]
+    return [
+        "The last line has the runs of the third one, and so no verdict of its own. Its tests are counted in the "
+        "correction of its family, as designed, which makes the other p-values there larger: without them, "
+        f"{_and(changed) if changed else 'no verdict would be another'}.",
+        "",
+    ]
+
+
+def _above_table(content: Content, name: str) -> list[str]:
+    """What the same comparisons say a little above the lowest common loss."""
+    verdicts = [row for row in content["verdicts"][name] if row["kind"] == "matched"]
+    by_loss = {above: {row["claim"]: row for row in content["above"][name][str(above)]} for above in ABOVE}
+    rows = [
+        [row["claim"], _at(row), *(_at(found[row["claim"]]) for found in by_loss.values())]
+        for row in verdicts
+        if not (row["one"] == OWN_RATE and _same_rate(content["pieces"], name))
+    ]
+    interpolation = content["interpolation"][name]
+    errors = [f"{TITLES[figure]} {Interval(*interpolation[figure]).cell(3)}" for figure in ATTACKS]
+    head = ["claim", "at the lowest common loss", *(f"{above} above it" for above in ABOVE)]
+    return [
+        "How much the place decides at which two curves are compared. Near its lowest loss a run goes on to memorize "
+        "while its loss hardly changes, and it is measured at five steps only. So here the same differences are taken "
+        "at slightly higher losses, too: membership AUC and CLiD, with what the rule of the verdicts would say there.",
+        "",
+        *table(head, rows),
+        "Between two measured steps, memorization is interpolated linearly. Where a measured step is left out and "
+        f"interpolated from the steps beside it, over gaps twice as wide, this gives {_and(errors)} more than was "
+        "measured.",
+        "",
+    ]
+
+
+def _at(row: Row) -> str:
+    if row["kind"] != "matched":
+        return row["verdict"]
+    differences = ", ".join(f"{test['mean']:+.3f}" for test in row["tests"])
+    return f"{differences}: {row['verdict']}"
 
 
 def _equal_table(verdicts: list[Mapping[str, Any]]) -> list[str]:
-    rows = [
-        [row["claim"], *(change(test, 4 if test["figure"] == LOSS else 3) for test in row["equal"])]
-        for row in verdicts
-        if row.get("equal")
-    ]
+    rows = [[row["claim"], *(change(row, test) for test in row["equal"])] for row in verdicts if row.get("equal")]
     head = ["claim", *(TITLES[figure] for figure in (LOSS, *ATTACKS))]
     return [f"At equal steps ({EQUAL}), the same differences, without a verdict:", "", *table(head, rows)]
 

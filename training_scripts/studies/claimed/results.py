@@ -11,7 +11,7 @@ from common.pages import publish_results, read_results
 from common.pieces import Pieces
 from paper_table.data_sets import DATA
 
-from .judged import judge, mean_points, parameters_of, reward, seeds_of
+from .judged import ABOVE, interpolation_errors, judge, mean_points, parameters_of, reward, seeds_of
 from .page import COMMAND, pictures, plot, render, render_summary
 from .rows import METHODS, ROWS, SEEDS
 from .runs import SETTINGS
@@ -74,6 +74,8 @@ def collect(pieces: Pieces, docs: Path) -> None:
         "pieces": {name: piece for kind in KINDS for name, piece in finished(pieces, kind).items()},
         "seeds": {},
         "verdicts": {},
+        "above": {},
+        "interpolation": {},
         "rewards": {},
         "curves": {},
     }
@@ -82,6 +84,14 @@ def collect(pieces: Pieces, docs: Path) -> None:
         seeds = seeds_of(runs, data, method, ROWS, range(SEEDS))  # a balanced sample: all rows have the same seeds
         content["seeds"][name] = len(seeds)
         content["verdicts"][name] = judge(runs, data, method, seeds)
+        content["above"][name] = {
+            str(above): [
+                {part: row[part] for part in ("claim", "kind", "verdict", "left_out", "tests")}
+                for row in judge(runs, data, method, seeds, above)
+            ]
+            for above in ABOVE
+        }
+        content["interpolation"][name] = interpolation_errors(runs, data, method, seeds)
         content["rewards"][name] = reward(runs, data, method, seeds)
         content["curves"][name] = {
             row: {"parameters": parameters_of(runs, data, method, row, seeds), "points": points}
