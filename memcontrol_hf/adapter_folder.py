@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .whole_files import read_json
 
@@ -119,6 +120,21 @@ def check_no_link(place: Path) -> None:
     """Raise `ValueError` for a symbolic link: what it leads to is not uploaded."""
     if place.is_symlink():
         raise ValueError(f"{str(place)!r} is a symbolic link, which a push does not follow: put a copy there")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of the adapter in a folder.
+
+    Raises:
+        ValueError: When the file is missing, or holds no object.
+    """
+    try:
+        content = read_json(folder / CONFIG)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(folder / CONFIG)!r} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(folder / CONFIG)!r} holds no configuration of an adapter, but {str(content)[:40]}")
+    return content
 
 
 def read_mask(source: str | Path) -> dict[str, bool]:

@@ -13,6 +13,7 @@ from .adapter_folder import REPORT, adapter_digests
 from .command_line import GATE_FAILED, PASSED
 
 if TYPE_CHECKING:
+    import torch
     from datasets import Dataset
 
     from .images import Framing
@@ -183,14 +184,15 @@ def _attack(args: argparse.Namespace) -> "MemorizationReport":
 
     if args.encoder is None and (args.train, args.held_out) != ("demo", "demo"):
         raise ValueError(NEEDS_ENCODER)
-    import torch
-
     from .adapter_checks import check_base
     from .audit import AuditSettings, audit_memorization
     from .data import load_canaries, warn_of_crops
     from .families import family_of, load_pipeline
     from .images import Framing
 
+    amounts = {name: getattr(args, name) for name in AuditSettings.__dataclass_fields__ if name != "resolution"}
+    AuditSettings(resolution=args.resolution or 1, **amounts)  # wrong amounts are an error before anything is loaded
+    device = _device(args.device)
     framing, training = Framing(args.fit, args.background), _training(args.adapter)
     _check_as_trained(training, framing, args.resolution)
     captions = (args.caption_column or None) if args.pipeline else None
@@ -201,7 +203,6 @@ def _attack(args: argparse.Namespace) -> "MemorizationReport":
     warn_of_crops(train, framing, "training")
     generated = None if args.generated is None else _images(args.generated, "generated", None)
     canaries = None if args.canaries is None else load_canaries(args.canaries)
-    device = torch.device(args.device) if args.device else torch.accelerator.current_accelerator() or "cpu"
     pipeline = args.pipeline and load_pipeline(args.pipeline, args.revision).to(device)
     base = args.base_pipeline and load_pipeline(args.base_pipeline).to(device)
     if training:
@@ -209,7 +210,6 @@ def _attack(args: argparse.Namespace) -> "MemorizationReport":
     resolution = args.resolution or training.get("resolution")
     if resolution is None:
         resolution = min(generated[0]["image"].size) if pipeline is None else family_of(pipeline).trained_at
-    amounts = {name: getattr(args, name) for name in AuditSettings.__dataclass_fields__ if name != "resolution"}
     report = audit_memorization(
         train=train,
         held_out=held_out,
@@ -229,6 +229,19 @@ def _attack(args: argparse.Namespace) -> "MemorizationReport":
     if args.adapter is not None and Path(args.adapter).is_dir():
         report.weights = adapter_digests(Path(args.adapter))
     return report
+
+
+def _device(name: str | None) -> "torch.device":
+    """The device of a name, or the accelerator, if there is one."""
+    import torch
+
+    if name is None:
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"--device {name!r} cannot be used: {reason}") from None
 
 
 def _public_words(args: argparse.Namespace, settings: Mapping[str, Any]) -> Iterator[str]:

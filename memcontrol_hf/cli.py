@@ -93,13 +93,15 @@ def _add_audit(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_card(commands: argparse._SubParsersAction) -> None:
-    parser = _command(commands, "card", _card, "render the card of a folder again from the files in the folder")
+    text = "render the card of a folder again from the files in the folder"
+    parser = _command(commands, "card", _card, text, gated=True)
     parser.add_argument(
         "folder", type=Path, help="folder of an adapter, an export, an audit, a mask or the demo's pipeline"
     )
     parser.add_argument(
         "--gate",
-        help="gate file by which the stored audit is judged again before; default: the package's own gate",
+        help="gate file by which the stored audit is judged again before; default: the package's own gate. The exit "
+        "code is 3 when the gate fails",
     )
 
 
@@ -196,27 +198,32 @@ def _card(args: argparse.Namespace) -> int:
     from .report import DEFAULT_GATE, MemorizationReport, load_gate
     from .report.card import write_card
 
+    failures: list[str] = []
     if args.gate:
         if not (args.folder / REPORT).is_file():
             raise ValueError(f"--gate judges the audit in a {REPORT}, and {str(args.folder)!r} holds none")
         report = MemorizationReport.from_json(args.folder / REPORT)
         report.judge(load_gate(DEFAULT_GATE if args.gate == "default" else args.gate))
         report.to_json(args.folder / REPORT)
+        failures = report.gate["failures"]
     print(f"card: {write_card(args.folder)}")
-    return PASSED
+    for failure in failures:
+        print(f"gate: FAILED, {failure}")
+    return GATE_FAILED if failures else PASSED
 
 
 def _dossier(args: argparse.Namespace) -> int:
     from .report.dossier import Dossier
     from .report.dossier_facts import FACTS, Facts, empty_facts
     from .report.dossier_pdf import check_fpdf, write_pdf
-    from .whole_files import write_whole
+    from .whole_files import check_writable, write_whole
 
     if not args.no_pdf:
         check_fpdf()
     file, output = args.facts or args.folder / FACTS, args.output_dir or args.folder
     facts = Facts.from_yaml(file) if args.facts or file.exists() else Facts()
     dossier = Dossier.from_folder(args.folder, facts)
+    check_writable(output)
     output.mkdir(parents=True, exist_ok=True)
     if not args.facts and not file.exists():
         write_whole(file, empty_facts())

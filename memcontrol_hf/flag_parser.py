@@ -80,6 +80,7 @@ class FlagParser(HfArgumentParser):
             self.error(f"--config {file} cannot be read: {' '.join(str(error).split())}")
         if not isinstance(content, dict):
             self.error(f"--config {file} holds no flags: write one a line, name: value")
+        content = {str(name).replace("-", "_"): value for name, value in content.items()}  # as on a command line
         if unknown := sorted(map(str, content.keys() - {flag.name for flag in fields(ScriptArguments)})):
             self.error(f"--config {file} has unknown flags: {', '.join(unknown)}; --help lists the flags")
         flags = [word.partition("=")[0] for word in argv if word.startswith("--")]

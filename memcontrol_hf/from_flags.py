@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftConfig
 
 from .adapter_folder import CONFIG, read_mask
 from .audit import LEAST_IMAGES, AuditSettings, cannot_pass, check_attribute, least_images
-from .checkpoints import newest_whole
+from .checkpoints import check_whole, newest_whole
 from .data import INCLUDED, check_near_duplicates, flip_canaries, images_digest, load_images, plant_canaries
 from .demo import demo_dataset
 from .dry_run import Stage, audit_stage, figures_stage, load_architecture, plan, stages_table
@@ -25,6 +25,7 @@ from .evaluation import METRICS, check_objectives
 from .families import DTYPES, QUANTIZATIONS, Family, family_of, load_pipeline
 from .flags import SEEN_LATER, ScriptArguments, on_demo_data, public_datasets, public_flags, settings
 from .images import Framing
+from .masks import named_granularity
 from .mitigations import parse_mitigations
 from .publish.hub import check_login
 from .report import DEFAULT_GATE, load_gate
@@ -81,9 +82,10 @@ def check(args: ScriptArguments, screens: bool = False) -> tuple[PeftConfig, tup
         raise ValueError("--log_images is for --report_to wandb: give that, too, or neither")
     if args.push_to_hub:
         check_login(args.hub_model_id or Path(args.output_dir).resolve().name, args.hub_public)
-    resume = args.resume_from_checkpoint
-    if resume not in (None, "latest") and not Path(resume).is_dir():
-        raise ValueError(f"--resume_from_checkpoint {resume!r} is no folder: give a checkpoint's, or latest")
+    if (resume := args.resume_from_checkpoint) not in (None, "latest"):
+        if not Path(resume).is_dir():
+            raise ValueError(f"--resume_from_checkpoint {resume!r} is no folder: give a checkpoint's, or latest")
+        check_whole(resume)
     if args.train_data_dir is not None and not Path(args.train_data_dir).is_dir():
         raise ValueError(f"--train_data_dir {args.train_data_dir!r} is no folder")
     if args.train_data_dir is not None and args.dataset_name != "demo":
@@ -115,10 +117,10 @@ def _check_numbers(args: ScriptArguments) -> None:
     if args.n_trials or not args.mask_from:
         check_n_trials(args.n_trials, "--n_trials")
     for flag in ("max_trainable_percent", "trial_timeout"):
-        if (value := getattr(args, flag)) is not None and value <= 0:
+        if (value := getattr(args, flag)) is not None and not value > 0:  # NaN is neither
             raise ValueError(f"--{flag} must be positive, but is {value:g}")
     steps = {"max_train_steps": 1, "search_max_steps": 1, "screen_steps": 4, "singular_values": 1}
-    counts = {"n_finalists": 0, "finalist_repeats": 1, "eval_num_images": 2, "log_images": 0}
+    counts = {"n_finalists": 0, "finalist_repeats": 1, "eval_num_images": 2, "log_images": 0, "checkpointing_steps": 0}
     for flag, least in (counts | steps).items():
         if (value := getattr(args, flag)) is not None and value < least:
             raise ValueError(f"--{flag} must be at least {least}, but is {value}")
@@ -337,7 +339,7 @@ def _what_becomes_of_images(args: ScriptArguments) -> str:
 
 def granularity_of(args: ScriptArguments) -> str | list[str]:
     """The granularity: a name, or a list of regular expressions."""
-    return args.granularity[0] if args.granularity in (["block"], ["site"], ["module"]) else args.granularity
+    return named_granularity(args.granularity)
 
 
 def _bytes_of_checkpoints(trainer: MemControlTrainer) -> int:

@@ -1,7 +1,7 @@
 """A mask over blocks, `{block name: bool}`, as it is shown to people."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 # UNets: each attention site (16 in Stable Diffusion 1.5). Transformers (DiT): each block. CLIP and T5: each layer.
 BLOCK = re.compile(
@@ -13,6 +13,26 @@ SITE = re.compile(r"\.(?:attn\d*|ff(?:_context)?|self_attn|mlp|layer\.\d+)$")
 """How the name of a site inside of a block ends."""
 # Blocks, and what a finer granularity names inside of them, are together in a part.
 _PART = re.compile(r"(.+?)\.attentions\.\d+|(text_encoder.*?\.(?:layers|block)|.*?transformer_blocks)\.\d+(?=\.|$)")
+
+
+GRANULARITIES = ("block", "site", "module")
+"""Names for what a bit of a mask stands for."""
+
+
+def named_granularity(words: Sequence[str]) -> str | list[str]:
+    """The granularity that a command line gives: a name, or a list of regular expressions.
+
+    Raises:
+        ValueError: for a single plain word that is no name: as an expression it would make one block.
+    """
+    if len(words) > 1 or not words[0].isalpha():
+        return list(words)
+    if words[0] not in GRANULARITIES:
+        raise ValueError(
+            f"unknown granularity {words[0]!r}: use {', '.join(GRANULARITIES)}, or regular expressions over module "
+            "names, one for each block"
+        )
+    return words[0]
 
 
 def block_map(mask: Mapping[str, bool]) -> list[tuple[str, str]]:

@@ -4,7 +4,8 @@ r"""Tell what each block of a model learns and what it memorizes on a data set, 
         --train_data_dir my_images --method lora --output_dir my_screening
 
 It takes the flags of `memcontrol train`, and reads those of the model, the images, what is tuned and the training. The
-folder gets `screening.json` (see `memcontrol_hf.Screening`), which holds no image and no caption, and `screening.png`.
+folder gets `screening.json` (see `memcontrol_hf.Screening`), which holds no image and no caption, `screening.png`, and
+`mask.json`, the mask that the screening suggests: `memcontrol train --mask_from my_screening` trains it.
 With `--method svdiff --singular_values 2000` it also gets `singular_values.json`: the configuration of the 2,000
 single singular values that memorize least for what they learn. `memcontrol train` searches among these alone with
 `--peft_config my_screening/singular_values.json`.
@@ -16,13 +17,19 @@ Exit codes: 0 done, 2 wrong use, 1 an error.
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from .adapter_folder import MASK
 from .command_line import ERROR, WRONG_USE
 from .flags import ScriptArguments
 from .train import FAILURES, OF_THE_MACHINE, exit_code, start
 from .whole_files import write_whole
+
+if TYPE_CHECKING:
+    from .screening import Screening
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +48,7 @@ def run(args: ScriptArguments) -> None:
     from .report.plots import plot_screening
     from .report.report import aligned
     from .screening import other_trainers
+    from .search import suggested_mask
 
     with exit_code(WRONG_USE, ValueError), exit_code(ERROR, OF_THE_MACHINE):
         if args.dry_run:
@@ -64,12 +72,17 @@ def run(args: ScriptArguments) -> None:
     plot_screening(screening.to_dict(), folder / PLOT)
     print(aligned(screening.table()))
     print("\nfall of the loss that is owed to each block, ± one standard error over the probes")
+    (folder / MASK).unlink(missing_ok=True)  # of an earlier screening
     if not (masks := screening.masks(4)):
         print("\nno block lowers the loss on validation images: screen with more steps, or at another --learning_rate")
     else:
+        mask = suggested_mask(screening)
+        write_whole(folder / MASK, json.dumps({"mask": mask}, indent=2) + "\n")
+        print(f"\nsuggested, the knee of the trade-off: {_in_words(screening, mask)}")
+        print(f"  {_blocks(mask)}\n  train these blocks: --mask_from {folder}")
         print(f"\nmasks along the trade-off, by memcontrol_hf.Screening.from_json({str(folder / FILE)!r}).masks(4):")
     for mask in masks:
-        print("  " + ", ".join(name for name, on in mask.items() if on))
+        print(f"  {_blocks(mask)} ({_in_words(screening, mask)})")
         for trainer_name, flags in other_trainers(mask).items():
             print(f"    {trainer_name}: {flags}")
     if single is not None:
@@ -82,6 +95,21 @@ def run(args: ScriptArguments) -> None:
         config = replace(trainer.peft_config, singular_values=chosen)
         write_whole(folder / SINGULAR_VALUES, json.dumps(config.to_dict()) + "\n")
         print(f"\n{single:,} of them, in {len(chosen)} modules: train with --peft_config {folder / SINGULAR_VALUES}")
+
+
+def _blocks(mask: Mapping[str, bool]) -> str:
+    return ", ".join(name for name, on in mask.items() if on)
+
+
+def _in_words(screening: "Screening", mask: Mapping[str, bool]) -> str:
+    """How large a mask is, and what of all it learns and memorizes by the screening."""
+    everything = screening.predict(dict.fromkeys(mask, True))
+    shares = [f"{one / whole:.0%}" if whole > 0 else "none" for one, whole in zip(screening.predict(mask), everything)]
+    parameters = sum(screening.parameters[name] for name, on in mask.items() if on)
+    return (
+        f"{sum(mask.values())} of {len(mask)} blocks, {parameters:,} parameters; learns {shares[0]} and memorizes "
+        f"{shares[1]} of what all blocks do"
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from .masks import BLOCK, SITE, granularity_of_names
+from .masks import BLOCK, GRANULARITIES, SITE, granularity_of_names
 from .tuners import METHODS, MemControlConfig, tunable_modules
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class SearchSpace:
             unread = [name for name in names if name.startswith(f"{part}.")][-1]
             names.remove(unread)
             modules = [name for name in modules if not name.startswith(f"{unread}.")]
-        if granularity in ("block", "site", "module"):
+        if granularity in GRANULARITIES:
             if not names:
                 raise ValueError(
                     f"{type(denoiser).__name__} has no attention blocks: pass `granularity` as a list of regular "

@@ -816,6 +816,7 @@ def _check_fits(family: Family, args: MemControlTrainingArguments, peft_config: 
     """Raise `ValueError` for arguments and a PEFT method that do not go with a model."""
     family.check_resolution(args.resolution)
     family.noise.check_snr_gamma(args.snr_gamma)
+    family.noise.check_inference_steps(args.eval_inference_steps)
     for name in args.objectives:
         if name in family.not_applicable:
             raise ValueError(f"the objective {name} is not applicable: {family.not_applicable[name]}")

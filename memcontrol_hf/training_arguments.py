@@ -6,13 +6,15 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import SchedulerType, TrainingArguments
+from transformers import SchedulerType, TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_bitsandbytes_available
 
@@ -37,6 +39,8 @@ _COUNTS = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "search_max_steps"),
     *("eval_num_images", "eval_inference_steps", "eval_num_timesteps", "resolution"),
 )
+# The trackers that are supported, and the packages of which each needs one.
+_TRACKERS = {"wandb": ["wandb"], "tensorboard": ["tensorboard", "tensorboardX"], "trackio": ["trackio"]}
 _OPTIONAL = ("snr_gamma", "search_max_steps")
 # What a training reads anew each time. All else is read once when the trainer is made, changes no training, or would
 # make the figures of two runs incomparable.
@@ -98,6 +102,16 @@ def check_trainer_arguments(args: Any, optimizer: Any, others: Mapping[str, Any]
             f"optimizer_cls_and_kwargs has lr={optimizer[1]['lr']}, which a search varies: give learning_rate= of the "
             "arguments"
         )
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Raise `ValueError` for a tracker that is unknown, or whose package is missing."""
+    for name in names:
+        packages = _TRACKERS.get(name, [])
+        if not packages and name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(f"unknown tracker {name!r}: use {', '.join(_TRACKERS)}, all or none")
+        if packages and not any(map(find_spec, packages)):
+            raise ValueError(f"the tracker {name} needs its package, which is missing: pip install {packages[0]}")
 
 
 @dataclass
@@ -189,9 +203,23 @@ class MemControlTrainingArguments(TrainingArguments):
         check_objectives(self.objectives)
         if self.optim.startswith(_OF_BITSANDBYTES) and not is_bitsandbytes_available():
             raise ValueError(f"the optimizer {self.optim.value} needs bitsandbytes: pip install bitsandbytes")
+        _check_trackers(self.report_to)
+        self._check_schedule()
         mitigations = parse_mitigations(self.mitigations)
         for mitigation in mitigations.values():
             mitigation.check_arguments(self, mitigations)
+
+    def _check_schedule(self) -> None:
+        """Raise `ValueError` for a schedule of the learning rate that cannot be made."""
+        optimizer, steps = torch.optim.SGD([torch.zeros(1, requires_grad=True)]), max(self.max_steps, 1)
+        kwargs = self.lr_scheduler_kwargs or {}
+        try:
+            get_scheduler(self.lr_scheduler_type, optimizer, self.get_warmup_steps(steps), steps, dict(kwargs))
+        except (TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:
+            raise ValueError(
+                f"the schedule {self.lr_scheduler_type.value} cannot be made: {error}. What it needs is given as "
+                f"lr_scheduler_kwargs (--trainer_args '{{\"lr_scheduler_kwargs\": {{...}}}}'), which is {kwargs}"
+            ) from None
 
     @property
     def framing(self) -> Framing:

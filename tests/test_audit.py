@@ -721,6 +721,12 @@ def test_exit_codes(tmp_path, capsys):
         (["--pipeline", "demo", "--adapter", "a", "--base_pipeline", "b"], "--base_pipeline is for a whole"),
         (["--generated", "x", "--gate", "nowhere.yaml"], "cannot read the gate 'nowhere.yaml'"),
         (["--pipeline", "demo"], "has no column 'text'"),
+        (["--pipeline", "nowhere", "--num_prompts", "0"], "num_prompts must be at least"),
+        (["--generated", "x", "--device", "nosuch"], "--device 'nosuch' cannot be used: "),
+        (
+            ["--pipeline", "demo", "--train", "demo", "--held_out", "demo", "--inference_steps", "5000"],
+            "5000 sampling steps are too many: the schedule of this model has 1000 timesteps",
+        ),
     ],
 )
 def test_wrong_use_is_said_in_one_line(tmp_path, capsys, arguments, message):

@@ -12,11 +12,13 @@ from safetensors.torch import load_file
 from memcontrol_hf import MemControlConfig
 from memcontrol_hf.adapters import load_adapter
 from memcontrol_hf.cli import main
+from memcontrol_hf.publish.export import export
 from memcontrol_hf.publish.filter import filter_adapter
 from memcontrol_hf.publish.spectral import PRINCIPAL_ENERGY
 from memcontrol_hf.screening import Screening
 
 MID, UP = "mid_block.attentions.0", "up_blocks.0.attentions.0"
+LAST = "up_blocks.1.attentions.1"
 
 
 def merged(folder) -> dict[str, torch.Tensor]:
@@ -150,11 +152,53 @@ def test_what_has_no_channels_to_filter_is_said_and_writes_nothing(tmp_path, bas
     assert not (tmp_path / "out").exists()
 
 
+def test_selected_singular_values_of_a_block_go_with_it(tmp_path):
+    modules = [f"{block}.transformer_blocks.0.attn1.to_q" for block in (MID, LAST)]
+    config = MemControlConfig(method="svdiff", singular_values={name: [0, 1] for name in modules})
+    folder = adapter_folder(tmp_path / "adapter", config, mask={MID: True, LAST: True})
+    filter_adapter(folder, tmp_path / "out", drop=[LAST])
+    left = PeftModel.from_pretrained(tiny_unet(), str(tmp_path / "out")).peft_config["default"]
+    assert left.singular_values == {modules[0]: [0, 1]} and left.mask[LAST] is False
+
+
+def made_up_screening(folder, learns: dict[str, float], memorizes: float) -> str:
+    unknown = dict.fromkeys(learns, 0.1)
+    screening = Screening(learns, dict.fromkeys(learns, memorizes), unknown, unknown, dict.fromkeys(learns, 8))
+    screening.to_json(folder / "screening.json")
+    return str(folder / "screening.json")
+
+
+@pytest.mark.parametrize(
+    ("learns", "message"),
+    [
+        ({"transformer_blocks.0": 0.5}, "tunes nothing in any block .* such as transformer_blocks.0: that is"),
+        ({MID: 0.5, UP: 0.5}, "has all blocks on in which the adapter tunes something, so nothing would be left out"),
+    ],
+)
+def test_a_screening_that_leaves_nothing_out_is_no_remedy(tmp_path, learns, message):
+    folder, screening = adapter_folder(tmp_path / "adapter"), made_up_screening(tmp_path, learns, 0.1)
+    with pytest.raises(ValueError, match=message):
+        filter_adapter(folder, tmp_path / "out", screening=screening)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"peft_type": "LO'])
+def test_a_configuration_that_is_none_is_named(tmp_path, content):
+    folder = adapter_folder(tmp_path / "adapter")
+    (folder / "adapter_config.json").write_text(content)
+    for write in (
+        lambda: filter_adapter(folder, tmp_path / "out", shrink=0.5),
+        lambda: export(folder, tmp_path / "out", "merged"),
+    ):
+        with pytest.raises(ValueError, match=r"adapter_config\.json' (cannot be read|holds no configuration)"):
+            write()
+
+
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_an_adapter_that_cannot_be_read_is_named(tmp_path, name):
     folder = adapter_folder(tmp_path / "adapter")
     (folder / name).write_text("{")
-    with pytest.raises(ValueError, match=r"the adapter in .*adapter' cannot be read: "):
+    with pytest.raises(ValueError, match=r"adapter.* cannot be read: "):
         filter_adapter(folder, tmp_path / "out", shrink=0.5)
 
 

@@ -299,6 +299,18 @@ def test_the_command_renders_the_same_card_from_the_folder_alone(tmp_path, capsy
     assert sorted(p.name for p in folder.iterdir() if p.name.startswith(".")) == []
 
 
+def test_an_audit_that_is_judged_again_has_the_exit_code_of_its_gate(tmp_path, capsys):
+    audited = MemorizationReport.from_json(MODEL_CARDS / "demo-svdiff" / "memorization_report.json")
+    folder = adapter_folder(tmp_path / "adapter", report=audited)
+    (tmp_path / "gate.yaml").write_text("membership_auc_loss: {max: 0.99}\n")
+    assert cli.main(["card", str(folder), "--gate", str(tmp_path / "gate.yaml")]) == 0
+    assert "gate: FAILED" not in capsys.readouterr().out
+    (tmp_path / "gate.yaml").write_text("membership_auc_loss: {max: 0.01}\n")
+    assert cli.main(["card", str(folder), "--gate", str(tmp_path / "gate.yaml")]) == 3
+    assert "gate: FAILED, membership_auc_loss: " in capsys.readouterr().out
+    assert cli.main(["card", str(folder)]) == 0, "without --gate, nothing is judged"
+
+
 @pytest.mark.parametrize("folder", sorted(p for p in MODEL_CARDS.glob("*") if p.is_dir()) or [None], ids=str)
 def test_the_published_cards_are_what_the_code_renders(folder, tmp_path):
     assert folder is not None, f"no card in {MODEL_CARDS}"

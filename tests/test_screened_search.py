@@ -16,9 +16,10 @@ from optuna.samplers import RandomSampler
 from test_audit import folder_of
 
 from memcontrol_hf import MemControlConfig, MemControlTrainer, Screening, SearchSpace, cli
+from memcontrol_hf.adapter_folder import read_mask
 from memcontrol_hf.flags import ScriptArguments
 from memcontrol_hf.from_flags import METHODS, dry_run, make_trainer, peft_config_from, settings_with_images
-from memcontrol_hf.search import SearchSettings, SharedStudy, kept_screening
+from memcontrol_hf.search import SearchSettings, SharedStudy, kept_screening, suggested_mask
 from memcontrol_hf.search.claims import SCREENING, Claim
 from memcontrol_hf.search.screened import SCREENED_MASKS, screened_trials
 from memcontrol_hf.search.worker import this_worker
@@ -214,14 +215,20 @@ def test_the_command_screens_and_writes_what_it_found(tmp_path, capsys, caplog, 
     assert asked == {"learning_rate": pytest.approx(10**-1.5), "singular_values": False}
     assert Screening.from_json(tmp_path / "screening.json") == MADE_UP
     assert (tmp_path / "screening.png").read_bytes().startswith(b"\x89PNG")
-    assert {file.name for file in tmp_path.iterdir()} == {"screening.json", "screening.png"}
+    assert {file.name for file in tmp_path.iterdir()} == {"mask.json", "screening.json", "screening.png"}
+    assert read_mask(tmp_path) == suggested_mask(MADE_UP) == {"a": False, "b": True}
     printed = capsys.readouterr().out
+    suggested = "1 of 2 blocks, 3 parameters; learns 33% and memorizes 0% of what all blocks do"
+    assert f"suggested, the knee of the trade-off: {suggested}\n  b\n  train these" in printed
+    assert f"--mask_from {tmp_path}\n" in printed
     assert "a      1,200       +0.5000 ± 0.0100  +0.1000 ± 0.0100" in printed
-    assert printed.splitlines()[-2:] == ["  a, b", "  b"]
+    first = "  a, b (2 of 2 blocks, 1,203 parameters; learns 100% and memorizes 100% of what all blocks do)"
+    assert printed.splitlines()[-2:] == [first, f"  b ({suggested})"]
     nothing = replace(MADE_UP, learns={"a": -0.5, "b": -0.25})
     monkeypatch.setattr(MemControlTrainer, "screen", lambda *_, **__: nothing)
     cli.main(["screen", "--output_dir", str(tmp_path), "--search_max_steps", "8"])
     assert "no block lowers the loss on validation images: screen with more steps" in capsys.readouterr().out
+    assert not (tmp_path / "mask.json").exists(), "the mask of an earlier screening"
 
 
 def test_the_command_writes_single_singular_values_that_a_search_tunes(tmp_path, capsys, monkeypatch):
@@ -234,7 +241,8 @@ def test_the_command_writes_single_singular_values_that_a_search_tunes(tmp_path,
     printed = capsys.readouterr().out
     written = f"{out}/singular_values.json"
     assert printed.splitlines()[-1] == f"2 of them, in 2 modules: train with --peft_config {written}"
-    assert {file.name for file in Path(out).iterdir()} == {"screening.json", "screening.png", "singular_values.json"}
+    files = {"mask.json", "screening.json", "screening.png", "singular_values.json"}
+    assert {file.name for file in Path(out).iterdir()} == files
     assert "number  learns  memorizes\n------  ------  ---------\n1       50%     0%\n3       100%    100%" in printed
     config = peft_config_from(written)
     assert config.method == "svdiff" and config.singular_values == {modules[0]: [1], modules[1]: [0]}

@@ -547,6 +547,7 @@ def test_a_stored_screening_is_read_as_it_was(tmp_path):
         ({"learns": {"a": 1.0}}, "memorizes and learns are of different blocks: a, down_blocks"),
         ({"parameters": {"a": 1.5}}, "parameters of a is 1.5, not a number"),
         ({"memorizes": {"a": "much"}}, "memorizes of a is 'much', not a number"),
+        ({"memorizes": {"a": float("nan")}}, "memorizes of a is nan"),
         ({"extra": 1}, r"unknown field\(s\) extra"),
         ({"settings": ...}, "lacks settings"),
         ({"singular_values": [1]}, "singular_values has no lists learns and memorizes of equal length"),

@@ -185,3 +185,5 @@ def test_a_granularity_is_a_name_or_a_list_of_expressions():
         (["module", "to_q"], ["module", "to_q"]),
     ):
         assert granularity_of(ScriptArguments(granularity=granularity)) == expected
+    with pytest.raises(ValueError, match="unknown granularity 'blocks': use block, site, module, or regular"):
+        granularity_of(ScriptArguments(granularity=["blocks"]))

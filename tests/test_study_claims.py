@@ -31,18 +31,20 @@ from claimed.judged import (
     value,
     verdict,
 )
-from claimed.page import deciding, pictures, plot, render, render_summary
+from claimed.page import deciding, pictures, plot, render
 from claimed.results import finished, read_runs, restore, write_runs
 from claimed.rows import ALL, BASE, FOUND, OWN_RATE, RANDOMS, RATE_SEED, ROWS, SEEDS, SHARES, STEPS, WORST, piece_of
 from claimed.runs import SETTINGS, Study, mask_from, max_norm, train_along
+from claimed.summary import render_summary
 from common.intervals import t_interval
 from common.pages import read_results
 from common.pieces import Pieces
 from memcontrol_hf import metrics
 from memcontrol_hf.checkpoints import Diverged
 from memcontrol_hf.screening import Screening
+from memcontrol_hf.search import suggested_mask
 from paper_table.data_sets import images
-from screened.choice import masks_of_size, suggested_mask, worst_mask
+from screened.choice import masks_of_size, worst_mask
 
 DOCS = Path(__file__).parents[1] / "docs"
 

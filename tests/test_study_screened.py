@@ -12,7 +12,8 @@ from common.intervals import holm
 from memcontrol_hf import metrics
 from memcontrol_hf.randomness import Purpose
 from memcontrol_hf.screening import Screening
-from screened.choice import random_masks, suggested_mask
+from memcontrol_hf.search import suggested_mask
+from screened.choice import random_masks
 from screened.fine_tunes import fid, fine_tune, measure
 from screened.paired_page import render
 from screened.verdicts import ALL, BASE, SUGGESTED, beaten, random_names, verdicts

@@ -78,7 +78,7 @@ def test_a_yaml_file_holds_any_flag_and_the_command_line_wins(tmp_path):
 
 
 def test_yaml_reads_no_as_a_word_and_lists_of_the_command_line_replace_those_of_the_file(tmp_path):
-    (tmp_path / "run.yaml").write_text("mixed_precision: no\ndry_run: no\nmitigation: [rwa:n=4]\nn_trials: 3\n")
+    (tmp_path / "run.yaml").write_text("mixed_precision: no\ndry_run: no\nmitigation: [rwa:n=4]\nn-trials: 3\n")
     config = ["--config", str(tmp_path / "run.yaml")]
     args = FlagParser().script_arguments(config)
     assert (args.mixed_precision, args.dry_run, args.mitigation, args.n_trials) == ("no", False, ["rwa:n=4"], 3)

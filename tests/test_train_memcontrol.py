@@ -388,6 +388,20 @@ def test_a_mask_file_that_is_no_object_is_said_to_hold_none(tmp_path):
             {"memorization_budget": 0.5, "objectives": ["fid"]},
             "--memorization_budget needs a second objective, the memorization",
         ),
+        ({"memorization_budget": "nan"}, "--memorization_budget must be a number, but is nan"),
+        (
+            {"memorization_budget": 0.6, "objectives": ["membership_auc", "loss"]},
+            "--memorization_budget limits the second objective, and that is loss, a quality",
+        ),
+        ({"max_trainable_percent": "nan"}, "--max_trainable_percent must be positive, but is nan"),
+        ({"checkpointing_steps": -1}, "--checkpointing_steps must be at least 0, but is -1"),
+        ({"granularity": ["blocks"]}, "unknown granularity 'blocks': use block, site, module, or regular"),
+        (
+            {"lr_scheduler": "cosine_with_min_lr"},
+            "schedule cosine_with_min_lr cannot be made: .*lr_scheduler_kwargs",
+        ),
+        ({"report_to": "wandbb"}, "unknown tracker 'wandbb': use wandb, tensorboard, trackio, all or none"),
+        ({"eval_inference_steps": 5000}, "5000 sampling steps are too many: the schedule of this model has 1000"),
         ({"learning_rate": -1.0}, "--learning_rate must be positive"),
         ({"train_data_dir": "/nowhere"}, "'/nowhere' is no folder"),
         ({"caption_column": "caption"}, "has no column 'caption'; it has: image, text"),
@@ -425,6 +439,19 @@ def test_wrong_use_is_one_line_before_any_training(script, assets, tmp_path, cap
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and re.search(message, errors[0])
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_missing_is_said_before_any_training(script, assets, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(MemControlTrainer, "train", lambda self, **kwargs: pytest.fail("training began"))
+    monkeypatch.setattr("memcontrol_hf.training_arguments.find_spec", lambda name: None)
+    (tmp_path / "empty").mkdir()
+    for changes, message in (
+        ({"report_to": "trackio"}, "the tracker trackio needs its package, which is missing: pip install trackio"),
+        ({"resume_from_checkpoint": tmp_path / "empty"}, "cannot be gone on from: trainer_state.json is missing"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            script.main(flags(assets, tmp_path / "out", **changes))
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_picture_that_is_in_two_splits_again_a_little_darker_is_refused(assets, tmp_path):

@@ -141,6 +141,7 @@ def audit_memorization(
         for attacked in filter(None, (pipeline, base_pipeline)):
             family = family_of(attacked)
             family.check_resolution(settings.resolution)
+            family.noise.check_inference_steps(settings.inference_steps)
             family.pipeline_arguments(train["text"][:1], settings.resolution, settings.guidance_scale)
     if adapter is not None:
         _check_adapter(pipeline, adapter, _framed(train, settings))

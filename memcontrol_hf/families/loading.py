@@ -76,7 +76,9 @@ def load_pipeline(
             arguments["quantization_config"] = _quantization(quantization, parts, arguments["dtype"])
         return diffusers.DiffusionPipeline.from_pretrained(name, revision=revision, variant=variant, **arguments)
     except (OSError, ValueError, KeyError, RuntimeError, SingleFileComponentError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        # Where there is no network, diffusers refers to a stack trace, which nobody sees here.
+        said = error.__cause__ if error.__cause__ and "stacktrace above" in str(error) else error
+        reason = (str(said).splitlines() or [type(said).__name__])[0]
         raise ValueError(f"cannot load the pipeline {name!r}: {reason}") from None
 
 

@@ -122,6 +122,11 @@ class DDPMNoise:
         scheduler.set_timesteps(num_inference_steps)
         return scheduler
 
+    def check_inference_steps(self, count: int) -> None:
+        """Raise `ValueError` for more sampling steps than the schedule has timesteps."""
+        if count > (total := self.scheduler.config.num_train_timesteps):
+            raise ValueError(f"{count} sampling steps are too many: the schedule of this model has {total} timesteps")
+
     def check_snr_gamma(self, snr_gamma: float | None) -> None:
         """Raise `ValueError` when min-SNR weighting is asked for and the noise process has no such weighting."""
 

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..adapter_checks import check_base
-from ..adapter_folder import ADAPTER, CONFIG, PLOT, REPORT, adapter_digests, adapter_parts, changed_files
+from ..adapter_folder import ADAPTER, CONFIG, PLOT, REPORT, adapter_digests, adapter_parts, changed_files, read_config
 from ..families import family_of, load_pipeline
 from ..report import MemorizationReport
 from ..report.card import write_card
-from ..whole_files import is_new_or_empty
+from ..whole_files import check_writable, is_new_or_empty
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -87,8 +87,11 @@ def _checked_parts(folder: Path, output_dir: Path, to: str, rank: int) -> tuple[
     for name, found in ((f"{ADAPTER} with {CONFIG}", parts), (REPORT, (folder / REPORT).is_file())):
         if not found:
             raise ValueError(f"{str(folder)!r} holds no {name}: give the folder that a fine-tune left")
+    for part in parts:
+        read_config(folder / part)
     if not is_new_or_empty(output_dir):
         raise ValueError(f"{str(output_dir)!r} is there and not empty: give another --output_dir")
+    check_writable(output_dir)
     if to == "lora" and parts != ("",):
         raise ValueError(
             "this adapter tunes text encoders, which a LoRA file of this package does not hold: export it to merged"

@@ -9,11 +9,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..adapter_folder import ADAPTER, CONFIG, REPORT, adapter_parts
+from ..adapter_folder import ADAPTER, CONFIG, REPORT, adapter_parts, read_config
 from ..families import family_of
 from ..report import MemorizationReport
 from ..screening import Screening
-from ..whole_files import is_new_or_empty, read_json, write_whole
+from ..whole_files import check_writable, is_new_or_empty, write_whole
 from .export import base_pipeline
 from .spectral import filter_channels
 
@@ -85,9 +85,10 @@ def filter_adapter(
         )
     if not is_new_or_empty(output_dir):
         raise ValueError(f"{str(output_dir)!r} is there and not empty: give another --output_dir")
+    check_writable(output_dir)
     try:
-        config, tensors = read_json(folder / CONFIG), load_file(folder / ADAPTER)
-    except (ValueError, SafetensorError) as error:
+        config, tensors = read_config(folder), load_file(folder / ADAPTER)
+    except SafetensorError as error:
         raise ValueError(f"the adapter in {str(folder)!r} cannot be read: {error}") from None
     known = ("LORA", "MEMCONTROL")
     if config.get("peft_type") not in known or config.get("modules_to_save"):
@@ -96,6 +97,11 @@ def filter_adapter(
             f"it takes {' and '.join(known)} without whole modules"
         )
     left_out = _left_out(drop, screening, tensors)
+    if shrink is None and spectral is None and not left_out:
+        raise ValueError(
+            f"the middle mask of {str(screening)!r} has all blocks on in which the adapter tunes something, so "
+            "nothing would be left out: give --shrink, --drop or --spectral"
+        )
     kept = {name: tensor for name, tensor in tensors.items() if not any(_inside(name, block) for block in left_out)}
     if not kept:
         raise ValueError("nothing would be left of the adapter: leave fewer blocks out")
@@ -156,7 +162,13 @@ def _left_out(drop: Sequence[str], screening: str | Path | None, tensors: Mappin
             raise ValueError(f"the adapter tunes nothing in a block {block!r}")
     found = list(drop)
     if screening is not None:
-        masks = Screening.from_json(screening).masks(1)
+        screened = Screening.from_json(screening)
+        if not any(_inside(name, block) for name in tensors for block in screened.learns):
+            raise ValueError(
+                f"the adapter tunes nothing in any block of {str(screening)!r}, such as "
+                f"{next(iter(screened.learns))}: that is a screening of another model"
+            )
+        masks = screened.masks(1)
         if not masks:
             raise ValueError(f"no block of {str(screening)!r} learns anything: there is nothing to choose by")
         off = [block for block, on in masks[0].items() if not on]
@@ -175,6 +187,8 @@ def _without(config: dict[str, Any], blocks: Sequence[str], kept: Mapping[str, t
     modules = {name.removeprefix("base_model.model.").rpartition(".memcontrol_")[0] for name in kept}
     modules |= {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in kept}
     config = {**config, "target_modules": sorted(modules - {""})}
+    if isinstance(chosen := config.get("singular_values"), dict):
+        config["singular_values"] = {name: chosen[name] for name in chosen if name in modules}
     if isinstance(config.get("mask"), dict):
         config["mask"] = {
             name: on and not any(name == block or name.startswith(f"{block}.") for block in blocks)

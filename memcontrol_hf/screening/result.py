@@ -237,6 +237,8 @@ class Screening:
         """
         try:
             return cls.from_dict(read_json(path))
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
         except ValueError as error:
             raise ValueError(f"{path} is no screening: {error}") from None
 
@@ -257,6 +259,8 @@ def _checked(content: dict[str, Any]) -> dict[str, Any]:
         for block, value in content[name].items():
             if isinstance(value, bool) or not isinstance(value, int if name == "parameters" else (int, float)):
                 raise ValueError(f"{name} of {block} is {value!r}, not a number")
+            if not math.isfinite(value) and not name.endswith("_error"):
+                raise ValueError(f"{name} of {block} is {value}")
     if "singular_values" in content:
         _check_singular_values(content["singular_values"])
     return content

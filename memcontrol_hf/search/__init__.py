@@ -20,7 +20,7 @@ from .front import (
 )
 from .loop import run_search
 from .sampler import SAMPLERS, SeededSampler, check_sampler, known_masks, middle_rate
-from .screened import kept_screening
+from .screened import kept_screening, suggested_mask
 from .servers import said_in_one_line
 from .settings import SearchSettings, check_budget, check_n_trials, check_options, check_prune_at
 from .storage import check_study, open_storage, public_address, storage_address
@@ -59,4 +59,5 @@ __all__ = [
     "search_summary",
     "select_run",
     "storage_address",
+    "suggested_mask",
 ]

@@ -8,13 +8,15 @@ from typing import Any
 import optuna
 import torch
 from accelerate.utils.memory import clear_device_cache
+from transformers.trainer_utils import BestRun
 
 from ..screening import Screening
 from .claims import SCREENING, Claim, holders, is_held
+from .front import select_run
 from .processes import Processes, from_first, reason_in_words
 from .protocol import HpSpace, SearchableTrainer
 from .sampler import known_trials, middle_rate
-from .settings import SearchSettings
+from .settings import MEMORIZATION, QUALITY, SearchSettings
 from .study import SharedStudy
 
 logger = logging.getLogger(__name__)
@@ -22,11 +24,25 @@ logger = logging.getLogger(__name__)
 SCREENED_MASKS = 4
 """Number of masks along the front of a screening from which a search takes those that it tries first."""
 
-QUALITY, MEMORIZATION = {"fid", "loss"}, {"amd", "membership_auc", "noise_norm"}
-"""Objectives between which a screening's masks are a trade-off."""
-
 _ATTRIBUTE = "screening"  # of the study: what `Screening.to_dict` gives, or the `failure`
 _POLL_SECONDS = 2.0
+
+
+def suggested_mask(screening: Screening) -> dict[str, bool]:
+    """The knee of a screening's front: the rule by which a search without a budget selects a run, without trials.
+
+    [`select_run`] reads the knee off the figures of trials. Here it reads the knee off what the additive model of the
+    screening predicts of all masks of its front, beside the frozen base.
+
+    Raises:
+        ValueError: when no block of the screening learns anything.
+    """
+    off = dict.fromkeys(screening.learns, False)
+    runs = []
+    for mask in [off, *screening.masks(len(off))]:
+        learns, memorizes = screening.predict(mask)
+        runs.append(BestRun(str(len(runs)), (-learns, memorizes), {"mask": mask}))
+    return select_run(runs).hyperparameters["mask"]
 
 
 def is_to_be_screened(trainer: SearchableTrainer, settings: SearchSettings, hp_space: HpSpace | None) -> bool:

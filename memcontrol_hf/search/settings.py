@@ -1,5 +1,6 @@
 """The settings of a search, which validate themselves."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,9 @@ from typing import Any
 from optuna.samplers import BaseSampler, CmaEsSampler
 
 from .sampler import check_sampler
+
+QUALITY, MEMORIZATION = {"fid", "loss"}, {"amd", "membership_auc", "noise_norm"}
+"""Objectives between which masks are a trade-off."""
 
 _REFUSED = {
     "callbacks": "give the trainer callbacks=, which are called in each training, or watch the study with "
@@ -138,6 +142,14 @@ def check_prune_at(prune_at: float | None, name: str = "prune_at") -> None:
 
 
 def check_budget(budget: float | None, objectives: Sequence[Any], name: str = "a memorization budget") -> None:
-    """Raise `ValueError` for a budget without a second objective; `name` is what the caller calls the setting."""
-    if budget is not None and len(objectives) < 2:
+    """Raise `ValueError` for a budget that limits nothing; `name` is what the caller calls the setting."""
+    if budget is None:
+        return
+    if len(objectives) < 2:
         raise ValueError(f"{name} needs a second objective, the memorization")
+    if not math.isfinite(budget):
+        raise ValueError(f"{name} must be a number, but is {budget}")
+    if objectives[1] in QUALITY:
+        raise ValueError(
+            f"{name} limits the second objective, and that is {objectives[1]}, a quality: name the memorization second"
+        )

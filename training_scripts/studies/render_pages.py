@@ -16,6 +16,7 @@ import benchmark_screening
 import benchmark_workers
 import caption_attacks
 import claimed.page
+import claimed.summary
 import compare_mitigations
 import copy_detection
 import duplicate_scan
@@ -80,7 +81,7 @@ def main() -> None:
         results = read_results(file)
         write_results(file, results, render(results))
     results = read_results(args.docs_dir / "results" / "claims.json")
-    (args.docs_dir / "results.md").write_text(claimed.page.render_summary(results), encoding="utf-8")
+    (args.docs_dir / "results.md").write_text(claimed.summary.render_summary(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

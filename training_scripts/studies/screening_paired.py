@@ -33,7 +33,8 @@ from memcontrol_hf import demo_dataset
 from memcontrol_hf.flags import ScriptArguments
 from memcontrol_hf.from_flags import training_arguments
 from memcontrol_hf.screening import Screening
-from screened.choice import Mask, random_masks, suggested_mask
+from memcontrol_hf.search import suggested_mask
+from screened.choice import Mask, random_masks
 from screened.fine_tunes import fid, fine_tune, measure
 from screened.paired_page import COMMAND, plot, render
 from screened.verdicts import ALL, BASE, RANDOM, SAME, SEEDS, SUGGESTED, random_names, verdicts

@@ -12,9 +12,10 @@ from common.pieces import Pieces
 from paper_table.data_sets import DATA
 
 from .judged import ABOVE, interpolation_errors, judge, mean_points, parameters_of, reward, seeds_of
-from .page import COMMAND, pictures, plot, render, render_summary
+from .page import COMMAND, pictures, plot, render
 from .rows import METHODS, ROWS, SEEDS
 from .runs import SETTINGS
+from .summary import render_summary
 
 Run = dict[str, Any]
 KINDS = ("rates", "screenings")

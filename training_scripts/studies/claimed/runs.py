@@ -20,8 +20,9 @@ from memcontrol_hf.from_flags import METHODS as SEARCHED_RATES
 from memcontrol_hf.from_flags import training_arguments
 from memcontrol_hf.randomness import Purpose, row_keys, seeded_generator
 from memcontrol_hf.screening import Screening
+from memcontrol_hf.search import suggested_mask
 from paper_table.data_sets import DATA, images
-from screened.choice import Mask, masks_of_size, random_masks, suggested_mask, worst_mask
+from screened.choice import Mask, masks_of_size, random_masks, worst_mask
 from screened.fine_tunes import held_out_scores, losses_and_attacks
 
 from .rows import (

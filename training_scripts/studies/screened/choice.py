@@ -4,29 +4,12 @@ import random
 from collections.abc import Mapping
 from itertools import combinations
 
-from transformers.trainer_utils import BestRun
-
 from memcontrol_hf.screening import Screening
-from memcontrol_hf.search import select_run
 
 TOLERANCE = 1 / 8
 """How far the parameters of a random mask may be from those of the mask it is compared with, as a share of these."""
 
 Mask = dict[str, bool]
-
-
-def suggested_mask(screening: Screening) -> Mask:
-    """The knee of a screening's front: the rule by which a search without a budget selects a run, without trials.
-
-    [`~memcontrol_hf.search.select_run`] reads the knee off the figures of trials. Here it reads the knee off what the
-    additive model of the screening predicts of all masks of its front, beside the frozen base.
-    """
-    off = dict.fromkeys(screening.learns, False)
-    runs = []
-    for mask in [off, *screening.masks(len(off))]:
-        learns, memorizes = screening.predict(mask)
-        runs.append(BestRun(str(len(runs)), (-learns, memorizes), {"mask": mask}))
-    return select_run(runs).hyperparameters["mask"]
 
 
 def size(mask: Mask, parameters: Mapping[str, int]) -> int:
