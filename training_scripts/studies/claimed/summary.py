@@ -129,7 +129,7 @@ def _weaker(content: Content, shown: Iterable[str]) -> Iterator[str]:
     """What makes single lines of the table say less than they seem to, in sentences."""
     few = [_short(name) for name in shown if content["seeds"][name] < SEEDS]
     if few:
-        yield f"What is counted of {listed(few)} is preliminary: not all seeds are finished."
+        yield f"What is counted of {listed(few)} is preliminary, since not all seeds are finished."
     left_out = [
         f"{row['left_out']} of {row['pairs']} ({_short(name)})"
         for name, row in _compared(content, shown, FOUND, [*RANDOMS]).items()
@@ -166,7 +166,7 @@ def _verdict_above(content: Content, name: str, claim: str) -> str:
 
 def _short(name: str) -> str:
     data, method = name.split("-")
-    return f"{SHORT[data]}, {METHODS[method]}"
+    return f"{METHODS[method]} on the {SHORT[data]}"
 
 
 def _times(content: Content, name: str) -> float | None:
