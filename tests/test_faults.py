@@ -593,6 +593,15 @@ def test_the_command_that_leaves_the_final_fine_tune_names_who_has_it(tmp_path, 
     assert "10 minutes after the last sign of life" in caplog.text
 
 
+def test_who_waits_for_a_claim_leaves_no_trial_each_time_that_it_asks(tmp_path):
+    study = optuna.create_study(storage=f"sqlite:///{tmp_path}/study.db", study_name="s")
+    held = Claim.make(study, FINAL, is_held)
+    assert [Claim.make(study, FINAL, is_held) for _ in range(5)] == [None] * 5
+    assert len(optuna.load_study(storage=study._storage, study_name=f"s{FINAL}").trials) == 1
+    held.release()
+    assert Claim.make(study, FINAL, is_held) is not None
+
+
 def test_a_wait_for_trials_of_others_is_said_once(tmp_path, monkeypatch, caplog):
     trainer = tiny_trainer(tmp_path, objectives=["loss"])
     trainer.train_and_evaluate = lambda: {"eval_loss": 0.5}

@@ -76,6 +76,9 @@ class Claim:
             [`Claim`]; `None` when an earlier claim holds.
         """
         claims = optuna.create_study(storage=study._storage, study_name=study.study_name + work, load_if_exists=True)
+        named = (trial for trial in claims.get_trials(deepcopy=False) if "worker" in trial.user_attrs)
+        if any(map(holds, named)):
+            return None  # who waits for the work asks again and again, and leaves no trial each time
         claim = claims.ask()
         claim.set_user_attr(_SEEN, time.time())
         claim.set_user_attr("worker", this_worker())
