@@ -47,7 +47,6 @@ def run(args: ScriptArguments) -> None:
     from .from_flags import fixed_rate, make_trainer
     from .report.plots import plot_screening
     from .report.report import aligned
-    from .screening import other_trainers
     from .search import suggested_mask
 
     with exit_code(WRONG_USE, ValueError), exit_code(ERROR, OF_THE_MACHINE):
@@ -78,13 +77,11 @@ def run(args: ScriptArguments) -> None:
     else:
         mask = suggested_mask(screening)
         write_whole(folder / MASK, json.dumps({"mask": mask}, indent=2) + "\n")
-        print(f"\nsuggested, the knee of the trade-off: {_in_words(screening, mask)}")
-        print(f"  {_blocks(mask)}\n  train these blocks: --mask_from {folder}")
+        print(f"\nsuggested, the knee of the trade-off; train these blocks with --mask_from {folder}:")
+        _show(screening, mask)
         print(f"\nmasks along the trade-off, by memcontrol_hf.Screening.from_json({str(folder / FILE)!r}).masks(4):")
     for mask in masks:
-        print(f"  {_blocks(mask)} ({_in_words(screening, mask)})")
-        for trainer_name, flags in other_trainers(mask).items():
-            print(f"    {trainer_name}: {flags}")
+        _show(screening, mask)
     if single is not None:
         front = screening.singular_value_front(8)
         print("\nsingle singular values, the lowest price first, and what they learn and memorize of all:\n")
@@ -97,19 +94,20 @@ def run(args: ScriptArguments) -> None:
         print(f"\n{single:,} of them, in {len(chosen)} modules: train with --peft_config {folder / SINGULAR_VALUES}")
 
 
-def _blocks(mask: Mapping[str, bool]) -> str:
-    return ", ".join(name for name, on in mask.items() if on)
+def _show(screening: "Screening", mask: Mapping[str, bool]) -> None:
+    """Print a mask: how large it is, what it learns and memorizes, and what other trainers take for it."""
+    from .screening import other_trainers
 
-
-def _in_words(screening: "Screening", mask: Mapping[str, bool]) -> str:
-    """How large a mask is, and what of all it learns and memorizes by the screening."""
     everything = screening.predict(dict.fromkeys(mask, True))
     shares = [f"{one / whole:.0%}" if whole > 0 else "none" for one, whole in zip(screening.predict(mask), everything)]
     parameters = sum(screening.parameters[name] for name, on in mask.items() if on)
-    return (
-        f"{sum(mask.values())} of {len(mask)} blocks, {parameters:,} parameters; learns {shares[0]} and memorizes "
+    print(f"  {', '.join(name for name, on in mask.items() if on)}")
+    print(
+        f"    {sum(mask.values())} of {len(mask)} blocks, {parameters:,} parameters; learns {shares[0]} and memorizes "
         f"{shares[1]} of what all blocks do"
     )
+    for trainer, flags in other_trainers(mask).items():
+        print(f"    {trainer}: {flags}")
 
 
 if __name__ == "__main__":

@@ -218,12 +218,11 @@ def test_the_command_screens_and_writes_what_it_found(tmp_path, capsys, caplog, 
     assert {file.name for file in tmp_path.iterdir()} == {"mask.json", "screening.json", "screening.png"}
     assert read_mask(tmp_path) == suggested_mask(MADE_UP) == {"a": False, "b": True}
     printed = capsys.readouterr().out
-    suggested = "1 of 2 blocks, 3 parameters; learns 33% and memorizes 0% of what all blocks do"
-    assert f"suggested, the knee of the trade-off: {suggested}\n  b\n  train these" in printed
-    assert f"--mask_from {tmp_path}\n" in printed
+    suggested = ["  b", "    1 of 2 blocks, 3 parameters; learns 33% and memorizes 0% of what all blocks do"]
+    assert "\n".join([f"train these blocks with --mask_from {tmp_path}:", *suggested]) in printed
     assert "a      1,200       +0.5000 ± 0.0100  +0.1000 ± 0.0100" in printed
-    first = "  a, b (2 of 2 blocks, 1,203 parameters; learns 100% and memorizes 100% of what all blocks do)"
-    assert printed.splitlines()[-2:] == [first, f"  b ({suggested})"]
+    whole = ["  a, b", "    2 of 2 blocks, 1,203 parameters; learns 100% and memorizes 100% of what all blocks do"]
+    assert printed.splitlines()[-4:] == [*whole, *suggested]
     nothing = replace(MADE_UP, learns={"a": -0.5, "b": -0.25})
     monkeypatch.setattr(MemControlTrainer, "screen", lambda *_, **__: nothing)
     cli.main(["screen", "--output_dir", str(tmp_path), "--search_max_steps", "8"])
