@@ -11,7 +11,7 @@ from pathlib import Path
 
 from . import audit_command
 from .adapter_folder import REPORT
-from .command_line import ERROR, GATE_FAILED, PASSED, WRONG_USE, HelpFormatter
+from .command_line import ERROR, GATE_FAILED, PASSED, WRONG_USE, HelpFormatter, did_you_mean
 
 _WITH_FLAGS_OF_TRAIN = {
     "train": "search, fine-tune, audit and save an adapter",
@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
         return PASSED
     args, unknown = _parser().parse_known_args(argv)
     if unknown:
-        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")  # beside the usage of the command itself
+        hint = did_you_mean(unknown[0], args.parser._option_string_actions)
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")  # beside the command's own usage
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:

@@ -2,9 +2,17 @@
 
 import argparse
 import copy
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 PASSED, ERROR, WRONG_USE, GATE_FAILED = 0, 1, 2, 3
 """Exit codes: passed or done, an error, wrong use, the release gate failed."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """What an error about an unknown word ends with: the known one that is spelt nearly alike, if there is one."""
+    near = get_close_matches(word.partition("=")[0], known, n=1, cutoff=0.75)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from .command_line import WRONG_USE, HelpWithCommands
+from .command_line import WRONG_USE, HelpWithCommands, did_you_mean
 from .flags import ScriptArguments
 
 _GROUPS = {
@@ -23,6 +23,9 @@ _GROUPS = {
     "--push_to_hub": "publishing",
 }
 """The groups of the help, each by its first flag."""
+
+_UNKNOWN = "unrecognized arguments: "
+"""How argparse begins its error for flags that it does not know."""
 
 
 class FlagParser(HfArgumentParser):
@@ -48,6 +51,8 @@ class FlagParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with one line, since the usage of all flags would hide it."""
+        if message.startswith(_UNKNOWN):
+            message += did_you_mean(message.removeprefix(_UNKNOWN).split()[0], self._option_string_actions)
         print(f"error: {message}", file=sys.stderr)
         raise SystemExit(WRONG_USE)
 
@@ -81,8 +86,10 @@ class FlagParser(HfArgumentParser):
         if not isinstance(content, dict):
             self.error(f"--config {file} holds no flags: write one a line, name: value")
         content = {str(name).replace("-", "_"): value for name, value in content.items()}  # as on a command line
-        if unknown := sorted(map(str, content.keys() - {flag.name for flag in fields(ScriptArguments)})):
-            self.error(f"--config {file} has unknown flags: {', '.join(unknown)}; --help lists the flags")
+        known = {flag.name for flag in fields(ScriptArguments)}
+        if unknown := sorted(content.keys() - known):
+            names = ", ".join(name + did_you_mean(name, known) for name in unknown)
+            self.error(f"--config {file} has unknown flags: {names}; --help lists the flags")
         flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
         winning = {flag.removeprefix("--").replace("-", "_") for flag in flags}
         words: list[str] = []

@@ -54,3 +54,8 @@ def test_a_flag_that_a_command_lacks_is_an_error_beside_the_usage_of_that_comman
     assert (
         "usage: memcontrol push" in printed and "memcontrol push: error: unrecognized arguments: --dry_run" in printed
     )
+    with pytest.raises(SystemExit):
+        cli.main(
+            ["audit", "--train", "x", "--held_out", "y", "--output_dir", "z", "--adaptor", "a", "--pipeline", "p"]
+        )
+    assert "unrecognized arguments: --adaptor a (did you mean --adapter?)" in capsys.readouterr().err

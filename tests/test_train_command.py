@@ -89,7 +89,10 @@ def test_yaml_reads_no_as_a_word_and_lists_of_the_command_line_replace_those_of_
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("seed: 1\nlerning_rate: 3\n", "run.yaml has unknown flags: lerning_rate; --help lists the flags"),
+        (
+            "seed: 1\nlerning_rate: 3\n",
+            "run.yaml has unknown flags: lerning_rate (did you mean learning_rate?); --help lists the flags",
+        ),
         ("- seed\n", "run.yaml holds no flags: write one a line, name: value"),
         ("seed: [1", "run.yaml cannot be read: while parsing"),
         ("seed: many\n", "argument --seed: invalid int value: 'many'"),

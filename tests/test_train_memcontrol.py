@@ -381,7 +381,8 @@ def test_a_mask_file_that_is_no_object_is_said_to_hold_none(tmp_path):
         ({"num_workers": 2}, "--num_workers 2 is for --backend ray"),
         ({"granularity": ["layer", "("]}, "granularity 'layer' matches no module"),
         ({"mixed_precision": "fp8"}, "argument --mixed_precision.*: invalid choice: 'fp8'"),
-        ({"sede": 1}, "unrecognized arguments: --sede 1"),
+        ({"sede": 1}, r"unrecognized arguments: --sede 1 \(did you mean --seed\?\)$"),
+        ({"zzz": 1}, "unrecognized arguments: --zzz 1$"),
         ({"n_trials": 0}, "--n_trials must be at least 1"),
         ({"prune_at": 1.0}, "--prune_at must be a share of the steps between 0 and 1, but is 1"),
         (
