@@ -159,14 +159,16 @@ def interpolation_errors(runs: Runs, data: str, method: str, seeds: Iterable[int
     for seed in seeds:
         errors: dict[str, list[float]] = {figure: [] for figure in ATTACKS}
         for row in ROWS:
-            points = list(steps_of(runs[piece_of("runs", data, method, row, seed)]).values())
-            for before, point, after in zip(points, points[1:], points[2:]):
-                if not before[LOSS] > point[LOSS] > after[LOSS]:
+            points = steps_of(runs[piece_of("runs", data, method, row, seed)])
+            for before, step, after in zip(points, [*points][1:], [*points][2:]):
+                if not points[before][LOSS] > points[step][LOSS] > points[after][LOSS]:
                     break
-                share = (before[LOSS] - point[LOSS]) / (before[LOSS] - after[LOSS])
-                for figure in ATTACKS:
-                    interpolated = (1 - share) * before[figure] + share * after[figure]
-                    errors[figure].append(interpolated - point[figure])
+                beside = place(
+                    {"points": {str(other): points[other] for other in (before, after)}}, points[step][LOSS]
+                )
+                for figure, found in errors.items():
+                    interpolated = sum(weight * points[other][figure] for other, weight in beside.items())
+                    found.append(interpolated - points[step][figure])
         for figure, found in errors.items():
             by_seed[figure] += [fmean(found)] if found else []
     return {figure: interval for figure, values in by_seed.items() if (interval := t_interval(values))}

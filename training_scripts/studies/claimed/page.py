@@ -108,9 +108,12 @@ def preliminary(content: Content, name: str) -> str:
     return f"{count} of {SEEDS} seeds: preliminary" if count < SEEDS else f"{count} seeds"
 
 
-def same_rate(pieces: Mapping[str, Any], name: str) -> bool:
-    """Whether the rate that was chosen for the found mask is that of all blocks."""
-    rates = [pieces.get(f"rates/{name}/{row}-{RATE_SEED}", {}).get("learning_rate") for row in (ALL, OWN_RATE)]
+def is_copy(content: Content, name: str, row: Row) -> bool:
+    """Whether a comparison has the runs of another line: the rate chosen for the found mask is that of all blocks."""
+    if row.get("one") != OWN_RATE:
+        return False
+    pieces = content["pieces"]
+    rates = [pieces.get(f"rates/{name}/{one}-{RATE_SEED}", {}).get("learning_rate") for one in (ALL, OWN_RATE)]
     return None not in rates and rates[0] == rates[1]
 
 
@@ -140,8 +143,7 @@ def render(content: Content) -> str:
                 "",
             ]
         lines += _rows_table(content["curves"][name])
-        same_runs = same_rate(content["pieces"], name)
-        lines += _verdict_table(content["verdicts"][name], same_runs)
+        lines += _verdict_table(content, name)
         lines += _above_table(content, name)
         lines += _equal_table(content["verdicts"][name])
     lines += ["## The authors' reward", "", *_reward_table(content)]
@@ -179,10 +181,10 @@ def _rows_table(curves: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _verdict_table(verdicts: list[Mapping[str, Any]], same_runs: bool) -> list[str]:
-    rows = []
+def _verdict_table(content: Content, name: str) -> list[str]:
+    rows, verdicts = [], content["verdicts"][name]
     for row in verdicts:
-        is_copy = same_runs and row.get("one") == OWN_RATE
+        verdict = SAME_RUNS if is_copy(content, name, row) else row["verdict"]
         for test in row["tests"]:
             images = "" if test["image_low"] is None else f"{test['image_low']:+.3f} to {test['image_high']:+.3f}"
             left_out = f"{row['left_out']} of {row['pairs']}" if row.get("pairs") else ""
@@ -195,7 +197,7 @@ def _verdict_table(verdicts: list[Mapping[str, Any]], same_runs: bool) -> list[s
                     images,
                     p_value(test["p_holm"]),
                     left_out,
-                    (SAME_RUNS if is_copy else row["verdict"]) if test is row["tests"][0] else "",
+                    verdict if test is row["tests"][0] else "",
                 ]
             )
     head = [
@@ -215,7 +217,7 @@ def _verdict_table(verdicts: list[Mapping[str, Any]], same_runs: bool) -> list[s
         "losses. The four comparisons at the end are a family of their own.",
         "",
         *table(head, rows),
-        *(_copies(verdicts) if same_runs else []),
+        *(_copies(verdicts) if any(is_copy(content, name, row) for row in verdicts) else []),
     ]
 
 
@@ -237,7 +239,7 @@ def _above_table(content: Content, name: str) -> list[str]:
     rows = [
         [row["claim"], _at(row), *(_at(found[row["claim"]]) for found in by_loss.values())]
         for row in verdicts
-        if not (row["one"] == OWN_RATE and same_rate(content["pieces"], name))
+        if not is_copy(content, name, row)
     ]
     interpolation = content["interpolation"][name]
     errors = [f"{TITLES[figure]} {Interval(*interpolation[figure]).cell(3)}" for figure in ATTACKS]

@@ -6,8 +6,8 @@ from statistics import fmean
 from common.pages import table
 
 from .judged import ABOVE, ATTACKS, CAPACITY, CLAIMS, CONFIRMED
-from .page import COMMAND, SAME_RUNS, Content, Row, against, deciding, groups, listed, preliminary, same_rate
-from .rows import ALL, FOUND, FULL, METHODS, OWN_RATE, RANDOMS, SEEDS, TRANSFERRED
+from .page import COMMAND, SAME_RUNS, Content, Row, against, deciding, groups, is_copy, listed, preliminary
+from .rows import ALL, FOUND, FULL, METHODS, RANDOMS, SEEDS, TRANSFERRED
 
 SHORT = {"demo": "emoji", "elpv": "solar cells"}
 """Names of the data sets inside of a sentence."""
@@ -77,7 +77,7 @@ def _verdict_cell(content: Content, name: str, row: Row | None) -> str:
     """A verdict with the figure that decides it, unless its runs are those of another line."""
     if row is None:
         return ""
-    if row.get("one") == OWN_RATE and same_rate(content["pieces"], name):
+    if is_copy(content, name, row):
         return SAME_RUNS
     return f"**{row['verdict']}**: {deciding(row)}"
 
@@ -148,7 +148,7 @@ def _weaker(content: Content, shown: Iterable[str]) -> Iterator[str]:
         for name in shown
         if content["seeds"][name] == SEEDS
         for row in content["verdicts"][name]
-        if row["kind"] == "matched" and not (row["one"] == OWN_RATE and same_rate(content["pieces"], name))
+        if row["kind"] == "matched" and not is_copy(content, name, row)
         if (other := _verdict_above(content, name, row["claim"])) != row["verdict"]
     ]
     yield (
