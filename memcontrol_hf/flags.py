@@ -1,4 +1,4 @@
-"""The flags of `memcontrol train`: their help, their defaults, and what becomes of their values.
+"""The flags of `memcontrol train`: their help, their defaults, and which of them a study depends on.
 
 Each flag says by itself whether a study depends on it and whether its value may be published. The help is printed
 without loading PyTorch; `tests/test_train_command.py` compares the choices with the packages that they name.
@@ -6,12 +6,9 @@ without loading PyTorch; `tests/test_train_command.py` compares the choices with
 
 import hashlib
 import os
-import shlex
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
-
-from huggingface_hub import HfApi
 
 Method = Literal["svdiff", "difffit", "attention", "weights", "norm", "bias", "lora"]
 Objective = Literal["fid", "amd", "membership_auc", "noise_norm", "loss"]
@@ -260,6 +257,12 @@ class ScriptArguments:
     screen_steps: int | None = _flag(
         None, "Steps of the screening; as many as a trial has by default.", study="screen", publish="yes"
     )
+    screen_seeds: int = _flag(
+        1,
+        "Number of trainings of the screening, each with a random seed of its own; more make it steadier.",
+        study="screen",
+        publish="yes",
+    )
     prune_at: float | None = _flag(
         None,
         "Share of a trial's steps after which the trial is stopped if two others dominate it there.",
@@ -426,7 +429,7 @@ SEEN_LATER = ("images", "world_size", "singular_values")
 """Settings of a study that are not flags, and not known before the images are read or the trainer is made."""
 
 
-YOUNGER = {"fit": "crop", "background": "white"}
+YOUNGER = {"fit": "crop", "background": "white", "screen_seeds": 1}
 """Flags that are younger than some studies, each with the value that those studies were made with. A study does not
 name this value, so that a study of before can be gone on with."""
 
@@ -460,40 +463,3 @@ def on_demo_data(args: ScriptArguments) -> bool:
 def on_demo(args: ScriptArguments) -> bool:
     """Whether both the images and the pipeline are those in the package."""
     return on_demo_data(args) and args.pretrained_model_name_or_path == "demo"
-
-
-def public_datasets(args: ScriptArguments) -> list[str]:
-    """The data set's name, if everybody can see it on the Hub."""
-    if args.train_data_dir is not None or on_demo_data(args) or Path(args.dataset_name).exists():
-        return []
-    try:
-        return [] if HfApi(token=False).dataset_info(args.dataset_name).private else [args.dataset_name]
-    except Exception:  # offline, unknown or private: nothing is said
-        return []
-
-
-def public_flags(args: ScriptArguments) -> str:
-    """The flags that differ from the defaults, as far as they may be published; see [`_flag`]."""
-    from .mitigations import public_mitigations  # with PyTorch, without which the help is printed
-
-    publish = {flag.name: flag.metadata["publish"] for flag in fields(args)}
-    if public_datasets(args):
-        publish["dataset_name"] = "yes"
-    if on_demo(args) and not Path(args.output_dir).is_absolute():
-        publish["output_dir"] = "yes"
-    default = ScriptArguments(pretrained_model_name_or_path=args.pretrained_model_name_or_path)
-    if not on_demo_data(args):
-        default.encoder = None
-    default.mixed_precision = "no"
-    default.pretrained_model_name_or_path = ScriptArguments().pretrained_model_name_or_path
-    words: list[str] = []
-    for name, how in publish.items():
-        value = public_mitigations(args.mitigation) if name == "mitigation" else getattr(args, name)
-        if value == getattr(default, name) or how == "never":
-            continue
-        if how == "placeholder" or (how == "unless_path" and without_place(value) != value):
-            words.append(f"--{name} YOUR_{name.upper()}")
-        else:
-            values = [] if value is True else value if isinstance(value, list) else [value]
-            words.append(shlex.join([f"--{name}", *map(str, values)]))
-    return " ".join(words)

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,19 +19,19 @@ from .checkpoints import check_whole, newest_whole
 from .data import INCLUDED, check_near_duplicates, flip_canaries, images_digest, load_images, plant_canaries
 from .demo import demo_dataset
 from .dry_run import Stage, audit_stage, figures_stage, load_architecture, plan, stages_table
-from .encoders import NEEDS_ENCODER, encoder_name, load_encoder
+from .encoders import NEEDS_ENCODER, load_encoder
 from .evaluation import METRICS, check_objectives
 from .families import DTYPES, QUANTIZATIONS, Family, family_of, load_pipeline
-from .flags import SEEN_LATER, ScriptArguments, on_demo_data, public_datasets, public_flags, settings
+from .flags import SEEN_LATER, ScriptArguments, on_demo_data, settings
 from .images import Framing
 from .masks import named_granularity
 from .mitigations import parse_mitigations
+from .public_facts import example_inputs, model_name
 from .publish.hub import check_login
 from .report import DEFAULT_GATE, load_gate
 from .search import check_budget, check_n_trials, check_prune_at, check_study, known_masks, middle_rate
 from .search.ray import check_ray
 from .search.storage import storage_address
-from .tracking import run_url
 from .trainer import MemControlTrainer
 from .training_arguments import MemControlTrainingArguments
 from .tuners import MemControlConfig
@@ -119,7 +118,7 @@ def _check_numbers(args: ScriptArguments) -> None:
     for flag in ("max_trainable_percent", "trial_timeout"):
         if (value := getattr(args, flag)) is not None and not value > 0:  # NaN is neither
             raise ValueError(f"--{flag} must be positive, but is {value:g}")
-    steps = {"max_train_steps": 1, "search_max_steps": 1, "screen_steps": 4, "singular_values": 1}
+    steps = {"max_train_steps": 1, "search_max_steps": 1, "screen_steps": 4, "screen_seeds": 1, "singular_values": 1}
     counts = {"n_finalists": 0, "finalist_repeats": 1, "eval_num_images": 2, "log_images": 0, "checkpointing_steps": 0}
     for flag, least in (counts | steps).items():
         if (value := getattr(args, flag)) is not None and value < least:
@@ -322,7 +321,8 @@ def _stages(args: ScriptArguments, family: Family) -> list[Stage]:
     stages = []
     if args.n_trials and args.screen:  # by count of passes, it costs half as much again as its training
         steps = args.screen_steps or trial_steps
-        stages.append(Stage("screening, if it is made", trained=steps * a_step, passes=steps * a_step // 2))
+        rows, name = steps * a_step, "screening, if it is made"
+        stages.append(Stage(name, times=args.screen_seeds, trained=rows, passes=rows // 2))
     if args.n_trials:
         stages.append(trial(name="trials", times=args.n_trials))
     if args.n_trials and args.n_finalists > 1:
@@ -423,6 +423,7 @@ def search_options(
         "enqueue": known_masks(trainer.search_space, *rates, [mask] if mask else []),
         "screen": None if args.screen else False,
         "screen_steps": args.screen_steps,
+        "screen_seeds": args.screen_seeds,
         "memorization_budget": args.memorization_budget,
         "max_trainable_percent": args.max_trainable_percent,
         "trial_timeout": args.trial_timeout,
@@ -445,56 +446,3 @@ def checkpoint_to_resume(args: ScriptArguments) -> str | None:
     if args.resume_from_checkpoint != "latest":
         return args.resume_from_checkpoint
     return newest_whole(args.output_dir)
-
-
-def report_facts(args: ScriptArguments, trainer: MemControlTrainer) -> dict[str, Any]:
-    """The arguments of [`~memcontrol_hf.workflow.save`] that come from flags."""
-    return {
-        "base_model": model_name(args),
-        "encoder": encoder_name(args.encoder),
-        "canaries": _canaries(args),
-        "command": f"accelerate launch -m memcontrol_hf.train {public_flags(args)}".strip(),
-        "card": card_facts(args, trainer),
-    }
-
-
-def _canaries(args: ScriptArguments) -> dict[str, int] | None:
-    if not args.canaries:
-        return None
-    flipped = {"flip_canaries": True} if args.flip_canaries else {}
-    return {"canaries": args.canaries, "canary_repeats": args.canary_repeats, **flipped}
-
-
-def model_name(args: ScriptArguments) -> str:
-    """The published name of the base model. A local folder is named by its last part only."""
-    name = args.pretrained_model_name_or_path
-    return Path(name).resolve().name if os.path.exists(name) else name
-
-
-def card_facts(args: ScriptArguments, trainer: MemControlTrainer) -> dict[str, Any]:
-    """The facts on the card that are not figures."""
-    demo = args.pretrained_model_name_or_path == "demo"
-    as_given = on_demo_data(args) and not Path(args.output_dir).is_absolute()  # a path can name a person or a place
-    facts = {
-        "hub_model_id": args.hub_model_id,
-        "location": args.output_dir if as_given else Path(args.output_dir).name,
-        "base_revision": args.revision,
-        "denoiser": trainer.family.denoiser_name,
-        "example_inputs": example_inputs(args, trainer),
-        "license": args.license or ("apache-2.0" if demo and on_demo_data(args) else None),
-        "datasets": public_datasets(args),
-        "run_url": run_url(),
-    }
-    return {name: value for name, value in facts.items() if value}
-
-
-def example_inputs(args: ScriptArguments, trainer: MemControlTrainer) -> dict[str, Any]:
-    """The arguments with which the card's snippet calls the pipeline."""
-    if args.validation_prompt is not None:
-        prompt = args.validation_prompt
-    elif args.pretrained_model_name_or_path == "demo":
-        prompt = "grinning face"
-    else:
-        prompt = "0" if "class_labels" in trainer.family.conditions else ""
-    request = trainer.family.pipeline_arguments([prompt], args.resolution, args.eval_guidance_scale)
-    return {name: request[name] for name in ("prompt", "class_labels", "batch_size") if name in request}

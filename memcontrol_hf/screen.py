@@ -60,17 +60,20 @@ def run(args: ScriptArguments) -> None:
             raise ValueError(f"--singular_values {single}: the blocks have {total} singular values, take fewer")
     folder = Path(args.output_dir)
     steps = args.screen_steps or trainer.args.search_max_steps or trainer.args.max_steps
-    logger.info(f"screening: {steps} steps with all {len(trainer.mask)} blocks on")
+    times = f"{args.screen_seeds} times " if args.screen_seeds > 1 else ""
+    logger.info(f"screening: {times}{steps} steps with all {len(trainer.mask)} blocks on")
     with exit_code(ERROR, FAILURES):
         rate = fixed_rate(args, rates)
-        screening = trainer.screen(args.screen_steps, learning_rate=rate, singular_values=single is not None)
+        options = {"learning_rate": rate, "seeds": args.screen_seeds, "singular_values": single is not None}
+        screening = trainer.screen(args.screen_steps, **options)
     if not trainer.is_world_process_zero():
         return
     folder.mkdir(parents=True, exist_ok=True)
     screening.to_json(folder / FILE)
     plot_screening(screening.to_dict(), folder / PLOT)
     print(aligned(screening.table()))
-    print("\nfall of the loss that is owed to each block, ± one standard error over the probes")
+    over = "probes, or over the seeds if that is larger" if args.screen_seeds > 1 else "probes"
+    print(f"\nfall of the loss that is owed to each block, ± one standard error over the {over}")
     (folder / MASK).unlink(missing_ok=True)  # of an earlier screening
     if not (masks := screening.masks(4)):
         print("\nno block lowers the loss on validation images: screen with more steps, or at another --learning_rate")

@@ -78,9 +78,9 @@ def run(args: ScriptArguments) -> None:
         dry_run,
         fixed_rate,
         make_trainer,
-        report_facts,
         search_options,
     )
+    from .public_facts import report_facts
     from .report import DEFAULT_GATE
     from .search import public_address, said_in_one_line
 

@@ -36,9 +36,10 @@ from memcontrol_hf.audit import (
 from memcontrol_hf.audit.attacks import Attacked, _compare_trajectories
 from memcontrol_hf.cli import _parser, main
 from memcontrol_hf.data import load_image_folder, weights_digest
-from memcontrol_hf.flags import ScriptArguments, public_flags, settings
+from memcontrol_hf.flags import ScriptArguments, settings
 from memcontrol_hf.from_flags import check
 from memcontrol_hf.images import to_pixels
+from memcontrol_hf.public_facts import public_flags
 from memcontrol_hf.report import DEFAULT_GATE, MEASURES, REPORT_SCHEMA, load_gate, verdict
 from memcontrol_hf.report.attack_table import attack_rows
 from memcontrol_hf.report.dossier import NOT_TESTED, Dossier

@@ -56,6 +56,7 @@ ROOMS = [
     "dry_run",
     "command_line",
     "flags",
+    "public_facts",
     "flag_parser",
     "from_flags",
     "train",

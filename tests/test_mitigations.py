@@ -20,9 +20,10 @@ from memcontrol_hf import (
     MemorizationReport,
     SearchSpace,
 )
-from memcontrol_hf.flags import ScriptArguments, public_flags, settings
+from memcontrol_hf.flags import ScriptArguments, settings
 from memcontrol_hf.metrics import steering_norms
 from memcontrol_hf.mitigations import MITIGATIONS, EarlyStopCallback, parse_mitigations
+from memcontrol_hf.public_facts import public_flags
 from memcontrol_hf.search import open_storage
 
 SITE = "mid_block.attentions.0"

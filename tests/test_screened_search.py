@@ -17,8 +17,15 @@ from test_audit import folder_of
 
 from memcontrol_hf import MemControlConfig, MemControlTrainer, Screening, SearchSpace, cli
 from memcontrol_hf.adapter_folder import read_mask
-from memcontrol_hf.flags import ScriptArguments
-from memcontrol_hf.from_flags import METHODS, dry_run, make_trainer, peft_config_from, settings_with_images
+from memcontrol_hf.flags import ScriptArguments, settings
+from memcontrol_hf.from_flags import (
+    METHODS,
+    dry_run,
+    make_trainer,
+    peft_config_from,
+    search_options,
+    settings_with_images,
+)
 from memcontrol_hf.search import SearchSettings, SharedStudy, kept_screening, suggested_mask
 from memcontrol_hf.search.claims import SCREENING, Claim
 from memcontrol_hf.search.screened import SCREENED_MASKS, screened_trials
@@ -141,6 +148,7 @@ FIGURES = {f"eval_{name}": 0.5 for name in ("loss", "membership_auc", "noise_nor
         ({"mitigations": ["dp_sgd:delta=0.01"]}, {}, "outside of the account of dp_sgd"),
         ({"max_steps": 3}, {}, "a screening of 3 steps has no probe every 4 steps"),
         ({}, {"screen_steps": 0}, "steps of a screening must be at least 1, but is 0"),
+        ({}, {"screen_seeds": 0}, "screen_seeds must be at least 1, but is 0"),
         ({"space": "one"}, {}, "the search space has only one"),
     ],
 )
@@ -212,7 +220,7 @@ def test_the_command_screens_and_writes_what_it_found(tmp_path, capsys, caplog, 
     monkeypatch.setattr(MemControlTrainer, "screen", lambda _, *args, **options: asked.update(options) or MADE_UP)
     cli.main(["screen", "--output_dir", str(tmp_path), "--max_train_steps", "8", "--search_max_steps", "8"])
     assert "screening: 8 steps with all 16 blocks on" in caplog.text
-    assert asked == {"learning_rate": pytest.approx(10**-1.5), "singular_values": False}
+    assert asked == {"learning_rate": pytest.approx(10**-1.5), "seeds": 1, "singular_values": False}
     assert Screening.from_json(tmp_path / "screening.json") == MADE_UP
     assert (tmp_path / "screening.png").read_bytes().startswith(b"\x89PNG")
     assert {file.name for file in tmp_path.iterdir()} == {"mask.json", "screening.json", "screening.png"}
@@ -228,6 +236,25 @@ def test_the_command_screens_and_writes_what_it_found(tmp_path, capsys, caplog, 
     cli.main(["screen", "--output_dir", str(tmp_path), "--search_max_steps", "8"])
     assert "no block lowers the loss on validation images: screen with more steps" in capsys.readouterr().out
     assert not (tmp_path / "mask.json").exists(), "the mask of an earlier screening"
+
+
+def test_the_flag_for_several_seeds_reaches_the_screening_of_command_and_search(tmp_path, capsys, caplog, monkeypatch):
+    asked = []
+    monkeypatch.setattr(MemControlTrainer, "screen", lambda _, *args, **options: asked.append(options) or MADE_UP)
+    flags = ["--output_dir", str(tmp_path), "--search_max_steps", "8", "--screen_seeds", "3"]
+    cli.main(["screen", *flags])
+    assert "screening: 3 times 8 steps with all 16 blocks on" in caplog.text
+    assert "over the probes, or over the seeds if that is larger" in capsys.readouterr().out
+    args = ScriptArguments(output_dir=str(tmp_path), search_max_steps=8, screen_seeds=3)
+    trainer, _, rates, mask = make_trainer(args)
+    options = search_options(args, trainer, rates, mask)
+    assert (options["screen_seeds"], options["settings"]["screen_seeds"]) == (3, 3)
+    assert "screen_seeds" not in settings(replace(args, screen_seeds=1)), "a study of before is gone on with"
+    monkeypatch.setattr(MemControlTrainer, "train_and_evaluate", lambda self: FIGURES)
+    searched(tmp_path, n_trials=1, screen_seeds=2)
+    assert [options["seeds"] for options in asked] == [3, 2]
+    assert "from 2 times 8 steps with all of them on" in caplog.text
+    assert re.search(r"^screening, if it is made +3 +256 +0 +128", dry_run(args), re.MULTILINE)
 
 
 def test_the_command_writes_single_singular_values_that_a_search_tunes(tmp_path, capsys, monkeypatch):

@@ -29,9 +29,10 @@ from memcontrol_hf.adapter_folder import PUBLIC_FILES
 from memcontrol_hf.audit import AuditSettings
 from memcontrol_hf.data import load_images, plant_canaries
 from memcontrol_hf.flag_parser import FlagParser
-from memcontrol_hf.flags import ScriptArguments, public_flags, settings
+from memcontrol_hf.flags import ScriptArguments, settings
 from memcontrol_hf.from_flags import load, make_trainer, mask_from
 from memcontrol_hf.masks import block_map
+from memcontrol_hf.public_facts import public_flags
 from memcontrol_hf.publish.hub import push_mask
 from memcontrol_hf.report import REPORT_SCHEMA
 from memcontrol_hf.sampling import denoiser_in_place, generate

@@ -54,7 +54,7 @@ class SearchableTrainer(Protocol):
     def obstacle_to_screening(self, steps: int | None = None) -> str | None:
         """Why the trainer cannot be screened, with what to do; `None` when it can."""
 
-    def screen(self, steps: int | None = None, *, learning_rate: float | None = None) -> Screening:
+    def screen(self, steps: int | None = None, *, learning_rate: float | None = None, seeds: int = 1) -> Screening:
         """Train all blocks together, and read off what each block learns and what it memorizes."""
 
     def evaluate_mid_training(self, metrics: list[str]) -> dict[str, float]:

@@ -139,7 +139,7 @@ def _make(trainer: SearchableTrainer, settings: SearchSettings, processes: Proce
     rate = middle_rate(*settings.learning_rate_range)
     started, error = time.perf_counter(), None
     try:
-        screening = trainer.screen(settings.screen_steps, learning_rate=rate)
+        screening = trainer.screen(settings.screen_steps, learning_rate=rate, seeds=settings.screen_seeds)
     except (ValueError, torch.OutOfMemoryError) as raised:
         error = reason_in_words(raised)
     if error := processes.first_error(error):
@@ -147,8 +147,9 @@ def _make(trainer: SearchableTrainer, settings: SearchSettings, processes: Proce
         logger.warning(f"the search goes on without a screening: {error}")
         return {"failure": error}
     seconds = time.perf_counter() - started
+    times = f"{settings.screen_seeds} times " if settings.screen_seeds > 1 else ""
     logger.info(
-        f"screening: what each of {len(screening.learns)} blocks learns and memorizes, from "
+        f"screening: what each of {len(screening.learns)} blocks learns and memorizes, from {times}"
         f"{screening.settings['steps']} steps with all of them on at the learning rate {rate:.2g} ({seconds:.0f} s)"
     )
     return screening.to_dict()

@@ -68,6 +68,8 @@ class SearchSettings:
             and `trial_timeout` does not end it.
         screen_steps (`int`, *optional*):
             Number of steps of the screening; as many as a trial has by default.
+        screen_seeds (`int`):
+            Number of trainings of the screening, each with a random seed of its own, whose figures are averaged.
         memorization_budget (`float`, *optional*):
             Worst value of the second objective that is allowed. The budget is a constraint, which the sampler learns;
             trials over the budget are not on the front.
@@ -97,6 +99,7 @@ class SearchSettings:
     enqueue: Sequence[Mapping[str, Any]] | None = None
     screen: bool | None = None
     screen_steps: int | None = None
+    screen_seeds: int = 1
     memorization_budget: float | None = None
     max_trainable_percent: float | None = None
     trial_timeout: float | None = None
@@ -108,6 +111,8 @@ class SearchSettings:
         low, high = self.learning_rate_range
         if not 0 < low <= high:
             raise ValueError(f"the learning rates must be positive and in order, but got {low} to {high}")
+        if self.screen_seeds < 1:
+            raise ValueError(f"screen_seeds must be at least 1, but is {self.screen_seeds}")
         check_budget(self.memorization_budget, self.directions)
         check_prune_at(self.prune_at)
         if self.prune_at is not None and self.objectives is None:
