@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .error_lines import first_line
 from .whole_files import read_json
 
 REPORT, CARD, PLOT, MASK = "memorization_report.json", "README.md", "pareto_front.png", "mask.json"
@@ -153,7 +154,7 @@ def read_mask(source: str | Path) -> dict[str, bool]:
     try:
         content = read_json(_mask_file(str(source)))
     except (OSError, ValueError) as error:  # no such file, no JSON, or no name of a repository
-        raise ValueError(f"{str(source)!r} cannot be read: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{str(source)!r} cannot be read: {first_line(error)}") from None
     mask = content.get("mask", content) if isinstance(content, dict) else content
     if not isinstance(mask, dict) or not all(isinstance(value, bool) for value in mask.values()):
         raise ValueError(f"{str(source)!r} holds no mask, which is an object of block names and booleans")

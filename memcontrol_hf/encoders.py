@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .demo import DEMO_ENCODER, demo_dataset
+from .error_lines import first_line
 from .images import pixel_digest
 
 
@@ -155,7 +156,7 @@ def load_encoder(encoder: str | nn.Module, device: torch.device | str = "cpu") -
         processor = AutoImageProcessor.from_pretrained(path, backend="pil")
         model = AutoModel.from_pretrained(path)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(
             f"cannot load the image encoder {encoder!r}: {reason} Give 'demo', a folder or a Hub id of a vision "
             "model, or xrv:<weights of torchxrayvision>."

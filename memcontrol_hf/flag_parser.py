@@ -11,6 +11,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from .command_line import WRONG_USE, HelpWithCommands, did_you_mean
+from .error_lines import in_one_line
 from .flags import ScriptArguments
 
 _GROUPS = {
@@ -82,7 +83,7 @@ class FlagParser(HfArgumentParser):
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
-            self.error(f"--config {file} cannot be read: {' '.join(str(error).split())}")
+            self.error(f"--config {file} cannot be read: {in_one_line(error)}")
         if not isinstance(content, dict):
             self.error(f"--config {file} holds no flags: write one a line, name: value")
         content = {str(name).replace("-", "_"): value for name, value in content.items()}  # as on a command line

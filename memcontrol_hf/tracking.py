@@ -21,6 +21,7 @@ from transformers.integrations.integration_utils import (
     get_reporting_integration_callbacks,
 )
 
+from .error_lines import first_line
 from .progress import bar
 
 logger = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ def start_tracking(trainer: Trainer, study_name: str, name: str, job_type: str, 
         except wandb.Error as error:
             os.environ["WANDB_MODE"] = "offline"  # for the runs that follow, too
             logger.warning(
-                f"Weights & Biases: {str(error).splitlines()[0]} The runs are kept offline from now on: "
+                f"Weights & Biases: {first_line(error)} The runs are kept offline from now on: "
                 f"`wandb login`, then `wandb sync {folder}/wandb/offline-run-*` uploads them"
             )
             _start_wandb_run(**run)

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 
 from .adapter_folder import ADAPTER, CARD, PLOT, REPORT
 from .command_line import ERROR, GATE_FAILED, WRONG_USE
+from .error_lines import first_line
 from .flag_parser import FlagParser
 from .flags import ScriptArguments, on_demo_data
 from .progress import quiet_log
@@ -180,12 +181,12 @@ def _in_words(error: BaseException) -> str:
     """An error in a sentence that says what to do."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's is a RuntimeError
         return (
-            f"{(str(error).splitlines() or ['no memory left'])[0].rstrip('.')}. Lower --train_batch_size (and raise "
+            f"{first_line(str(error) or 'no memory left').rstrip('.')}. Lower --train_batch_size (and raise "
             "--gradient_accumulation_steps) or --eval_batch_size, or give --gradient_checkpointing, --mixed_precision "
             "bf16 or --quantization"
         )
     if isinstance(error, OF_THE_MACHINE):
-        return f"{error}. When that is mended, the same command goes on"
+        return f"{first_line(error)}. When that is mended, the same command goes on"
     return str(error)
 
 

@@ -357,6 +357,8 @@ def test_large_images_are_read_one_by_one(monkeypatch):
     ("error", "said"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "/x"), "No space left on device: '/x'. When that is mended"),
+        (TimeoutError(), "error: TimeoutError. When that is mended"),
+        (OSError("cannot identify it\nat all"), "error: cannot identify it. When that is mended"),
         (MemoryError(), "no memory left. Lower --train_batch_size"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "CUDA out of memory. Tried. Lower --train_batch"),
         (SafetensorError("I/O error: No space left on device"), "When that is mended, the same command goes on"),

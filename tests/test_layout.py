@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "memcontrol_hf"
 ROOMS = [
     "progress",
+    "error_lines",
     "whole_files",
     "randomness",
     "images",

@@ -6,6 +6,7 @@ import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from datasets.exceptions import DatasetsError
 
+from ..error_lines import first_line
 from ..images import pixel_digest
 from ..randomness import seeded_generator
 
@@ -92,7 +93,7 @@ def load_canaries(folder: str) -> Dataset:
     try:
         canaries = load_from_disk(folder)
     except (OSError, ValueError, DatasetsError) as error:
-        raise ValueError(f"--canaries {folder!r}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--canaries {folder!r}: {first_line(error)}") from None
     if not isinstance(canaries, Dataset) or not {"image", INCLUDED} <= {*canaries.column_names}:
         raise ValueError(
             f"--canaries {folder!r} holds no images with a column {INCLUDED!r}: give the folder "

@@ -20,6 +20,7 @@ from datasets.fingerprint import Hasher
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from pyarrow import ArrowException
 
+from ..error_lines import first_line
 from .cache import cache_folder
 from .dicom import DICOM_SUFFIXES
 from .split_names import SPLITS, split_of_name, split_of_path
@@ -212,7 +213,7 @@ def _metadata_rows(file: Path) -> list[dict[str, Any]]:
             case _:
                 rows = pq.read_table(file).to_pylist()
     except (OSError, ValueError, ArrowException) as error:
-        raise ValueError(f"cannot read {file.name}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"cannot read {file.name}: {first_line(error)}") from None
     if not all(isinstance(row, dict) and row.get("file_name") for row in rows):
         raise ValueError(
             f"each line of {file.name} needs a file_name, the image's path from the folder of {file.name}"

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from ..demo import DEMO_PIPELINE
+from ..error_lines import first_line
 from ..families import Family, family_of
 from ..report.escaping import readable_bytes
 from ..tuners import MemControlConfig
@@ -45,7 +46,7 @@ def load_architecture(name: str, revision: str | None = None) -> DiffusionPipeli
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=CONFIGS))
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"a dry run needs the model_index.json and the configs of {name!r}: {reason}") from None
     if not isinstance(index, dict) or "_class_name" not in index:
         raise ValueError(

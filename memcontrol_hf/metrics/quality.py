@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
 from transformers import CLIPModel, CLIPProcessor
 
+from ..error_lines import first_line
 from .distances import check_features
 
 
@@ -141,7 +142,7 @@ def load_clip(model: str) -> tuple[CLIPModel, CLIPProcessor]:
     try:
         return CLIPModel.from_pretrained(model).eval(), CLIPProcessor.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the CLIP model {model!r}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"cannot load the CLIP model {model!r}: {first_line(error)}") from None
 
 
 def clip_score(

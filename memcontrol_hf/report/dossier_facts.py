@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from ..error_lines import in_one_line
+
 FACTS = "dossier.yaml"
 """The file in the folder of a report that people fill in."""
 
@@ -63,7 +65,7 @@ class Facts:
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ValueError(f"cannot read {str(path)!r}: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"cannot read {str(path)!r}: {in_one_line(error)}") from None
         if content is None:
             content = {}
         known = [fact.name for fact in fields(cls)]

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from ..error_lines import in_one_line
+
 DEFAULT_GATE = Path(__file__).with_name("gate.yaml")
 """The package's own gate."""
 
@@ -86,7 +88,7 @@ def load_gate(path: str | Path = DEFAULT_GATE) -> dict[str, dict[str, float]]:
             raise ValueError(f"cannot read the gate {str(path)!r}: it has {size} bytes, more than {_LARGEST_GATE}")
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _GateLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read the gate {str(path)!r}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"cannot read the gate {str(path)!r}: {in_one_line(error)}") from None
     except RecursionError:
         raise ValueError(f"cannot read the gate {str(path)!r}: it is nested too deeply") from None
     return check_limits(content, repr(str(path)))

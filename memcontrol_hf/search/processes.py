@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 from optuna.trial import TrialState
 from transformers.trainer_utils import BestRun
 
+from ..error_lines import first_line
 from .front import NoRunError, best_runs
 from .protocol import HpName, HpSpace
 from .settings import SearchSettings
@@ -70,7 +71,7 @@ class Processes:
         try:
             torch.distributed.all_gather_object(errors, error, group=self._group)
         except RuntimeError as raised:
-            raise RuntimeError(error or f"another process is missing: {str(raised).splitlines()[0]}") from None
+            raise RuntimeError(error or f"another process is missing: {first_line(raised)}") from None
         return next((f"{e} (process {i})" for i, e in enumerate(errors) if e is not None), None)
 
     def any(self, flag: bool) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 import optuna
 from transformers.trainer_utils import BestRun
 
+from ..error_lines import first_line
 from ..tracking import end_tracking
 from .front import NoRunError, complete_trials
 from .loop import run_search
@@ -154,7 +155,7 @@ def _run_workers(shared: SharedStudy, task: bytes, count: int, resources: Mappin
             except RayTaskError as error:
                 raise error.cause from None
             except RayError as error:
-                reason = str(error).strip().splitlines()[0]
+                reason = first_line(error)
                 before, finished = finished, len(complete_trials(shared.study))
                 died = died + 1 if finished == before else 1
                 if died > count + 2:  # all at once, with their machine, and some more

@@ -13,6 +13,8 @@ from sqlalchemy import event
 from sqlalchemy.engine import Dialect
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
+from ..error_lines import first_line
+
 PATIENCE = 300.0
 """Seconds for which a search waits for a server that was there and does not answer."""
 
@@ -83,9 +85,9 @@ def said_in_one_line(address: str) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, (StorageInternalError, SQLAlchemyError)) and not _is_from_grpc(error):
             raise
-        reason = error.details() if _is_from_grpc(error) else str(error.__cause__ or error)
+        reason = (_is_from_grpc(error) and error.details()) or error.__cause__ or error
         raise RuntimeError(
-            f"the storage {address} does not answer ({reason.splitlines()[0]}): when it does, the same command goes on"
+            f"the storage {address} does not answer ({first_line(reason)}): when it does, the same command goes on"
         ) from None
 
 

@@ -10,6 +10,7 @@ from optuna.storages import BaseStorage, JournalStorage
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
+from ..error_lines import first_line
 from .claims import FINAL, SCREENING
 from .journal import Journal
 from .servers import open_database, open_proxy
@@ -53,7 +54,7 @@ def open_storage(storage: str) -> BaseStorage:
     try:
         return open_database(storage)
     except (SQLAlchemyError, ImportError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"cannot open the storage {public_address(storage)}: {reason}") from None
 
 
