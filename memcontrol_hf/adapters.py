@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .adapter_checks import check_lora_whole, check_sizes, check_whole, weights_file
+from .error_lines import first_line
 from .families import Family, family_of
 from .search_space import SearchSpace
 from .tuners import MemControlConfig
@@ -92,7 +93,7 @@ def load_adapter(pipeline: "DiffusionPipeline", adapter: str | Path) -> None:
         for folder, part in bare.items():
             _take_off(part)
             setattr(pipeline, folder or family.denoiser_name, part)
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ValueError(
             f"cannot load the adapter {str(adapter)!r}: {reason} Give a PEFT folder or Hub id, or a LoRA file"
         ) from None

@@ -4,13 +4,15 @@ It imports what it needs when it runs, so that the other commands start without 
 """
 
 import argparse
+import logging
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapter_folder import REPORT, adapter_digests
+from .adapter_folder import LORA, REPORT, adapter_digests
 from .command_line import GATE_FAILED, PASSED
+from .error_lines import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
     from .images import Framing
     from .report import MemorizationReport
+
+logger = logging.getLogger(__name__)
 
 _ASKS_A_MODEL = (
     *("revision", "adapter", "base_pipeline", "canaries", "delta", "attribute_column", "clip_model"),
@@ -191,7 +195,9 @@ def _attack(args: argparse.Namespace) -> "MemorizationReport":
     from .images import Framing
 
     amounts = {name: getattr(args, name) for name in AuditSettings.__dataclass_fields__ if name != "resolution"}
-    AuditSettings(resolution=args.resolution or 1, **amounts)  # wrong amounts are an error before anything is loaded
+    AuditSettings(
+        resolution=1 if args.resolution is None else args.resolution, **amounts
+    )  # wrong amounts are an error before anything is loaded
     device = _device(args.device)
     framing, training = Framing(args.fit, args.background), _training(args.adapter)
     _check_as_trained(training, framing, args.resolution)
@@ -240,8 +246,7 @@ def _device(name: str | None) -> "torch.device":
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"--device {name!r} cannot be used: {reason}") from None
+        raise ValueError(f"--device {name!r} cannot be used: {first_line(error)}") from None
 
 
 def _public_words(args: argparse.Namespace, settings: Mapping[str, Any]) -> Iterator[str]:
@@ -263,12 +268,36 @@ def _public_words(args: argparse.Namespace, settings: Mapping[str, Any]) -> Iter
 
 
 def _training(adapter: str | None) -> dict[str, Any]:
-    """What the report beside an adapter says of its training; empty without an adapter, and without a report."""
+    """What the report of an adapter says of its training; empty without an adapter, and without a report.
+
+    The report lies in the adapter's folder, beside the LoRA file of an export, or in the adapter's repository.
+    """
     from .report import MemorizationReport
 
-    if adapter is None or not (file := Path(adapter) / REPORT).is_file():
+    if adapter is None:
+        return {}
+    path = Path(adapter)
+    if path.exists():
+        file = path / REPORT if path.is_dir() or path.name != LORA else path.with_name(REPORT)
+    else:
+        file = _downloaded_report(adapter)
+    if not (file and file.is_file()):
+        logger.info(f"no {REPORT} says how {adapter} was trained: give its base, --resolution and --fit as they were")
         return {}
     return MemorizationReport.from_json(file).training
+
+
+def _downloaded_report(repository: str) -> Path | None:
+    """The report in a repository on the Hub; `None` when there is none, or no such repository."""
+    from huggingface_hub import HfApi  # its HTTP client is slow to import, and a folder needs none
+
+    try:
+        return Path(HfApi().hf_hub_download(repository, REPORT))
+    except (
+        OSError,
+        ValueError,
+    ):  # offline, no such file, or no name of a repository, which the adapter's loading says
+        return None
 
 
 def _check_as_trained(training: dict[str, Any], framing: "Framing", resolution: int | None) -> None:

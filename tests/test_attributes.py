@@ -151,6 +151,15 @@ def test_the_name_of_a_class_is_its_value(tmp_path):
     assert set(data["train"]["attribute"]) <= {"aa", "bb"}
 
 
+def test_a_class_that_is_missing_is_named_by_its_row(tmp_path):
+    for column, options in (("kind", {"attribute_column": "kind"}), ("text", {})):
+        images = images_of(12, 1).remove_columns({"text"} & {column}).add_column(column, [0, None, 1] * 4)
+        images.cast_column(column, ClassLabel(names=["aa", "bb"])).save_to_disk(tmp_path / column)
+        with pytest.raises(ValueError, match="row"):
+            data = load_images(train_data_dir=str(tmp_path / column), **options)
+            check_attribute(data["train"], data["held_out"])
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -12,7 +12,7 @@ import torch
 import yaml
 from conftest import RESOLUTION, adapter_folder, images_of, tiny_pipeline
 from datasets import Dataset, DatasetDict, concatenate_datasets
-from tiny_families import dit
+from tiny_families import ddpm, dit
 
 from memcontrol_hf import (
     MemControlConfig,
@@ -33,9 +33,10 @@ from memcontrol_hf.audit import (
     least_images,
     write_split,
 )
-from memcontrol_hf.audit.attacks import Attacked, _compare_trajectories
+from memcontrol_hf.audit.attacks import Attacked, _compare_trajectories, _extraction, compare_with_training_images
+from memcontrol_hf.audit.membership import highest_innocent
 from memcontrol_hf.cli import _parser, main
-from memcontrol_hf.data import load_image_folder, weights_digest
+from memcontrol_hf.data import EncodedImages, load_image_folder, weights_digest
 from memcontrol_hf.flags import ScriptArguments, settings
 from memcontrol_hf.from_flags import check
 from memcontrol_hf.images import to_pixels
@@ -138,6 +139,8 @@ def test_a_memorizing_fine_tune_is_caught_and_its_base_is_not(tmp_path):
     assert auc["frozen_base"]["value"] < 0.7 and 0.25 < auc["held_out_as_train"]["value"] < 0.75
     by_noise = report.audit["measures"]["membership_auc_semantic_noise"]
     assert by_noise["model"]["value"] > 0.8 and by_noise["frozen_base"]["low"] < 0.5
+    calibrated = report.audit["measures"]["membership_auc_calibrated"]
+    assert calibrated["model"]["value"] > 0.9 and 0.2 < calibrated["held_out_as_train"]["value"] < 0.8
     canaries = report.audit["canaries"]
     assert canaries["planted"] == 2 and canaries["caught"]["membership_loss"] == {"caught": 2, "of": 2}
     assert canaries["caught"]["extraction"]["of"] == 2, "canaries come first among the prompts"
@@ -152,12 +155,69 @@ def test_a_memorizing_fine_tune_is_caught_and_its_base_is_not(tmp_path):
 
 def test_captions_that_steer_less_than_others_are_caught_as_well_as_those_that_steer_harder():
     result, others = Attacked({}, {}, [], {}), torch.linspace(1, 2, 100)
-    _compare_trajectories(result, torch.tensor([0.5, 1.5, 2.5]), others, rows=[4, 7, 9], repeated={4}, units=[0, 1, 2])
+    norms, units = torch.tensor([0.5, 1.5, 2.5]), {"units": [0, 1, 2], "other_units": list(range(100))}
+    _compare_trajectories(result, norms, others, rows=[4, 7, 9], repeated={4}, **units)
     assert result.caught == {
         "trajectory_norm": ({9}, {4, 7, 9}),
         "trajectory_norm_low": ({4}, {4, 7, 9}),
     }
     assert result.figures["trajectory_norm_auc_canaries"].value == 0, "the AUC keeps its side"
+
+
+def test_captions_of_persons_with_several_images_are_not_caught_by_chance():
+    generator = torch.Generator().manual_seed(0)
+    result, norms, others = Attacked({}, {}, [], {}), *(torch.randn(1000, generator=generator) for _ in range(2))
+    units = {"units": list(range(1000)), "other_units": [number // 10 for number in range(1000)]}
+    _compare_trajectories(result, norms, others, rows=list(range(1000)), repeated=set(), **units)
+    for name in ("trajectory_norm", "trajectory_norm_low"):
+        assert len(result.caught[name][0]) < 25, "1 % of single images, whose norms scatter more than persons' means"
+
+
+def test_a_resolution_that_cannot_be_cut_into_tiles_is_refused_before_the_attacks(monkeypatch):
+    monkeypatch.setattr("memcontrol_hf.audit.audit.attack_pipeline", lambda *_, **__: pytest.fail("attacked"))
+    settings = dataclasses.replace(SETTINGS, resolution=30)
+    with pytest.raises(ValueError, match="resolution 30 is no multiple of 4"):
+        pipeline = ddpm()
+        pipeline.unet.register_to_config(sample_size=30)
+        audit(pipeline=pipeline, settings=settings)
+    with pytest.raises(ValueError, match="an adapter and a base_pipeline belong to a pipeline"):
+        audit(generated=images_of(6, seed=3), adapter="somewhere")
+
+
+def test_no_held_out_score_is_caught_where_they_are_fewer_than_a_hundred():
+    assert highest_innocent(torch.arange(12.0)) == 11 and highest_innocent(torch.arange(101.0)) == 99
+
+
+@pytest.mark.parametrize("captions", [[""] * 9, ["a", "b", "c"] * 3])
+def test_a_training_image_that_another_caption_of_its_words_gives_back_is_extracted(captions):
+    """As unconditional models, classes and findings that many images share do."""
+
+    def of(seed: int, count: int, repeated: int = 0) -> EncodedImages:
+        images = images_of(count, seed=seed).remove_columns("text").add_column("text", captions * (count // 9))
+        return EncodedImages(concatenate_datasets([images, *[images.select(range(repeated))] * 2]), RESOLUTION)
+
+    members, others = of(1, 9, repeated=2), of(2, 18)
+    settings = dataclasses.replace(SETTINGS, num_prompts=9, images_per_prompt=3)
+    rows = list(range(9))
+    moved = members.pixels([(row + 3) % 9 for row in rows for _ in range(3)])  # another image with the same caption
+    figures, caught = _extraction(moved, rows, members, others, settings)
+    assert figures["extraction_rate_calibrated"].value == figures["extraction_rate"].value == 1
+    assert caught["extraction_calibrated"] == caught["extraction"] == ({*rows}, {*rows})
+    attacked = compare_with_training_images(
+        moved, moved.flatten(1), 3, members, others, settings, torch.nn.Flatten(), own=rows
+    )
+    assert attacked.caught["copy"] == attacked.caught["partial_copy"] == ({*rows}, {*rows})
+    strangers = others.pixels([row for row in rows for _ in range(3)])
+    figures, caught = _extraction(strangers, rows, members, others, settings)
+    assert figures["extraction_rate_calibrated"].value == 0 and caught["extraction_calibrated"][0] == set()
+
+
+def test_a_caption_of_its_own_is_compared_with_its_own_image_alone():
+    members, others = EncodedImages(images_of(9, seed=1), RESOLUTION), EncodedImages(images_of(9, seed=2), RESOLUTION)
+    settings, rows = dataclasses.replace(SETTINGS, num_prompts=9, images_per_prompt=3), list(range(9))
+    moved = members.pixels([(row + 3) % 9 for row in rows for _ in range(3)])
+    figures, caught = _extraction(moved, rows, members, others, settings)
+    assert figures["extraction_rate"].value == 0 and caught["extraction_calibrated"][0] == set()
 
 
 def test_figures_do_not_depend_on_the_batch_size():
@@ -416,6 +476,15 @@ def test_the_fingerprint_is_keyed(tmp_path):
     }
 
 
+@pytest.mark.parametrize("content", ["", "ab", "no key", "é" * 64])
+def test_a_key_that_was_cut_short_is_an_error_before_the_attacks(tmp_path, monkeypatch, content):
+    monkeypatch.setattr("memcontrol_hf.audit.audit.attack_images", lambda *_: pytest.fail("attacked"))
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "fingerprint.key").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"fingerprint.key' holds no key of 64 hexadecimal digits: put back"):
+        audit(generated=images_of(6, seed=3), output_dir=tmp_path)
+
+
 def test_a_split_is_written_for_another_audit_of_exactly_it(tmp_path):
     data = DatasetDict(train=images_of(9, seed=1), held_out=images_of(8, seed=2))
     for _ in range(2):  # a second run replaces it
@@ -522,6 +591,18 @@ def figure(value, low=None, high=None):
         ({"max_above_frozen_base": 0.1}, {"model": figure(0.4, 0.3, 0.5), "frozen_base": figure(0.41)}, True),
         ({"max_above_frozen_base": 0.1}, {"model": figure(0.4, 0.3, 0.5), "frozen_base": figure(0.39)}, False),
         ({"max_above_frozen_base": 0.1}, {"model": figure(0.4, 0.3, 0.5), "frozen_base": None}, False),
+        # the upper end of a difference of .35: .35 + sqrt(.03 ** 2 + .04 ** 2) = .4
+        (
+            {"max_above_frozen_base": 0.41},
+            {"model": figure(0.4, 0.3, 0.43), "frozen_base": figure(0.05, 0.01, 1)},
+            True,
+        ),
+        (
+            {"max_above_frozen_base": 0.39},
+            {"model": figure(0.4, 0.3, 0.43), "frozen_base": figure(0.05, 0.01, 1)},
+            False,
+        ),
+        ({"max_above_frozen_base": 0.3}, {"model": figure(0.4, 0.3, 0.4), "frozen_base": figure(0.1, 0.9, 1)}, True),
         ({"max_above_held_out_as_train": 1.0}, {"model": figure(None), "held_out_as_train": figure(0.1)}, False),
         ({"max": 1.0, "min": 0.5}, {"model": figure(0.4)}, False),
         ({"max": 0.5}, {"model": figure(None) | {"note": "not applicable: no captions"}}, True),
@@ -629,7 +710,7 @@ def test_a_limit_on_an_attribute_is_not_asked_of_generated_images():
 
 def test_generated_images_pass_a_gate_of_their_own_scope():
     train, held_out = images_of(60, seed=1), images_of(80, seed=2)
-    fresh = audit(train=train, held_out=held_out, generated=images_of(120, seed=3))
+    fresh = audit(train=train, held_out=held_out, generated=images_of(300, seed=3))
     copies = audit(train=train, held_out=held_out, generated=train.select_columns(["image"]))
     assert fresh.judge(load_gate()) and "the weights were not attacked" in fresh.summary()
     assert not copies.judge(load_gate())

@@ -132,7 +132,7 @@ def test_the_audits_command_takes_them_and_refuses_a_wrong_colour_first(tmp_path
     assert "background must be a colour" in capsys.readouterr().err
 
 
-def test_an_adapter_is_attacked_with_images_as_it_was_trained_on(tmp_path, capsys):
+def test_an_adapter_is_attacked_with_images_as_it_was_trained_on(tmp_path, capsys, caplog):
     report = small_report()
     report.training |= {"fit": "pad", "background": "black"}
     folder = adapter_folder(tmp_path / "adapter", report=report)
@@ -144,3 +144,12 @@ def test_an_adapter_is_attacked_with_images_as_it_was_trained_on(tmp_path, capsy
     assert "trained with" not in capsys.readouterr().err
     assert main([*command, "--fit", "pad", "--background", "black", "--resolution", "64"]) == 2
     assert "--resolution 64: the adapter was trained at 16 pixels" in capsys.readouterr().err
+    command[2] = str(folder / "pytorch_lora_weights.safetensors")
+    (folder / "pytorch_lora_weights.safetensors").touch()
+    assert main(command) == 2
+    assert "trained with images of --fit pad --background black" in capsys.readouterr().err
+    command[2] = str(tmp_path)
+    assert main([*command, "--resolution", "0"]) == 2
+    assert "resolution must be at least 1, but is 0" in capsys.readouterr().err
+    assert main(command) == 2
+    assert "no memorization_report.json says how" in caplog.text

@@ -31,6 +31,9 @@ def hub(monkeypatch):
     """A running Hub that this process is logged in to."""
     with serve() as (hub, address):
         monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
+        )
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -53,6 +56,15 @@ def folder(tmp_path):
 
 def state(folder) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_an_adapter_on_the_hub_is_attacked_as_its_report_says(hub, folder, tmp_path, capsys):
+    push(folder, "tester/my-adapter")
+    command = ["audit", "--adapter", "tester/my-adapter", *("--pipeline", "x", "--train", "x", "--held_out", "x")]
+    command += ["--encoder", "demo", "--output_dir", str(tmp_path / "out"), "--resolution", "64"]
+    assert cli.main(command) == 2
+    assert "--resolution 64: the adapter was trained at 16 pixels" in capsys.readouterr().err
+    assert cli.main([word.replace("my-adapter", "nothing") for word in command]) == 2, "its loading says why"
 
 
 def test_a_push_is_one_commit_of_the_public_files_to_a_private_repository(hub, folder, capsys):

@@ -169,6 +169,15 @@ def test_canaries_of_a_model_without_captions_need_none():
     assert report.audit["epsilon"]["canaries"] == 12
 
 
+@pytest.mark.parametrize("rows", [[0], [0, 0, 1]])
+def test_canaries_that_no_coins_can_be_guessed_of_are_refused_before_the_attacks(rows, monkeypatch):
+    train, canaries = flip_canaries(images_of(20, seed=1), 12, 1, seed=0)
+    monkeypatch.setattr("memcontrol_hf.audit.audit.attack_pipeline", lambda *_, **__: pytest.fail("attacked"))
+    arguments = {"train": train, "held_out": images_of(12, seed=2), "encoder": torch.nn.Flatten()}
+    with pytest.raises(ValueError, match=f"{len(rows)} canaries with {len(set(rows))} different images"):
+        audit_memorization(**arguments, pipeline=tiny_pipeline(), settings=SETTINGS, canaries=canaries.select(rows))
+
+
 def test_the_audit_reports_it_beside_the_bound_of_dp_sgd(tmp_path):
     train, canaries = flip_canaries(images_of(20, seed=1), 12, 1, seed=0)
     arguments = {"train": train, "held_out": images_of(12, seed=2), "encoder": torch.nn.Flatten()}

@@ -211,6 +211,10 @@ def test_the_evaluate_modules_give_what_the_functions_give():
     assert result["membership_auc"] == pytest.approx(0.75)
     assert result["tpr_at_1_percent_fpr"] is None
 
+    close = torch.tensor([1 + 3e-9, 1 + 2e-9, 1 + 1e-9, 1.0], dtype=torch.double)  # ties in single precision
+    result = evaluate.load(metrics.path("membership")).compute(predictions=close.tolist(), references=members)
+    assert result["membership_auc"] == 1
+
     result = evaluate.load(metrics.path("noise_norm")).compute(predictions=generated, references=generated + 1)
     assert result["noise_norm"] == pytest.approx(math.sqrt(6), rel=1e-6)
     assert all(os.listdir(os.environ[f"HF_{kind}_CACHE"]) for kind in ("METRICS", "MODULES")), "not the user's"

@@ -13,7 +13,7 @@ from datasets import Dataset
 import person_intervals
 from memcontrol_hf import audit_memorization, demo_dataset, metrics
 from memcontrol_hf.audit import AuditSettings
-from memcontrol_hf.audit.persons import reidentified, verifier_of
+from memcontrol_hf.audit.persons import exposure_by_membership, reidentified, verifier_of
 from memcontrol_hf.cli import main
 from memcontrol_hf.data import EncodedImages
 from memcontrol_hf.encoders import load_encoder
@@ -47,8 +47,29 @@ def test_the_worst_tenth_and_the_worst_person_stand_beside_the_mean():
     worst = metrics.worst_case(torch.arange(20))
     assert dataclasses.astuple(worst) == (9.5, 18.5, 19)
     assert dataclasses.astuple(metrics.worst_case(torch.tensor([3.0]))) == (3, 3, 3)
+    few = metrics.worst_case(torch.tensor([1.0, 2.0, 3.0]), persons=2)
+    assert dataclasses.astuple(few) == pytest.approx((2, (3 + 3 + 2) / 3, (3 + 3 + 2) / 3)), "of all three pairs"
+    values = torch.randn(40, generator=torch.Generator().manual_seed(0)).double()
+    drawn = torch.stack([values[torch.randperm(40)[:30]].sort(descending=True).values for _ in range(4000)])
+    expected = metrics.worst_case(values, persons=30)
+    assert expected.worst_decile == pytest.approx(drawn[:, :3].mean().item(), abs=0.02)
+    assert expected.worst_person == pytest.approx(drawn[:, 0].mean().item(), abs=0.02)
+    with pytest.raises(ValueError, match="4 of 3 persons cannot be drawn: give 1 to 3"):
+        metrics.worst_case(torch.arange(3), persons=4)
     with pytest.raises(ValueError, match="finite"):
         metrics.worst_case(torch.tensor([1.0, torch.nan]))
+
+
+@pytest.mark.parametrize(("train", "held_out"), [(72, 24), (30, 4), (10, 100)])
+def test_persons_of_whom_nothing_was_learned_lie_above_the_floor_half_of_the_time(train, held_out):
+    generator = torch.Generator().manual_seed(0)
+
+    def is_above() -> bool:
+        sets = (torch.randn(count, generator=generator).double() for count in (train, held_out))
+        exposure = exposure_by_membership(*sets)
+        return exposure.as_many.worst_person > exposure.floor.worst_person
+
+    assert 0.42 < sum(is_above() for _ in range(400)) / 400 < 0.6
 
 
 def test_intervals_of_images_hold_the_truth_less_often_than_intervals_of_persons():
@@ -71,9 +92,11 @@ def test_rates_and_intervals_are_of_persons():
     attacks = {name.removeprefix("membership_auc_") for name in measures if name.startswith("membership_auc_")}
     assert {"loss", "clid", "sima"} < attacks
     assert set(persons["exposure"]) == {*(f"membership_{attack}" for attack in attacks), "similarity"}
-    floor = persons["exposure"]["membership_loss"]["floor"]
+    exposure = persons["exposure"]["membership_loss"]
+    floor = exposure["floor"]
     assert floor["mean"] == pytest.approx(0, abs=1e-6), "held-out persons lie around their own mean"
     assert floor["worst_decile"] == floor["worst_person"] > 0
+    assert exposure["model_as_many"] == exposure["model"], "5 training persons are fewer than 6"
     jsonschema.validate(dataclasses.asdict(report), json.loads(REPORT_SCHEMA.read_text()))
     assert not report.judge({"membership_auc_loss": {"max": auc["value"] + 0.1}})
     assert "times as many persons would tell" in report.gate["failures"][0]

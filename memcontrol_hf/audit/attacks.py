@@ -18,9 +18,9 @@ from ..randomness import Purpose
 from .attributes import attribute_figures
 from .copies import find_copies
 from .embedding import embedding_attack
-from .membership import MembershipScores, membership_figures, not_applicable, scores_of
+from .membership import MembershipScores, highest_innocent, membership_figures, not_applicable, scores_of
 from .persons import Exposure, Verifier, exposure_by_similarity, reidentified
-from .settings import BINS, CLIQUE, FALSE_ALARMS, PAPER_THRESHOLD, REFERENCES, REVIEWED, AuditSettings, Figure
+from .settings import BINS, CLIQUE, PAPER_THRESHOLD, REFERENCES, REVIEWED, AuditSettings, Figure
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -106,11 +106,9 @@ def attack_pipeline(
         result.figures["trajectory_norm_auc"] = not_applicable(family, "noise_norm")
     else:
         other_rows = others.shuffled(settings.seed, Purpose.AUDIT_PROMPTS)[: settings.num_prompts]
-        norms = evaluator.trajectory_norms(members, rows)
-        other_norms = metrics.mean_of_persons(
-            evaluator.trajectory_norms(others, other_rows), others.units_of(other_rows)
-        )
-        _compare_trajectories(result, norms, other_norms, rows, members.repeated, members.units_of(rows))
+        norms, other_norms = evaluator.trajectory_norms(members, rows), evaluator.trajectory_norms(others, other_rows)
+        units = members.units_of(rows), others.units_of(other_rows)
+        _compare_trajectories(result, norms, other_norms, rows, members.repeated, *units)
 
     if quality:
         fresh_rows = others.shuffled(settings.seed, Purpose.AUDIT_QUALITY)[: settings.num_quality_images]
@@ -204,25 +202,67 @@ def compare_with_training_images(
 def _extraction(
     images: torch.Tensor, rows: list[int], members: EncodedImages, others: EncodedImages, settings: AuditSettings
 ) -> tuple[dict[str, Figure], dict[str, tuple[set[int], set[int]]]]:
-    """The extraction attack on images `[len(rows) * K, 3, H, W]`: K generated images for the caption of each row."""
+    """The extraction attack on images `[len(rows) * K, 3, H, W]`: K generated images for the caption of each row.
+
+    A caption gives a training image back when one of the training images with this caption comes out of it.
+    """
     references = others.pixels(others.shuffled(settings.seed, Purpose.AUDIT_REFERENCES)[:REFERENCES])
-    originals, threshold = members.pixels(rows), PAPER_THRESHOLD * settings.resolution / 224
-    result = metrics.extraction(
-        images.unflatten(0, (len(rows), settings.images_per_prompt)),
-        originals,
-        threshold,
-        CLIQUE,
-        held_out=references,
-    )
-    persons = members.units_of(rows)
+    threshold = PAPER_THRESHOLD * settings.resolution / 224
+    images = images.unflatten(0, (len(rows), settings.images_per_prompt))
+
+    def attack(generated: torch.Tensor, originals: torch.Tensor) -> dict[str, torch.Tensor]:
+        result = metrics.extraction(generated, originals, threshold, CLIQUE, held_out=references)
+        return {"extraction": result.extracted, "extraction_calibrated": result.calibrated}
+
+    nearest, prompts = _nearest_with_the_caption(images, rows, members)
+    originals = members.pixels(nearest)
+    hits, persons = attack(images, originals), members.units_of(rows)
+    caught = {name: set(itertools.compress(nearest, found.tolist())) for name, found in hits.items()}
+    if nearest != rows and (canaries := [row for row in rows if row in members.repeated]):
+        of_canaries = images[[prompts[row] for row in canaries]]
+        for name, found in attack(of_canaries, members.pixels(canaries)).items():
+            caught[name] |= set(itertools.compress(canaries, found.tolist()))
     figures = {
-        "extraction_rate": _share_of_units(result.extracted, persons),
-        "extraction_rate_calibrated": _share_of_units(result.calibrated, persons),
+        "extraction_rate": _share_of_units(hits["extraction"], persons),
+        "extraction_rate_calibrated": _share_of_units(hits["extraction_calibrated"], persons),
         # pairs of real images that the absolute threshold takes for the same picture
         "extraction_false_alarms": Figure((tile_distances(originals, references) <= threshold).double().mean().item()),
     }
-    hits = {"extraction": result.extracted, "extraction_calibrated": result.calibrated}
-    return figures, {name: ({row for row, hit in zip(rows, found) if hit}, set(rows)) for name, found in hits.items()}
+    return figures, {name: (found & {*rows}, {*rows}) for name, found in caught.items()}
+
+
+def _nearest_with_the_caption(
+    images: torch.Tensor, rows: list[int], members: EncodedImages
+) -> tuple[list[int], dict[int, int]]:
+    """Which training images with a caption its generated images come nearest to, at 32 pixels.
+
+    That is the caption's own image where all captions differ. Where images share a caption, such as a class or the
+    empty one, a model that gives back another of them has given back a training image all the same.
+
+    Args:
+        images (`torch.Tensor`): generated images of the caption of each row, `[P, K, 3, H, W]`.
+        rows (list of `int`): rows of the captions, P of them.
+        members ([`~memcontrol_hf.data.EncodedImages`]): training images.
+
+    Returns:
+        The row of the nearest image of each caption, and for each of `rows` the position of the nearest caption.
+    """
+    captions, with_caption = members.captions(rows), {}
+    for place, caption in enumerate(members.captions(members.distinct)):
+        with_caption.setdefault(caption, []).append(place)
+    originals = members.features(metrics.comparable).flatten(1).cpu()
+    nearest, prompts = list(rows), {row: prompt for prompt, row in enumerate(rows)}
+    for caption in set(captions):
+        if len(places := with_caption[caption]) == 1:
+            continue
+        of_caption = [prompt for prompt, other in enumerate(captions) if other == caption]
+        generated = (metrics.comparable(images[prompt]).flatten(1).cpu() for prompt in of_caption)
+        distances = torch.stack([torch.cdist(one, originals[places]).amin(0) for one in generated])
+        for prompt, place in zip(of_caption, distances.argmin(1).tolist()):
+            nearest[prompt] = members.distinct[places[place]]
+        for place, prompt in zip(places, distances.argmin(0).tolist()):
+            prompts[members.distinct[place]] = of_caption[prompt]
+    return nearest, prompts
 
 
 def _share_of_units(hits: torch.Tensor, units: list[int]) -> Figure:
@@ -239,6 +279,7 @@ def _compare_trajectories(
     rows: list[int],
     repeated: set[int],
     units: Sequence[int],
+    other_units: Sequence[int],
 ) -> None:
     """Add to `result` whether training captions, and canaries' captions, steer harder or less than held-out captions.
 
@@ -248,20 +289,21 @@ def _compare_trajectories(
     Args:
         result ([`Attacked`]): results so far, which are changed.
         norms (`torch.Tensor`): noise norms `[len(rows)]` along the trajectories of training captions.
-        other_norms (`torch.Tensor`): noise norms along the trajectories of held-out captions, one for each unit.
+        other_norms (`torch.Tensor`): noise norms along the trajectories of held-out captions.
         rows (list of `int`): rows of the training captions.
         repeated (set of `int`): rows of the canaries.
-        units (list of `int`): the unit (person or image) of each training caption.
+        units, other_units (list of `int`): the unit (person or image) of each training and held-out caption.
     """
-    outcome = metrics.membership(metrics.mean_of_persons(norms, units), other_norms)
+    of_others = metrics.mean_of_persons(other_norms, other_units)
+    outcome = metrics.membership(metrics.mean_of_persons(norms, units), of_others)
     result.figures["trajectory_norm_auc"] = Figure(outcome.auc, *outcome.interval)
-    low, high = torch.quantile(other_norms, torch.tensor([FALSE_ALARMS, 1 - FALSE_ALARMS]).to(other_norms))
+    low, high = -highest_innocent(-other_norms), highest_innocent(other_norms)
     result.caught["trajectory_norm"] = ({row for row, norm in zip(rows, norms) if norm > high}, set(rows))
     result.caught["trajectory_norm_low"] = ({row for row, norm in zip(rows, norms) if norm < low}, set(rows))
     canaries = [(norm, unit) for row, norm, unit in zip(rows, norms.tolist(), units) if row in repeated]
     if canaries:
         canary_norms = metrics.mean_of_persons(*map(list, zip(*canaries)))
-        outcome = metrics.membership(canary_norms, other_norms)
+        outcome = metrics.membership(canary_norms, of_others)
         result.figures["trajectory_norm_auc_canaries"] = Figure(outcome.auc, *outcome.interval)
 
 

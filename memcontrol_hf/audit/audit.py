@@ -28,7 +28,7 @@ from ..adapters import adapter_in_place, load_adapter, unload_adapter
 from ..data import ATTRIBUTE, EncodedImages, check_captions, weights_digest, without_captions
 from ..encoders import Encoder, encoder_name, load_encoder, named_encoder
 from ..families import family_of
-from ..images import near_duplicates
+from ..images import TILES, near_duplicates
 from ..randomness import Purpose, row_keys
 from ..report import MemorizationReport
 from .attacks import Attacked, attack_images, attack_pipeline, evaluator_of
@@ -37,7 +37,7 @@ from .captions import caption_identifiers, caption_markers
 from .coins import canary_losses, check_canaries, epsilon_from_coins
 from .membership import losses_of
 from .persons import Verifier, check_persons, published_persons, verifier_of
-from .private import fingerprint, private_folder, write_review
+from .private import fingerprint, fingerprint_key, private_folder, write_review
 from .settings import LEAST_IMAGES, AuditSettings
 
 if TYPE_CHECKING:
@@ -120,6 +120,8 @@ def audit_memorization(
     settings = settings or AuditSettings()
     if (pipeline is None) == (generated is None):
         raise ValueError("give either a pipeline or generated images")
+    if pipeline is None and (adapter is not None or base_pipeline is not None):
+        raise ValueError("an adapter and a base_pipeline belong to a pipeline: leave them out with generated images")
     if pipeline is not None and not family_of(pipeline).conditions:
         train, held_out = (without_captions(data) for data in (train, held_out))
         canaries = None if canaries is None else without_captions(canaries)
@@ -141,12 +143,18 @@ def audit_memorization(
         for attacked in filter(None, (pipeline, base_pipeline)):
             family = family_of(attacked)
             family.check_resolution(settings.resolution)
+            if settings.resolution % TILES:
+                raise ValueError(
+                    f"resolution {settings.resolution} is no multiple of {TILES}: extraction compares "
+                    f"{TILES} x {TILES} tiles of an image"
+                )
             family.noise.check_inference_steps(settings.inference_steps)
             family.pipeline_arguments(train["text"][:1], settings.resolution, settings.guidance_scale)
     if adapter is not None:
         _check_adapter(pipeline, adapter, _framed(train, settings))
     clip = None if clip_model is None or pipeline is None else metrics.load_clip(clip_model)
     private = None if output_dir is None else private_folder(Path(output_dir))
+    key = None if private is None else fingerprint_key(private)
     name = encoder_name(encoder)
     encoder = load_encoder(encoder, "cpu" if pipeline is None else pipeline.device)
     members, others = (_framed(data, settings) for data in (train, held_out))
@@ -215,7 +223,7 @@ def audit_memorization(
         if (identifiers := caption_identifiers(captions)) is not None:
             content["caption_identifiers"] = identifiers
     if private is not None:
-        content["data_fingerprint"] = fingerprint(members.digests, private / "fingerprint.key")
+        content["data_fingerprint"] = fingerprint(members.digests, key)
         write_review(results["model"], members, private / "review.html")
     return MemorizationReport(base_model="" if pipeline is None else type(pipeline).__name__, audit=content)
 

@@ -29,6 +29,11 @@ def check_canaries(canaries: Dataset, members: EncodedImages, others: EncodedIma
             f"the canaries have no column {INCLUDED!r}, only {', '.join(canaries.column_names)}: give the folder "
             "private/split/canaries of a training with --flip_canaries"
         )
+    if (count := len(images.distinct)) < max(2, len(canaries)):
+        raise ValueError(
+            f"{len(canaries)} canaries with {count} different images: a coin is flipped for each image once, and 2 or "
+            "more are guessed at"
+        )
     train, held_out = set(members.digests), set(others.digests)
     coins = list(zip(images.digests, canaries[INCLUDED][:]))
     missing = sum(included and digest not in train for digest, included in coins)

@@ -18,8 +18,9 @@ class Copies:
 
     Args:
         figures (dict of [`Figure`]): figures by the name of the measure.
-        caught (dict): whether each prompt gives a copy of its own image, bool `[P]`, by the attack's name; empty where
-            the prompts' images are not known, and without an attack that could not be judged.
+        caught (dict): whether each prompt's own image was copied, by this prompt or another one with its caption, bool
+            `[P]`, by the attack's name; empty where the prompts' images are not known, and without an attack that
+            could not be judged.
     """
 
     figures: dict[str, Figure]
@@ -48,7 +49,8 @@ def find_copies(
         own (list of `int`): positions of the captions' own images among the distinct images of `members`.
         persons (list of `int`): the person of each caption, where persons are known.
     """
-    result, rows = Copies({}, {}), torch.tensor(own)[:, None]
+    result, captions = Copies({}, {}), members.captions([members.distinct[place] for place in own]) if own else []
+    alike = torch.tensor([[caption == other for other in captions] for caption in captions])
     try:
         sets = members.features(encoder), others.features(encoder)
         copies = metrics.copy_similarity(features, *sets, FALSE_ALARMS, per_prompt, persons)
@@ -56,9 +58,10 @@ def find_copies(
         result.figures["copy_similarity"] = Figure(copies.percentile_95)
         result.figures["copy_threshold"] = Figure(copies.threshold)
         if own:
-            originals = F.normalize(sets[0][rows], dim=-1)
-            to_own = (F.normalize(features, dim=1).unflatten(0, (len(own), per_prompt)) * originals).sum(-1)
-            result.caught["copy"] = (to_own > copies.threshold).any(1)
+            originals = F.normalize(sets[0][list(own)], dim=1).T
+            of_prompts = F.normalize(features, dim=1).split(per_prompt)
+            found = torch.stack([(one @ originals > copies.threshold).any(0) for one in of_prompts])
+            result.caught["copy"] = (found.cpu() & alike).any(0)
     except ValueError as error:
         names = ("copy_share", "copy_similarity", "copy_threshold")
         result.figures |= dict.fromkeys(names, Figure(None, note=f"not estimable: {error}"))
@@ -71,8 +74,9 @@ def find_copies(
         )
         result.figures["partial_copy_share"] = Figure(copies.share, *copies.interval)
         if own:
-            hits = (copies.distances < copies.threshold).unflatten(0, (len(own), per_prompt))
-            result.caught["partial_copy"] = (hits & (copies.nearest.unflatten(0, hits.shape) == rows)).any(1)
+            hits = copies.distances < copies.threshold
+            found = (copies.nearest[:, None] == torch.tensor(own)) & hits[:, None]
+            result.caught["partial_copy"] = (found.unflatten(0, (len(own), per_prompt)).any(1) & alike).any(0)
     except ValueError as error:
         result.figures["partial_copy_share"] = Figure(None, note=f"not estimable: {error}")
     return result

@@ -74,7 +74,7 @@ def membership_figures(
         figures[f"membership_tpr_strict_{attack}"] = _tpr(outcome, FALSE_ALARMS / 10, unit)
         if members.by_person:
             exposure[f"membership_{attack}"] = exposure_by_membership(of_members, of_others)
-        limit = torch.quantile(of_images[1], 1 - FALSE_ALARMS)
+        limit = highest_innocent(of_images[1])
         found = {row for row, score in zip(members.distinct, of_images[0]) if score > limit}
         caught[f"membership_{attack}"] = (found, set(members.distinct))
     if "clid" in family.not_applicable:
@@ -82,6 +82,15 @@ def membership_figures(
             figures[measure] = not_applicable(family, "clid")
     figures["dataset_inference_p"] = _dataset_inference(features, unit, seed)
     return figures, caught, exposure
+
+
+def highest_innocent(scores: torch.Tensor) -> torch.Tensor:
+    """The score of images that were never trained on, `[M]`, that `FALSE_ALARMS` of them exceed.
+
+    Of fewer than `1 / FALSE_ALARMS` images it is the largest score, which an image of the same kind exceeds by chance
+    in one of `M + 1` cases.
+    """
+    return torch.quantile(scores, 1 - FALSE_ALARMS) if len(scores) * FALSE_ALARMS >= 1 else scores.amax()
 
 
 def _dataset_inference(features: list[tuple[torch.Tensor, torch.Tensor]], unit: str, seed: int) -> Figure:

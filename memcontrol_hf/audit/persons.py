@@ -25,11 +25,22 @@ class Exposure:
 
     Args:
         train ([`~memcontrol_hf.metrics.WorstCase`]): training persons; larger is worse.
-        floor ([`~memcontrol_hf.metrics.WorstCase`]): held-out persons among themselves, who cannot be exposed.
+        as_many ([`~memcontrol_hf.metrics.WorstCase`]):
+            As many training persons as there are held-out ones, where these are fewer: what so many, drawn at random,
+            have in expectation. Else all training persons.
+        floor ([`~memcontrol_hf.metrics.WorstCase`]):
+            Held-out persons, who cannot be exposed; where they are more, as many as there are training persons.
     """
 
     train: metrics.WorstCase
+    as_many: metrics.WorstCase
     floor: metrics.WorstCase
+
+    @classmethod
+    def of(cls, train: torch.Tensor, held_out: torch.Tensor) -> "Exposure":
+        """From the value of each training person `[P]` and of each held-out person `[Q]`; larger is worse."""
+        fewer = min(len(train), len(held_out))
+        return cls(metrics.worst_case(train), metrics.worst_case(train, fewer), metrics.worst_case(held_out, fewer))
 
 
 def verifier_of(encoder: Encoder) -> Verifier:
@@ -75,7 +86,7 @@ def exposure_by_membership(train: torch.Tensor, held_out: torch.Tensor) -> Expos
         held_out (`torch.Tensor`): score of each held-out person, `[Q]`, Q > 1.
     """
     mean, deviation = held_out.mean(), held_out.std().clamp(min=torch.finfo(torch.double).tiny)
-    return Exposure(*(metrics.worst_case((scores - mean) / deviation) for scores in (train, held_out)))
+    return Exposure.of(*((scores - mean) / deviation for scores in (train, held_out)))
 
 
 def exposure_by_similarity(
@@ -83,8 +94,7 @@ def exposure_by_similarity(
 ) -> dict[str, Exposure]:
     """How similar the most similar generated image is to an image of each training person.
 
-    The floor is that of real images: how similar the most similar image of other held-out persons is to an image of
-    each held-out person.
+    The floor is how similar the most similar of the same images is to an image of each held-out person.
 
     Args:
         features (`torch.Tensor`): features `[N, D]` of the generated images.
@@ -96,23 +106,14 @@ def exposure_by_similarity(
     """
     if not members.by_person:
         return {}
-    to_generated = 1 - metrics.nearest_distances(members.features(encoder), features)
-    real = F.normalize(others.features(encoder).float(), dim=1)
-    units = torch.tensor(others.units_of(others.distinct), device=real.device)
-    to_real = torch.cat(
-        [
-            (part @ real.T).masked_fill(of[:, None] == units, -1).amax(1)
-            for part, of in zip(real.split(4096), units.split(4096))
-        ]
-    )
-    return {"similarity": Exposure(_largest(to_generated, members), _largest(to_real, others))}
 
+    def largest(images: EncodedImages) -> torch.Tensor:
+        similarities = 1 - metrics.nearest_distances(images.features(encoder), features)
+        units = torch.tensor(images.units_of(images.distinct))
+        of_persons = torch.full((len(set(units.tolist())),), -torch.inf, dtype=torch.double)
+        return of_persons.scatter_reduce(0, units, similarities.double().cpu(), "amax")
 
-def _largest(values: torch.Tensor, images: EncodedImages) -> metrics.WorstCase:
-    """The worst case of the largest value of each person, from a value of each distinct image, `[N]`."""
-    units = torch.tensor(images.units_of(images.distinct))
-    largest = torch.full((len(set(units.tolist())),), -torch.inf, dtype=torch.double)
-    return metrics.worst_case(largest.scatter_reduce(0, units, values.double().cpu(), "amax"))
+    return {"similarity": Exposure.of(largest(members), largest(others))}
 
 
 def reidentified(
@@ -202,6 +203,7 @@ def published_persons(
         "exposure": {
             name: {
                 **{who: asdict(of[name].train) if of and name in of else None for who, of in exposures.items()},
+                "model_as_many": asdict(of_model[name].as_many),
                 "floor": asdict(of_model[name].floor),
             }
             for name in of_model

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import hmac
 import io
-import os
 import secrets
 import shutil
 from collections.abc import Sequence
@@ -17,7 +16,10 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from ..data import EncodedImages
+from ..whole_files import write_whole
 from .attacks import Attacked
+
+_KEY_BYTES = 32
 
 
 def private_folder(output_dir: Path) -> Path:
@@ -36,16 +38,35 @@ def private_folder(output_dir: Path) -> Path:
     return private
 
 
-def fingerprint(digests: Sequence[str], key_file: Path) -> str:
+def fingerprint_key(folder: Path) -> bytes:
+    """The key of fingerprints in a private folder, which is made if it is not there.
+
+    Raises:
+        ValueError: for a file that holds no key, such as one that a full disk cut short: without a key, everybody who
+            has images could test whether they were used.
+    """
+    file = folder / "fingerprint.key"
+    if not file.exists():
+        write_whole(file, secrets.token_hex(_KEY_BYTES).encode())
+    try:
+        key = bytes.fromhex(file.read_text(encoding="ascii"))
+    except ValueError:  # no ASCII, or no hexadecimal digits
+        key = b""
+    if len(key) != _KEY_BYTES:
+        raise ValueError(
+            f"{str(file)!r} holds no key of {2 * _KEY_BYTES} hexadecimal digits: put back what it held, or delete it, "
+            "and the fingerprints of earlier audits can no longer be compared"
+        )
+    return key
+
+
+def fingerprint(digests: Sequence[str], key: bytes) -> str:
     """A keyed hash of the training images. Nobody without the key can test whether a set of images was used.
 
     Args:
         digests (list of `str`): digests of the images; their order does not matter.
-        key_file (`Path`): file of the key, which is made if it does not exist.
+        key (`bytes`): what [`fingerprint_key`] gives.
     """
-    if not key_file.exists():
-        _write(key_file, secrets.token_hex(32))
-    key = bytes.fromhex(key_file.read_text(encoding="ascii"))
     return hmac.new(key, "".join(sorted(digests)).encode(), hashlib.sha256).hexdigest()
 
 
@@ -67,7 +88,7 @@ def write_review(result: Attacked, members: EncodedImages, path: Path) -> None:
             result.pairs, members.pixels([row for _, row, _ in result.pairs])
         )
     ]
-    _write(path, template.render(pairs=rows))
+    write_whole(path, template.render(pairs=rows).encode())
 
 
 def write_split(data: DatasetDict, output_dir: Path) -> None:
@@ -87,13 +108,6 @@ def write_split(data: DatasetDict, output_dir: Path) -> None:
         data[name].save_to_disk(folder / name)
     for path in [folder, *folder.rglob("*")]:
         path.chmod(0o700 if path.is_dir() else 0o600)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file that nobody else can read, at no time."""
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        file.write(text)
 
 
 def _data_uri(image: torch.Tensor) -> str:

@@ -139,9 +139,7 @@ def _with_attribute(columns: Dataset, data: Dataset, split_name: str, attribute_
             f"the {split_name} split has no column {attribute_column!r}; it has: {', '.join(data.column_names)}. "
             "Choose the column of the attribute with --attribute_column"
         )
-    values, classes = data[attribute_column][:], data.features[attribute_column]
-    if isinstance(classes, ClassLabel):
-        values = classes.int2str(values)
+    values = _with_names_of_classes(data[attribute_column][:], data.features[attribute_column])
     return columns.add_column(ATTRIBUTE, [None if value is None else str(value) for value in values])
 
 
@@ -190,8 +188,16 @@ def _named_classes(dataset: Dataset) -> Dataset:
     """The dataset with the names of classes as captions, where its captions are classes."""
     classes = dataset.features.get("text")
     if isinstance(classes, ClassLabel):
-        return dataset.remove_columns("text").add_column("text", classes.int2str(dataset["text"][:]))
+        names = _with_names_of_classes(dataset["text"][:], classes)
+        return dataset.remove_columns("text").add_column("text", names)
     return dataset
+
+
+def _with_names_of_classes(values: list, feature: Any) -> list:
+    """The values of a column, with the names of its classes where it has classes; what is missing stays `None`."""
+    if not isinstance(feature, ClassLabel):
+        return values
+    return [None if value is None else feature.int2str(value) for value in values]
 
 
 def without_captions(dataset: Dataset) -> Dataset:
@@ -244,12 +250,12 @@ def check_groups(data: DatasetDict) -> None:
             f"{len(missing)} rows have no group: {_first(missing)}. A person without an id could be in two splits: "
             "give each row its group, or take the row out"
         )
-    spellings: dict[str, set[str]] = {}
-    for _, _, group in groups:
+    spellings: dict[str, dict[str, str]] = {}  # spelt one way -> each way, with the first row that spells it so
+    for split, row, group in groups:
         name = group_name(group)
         spelling = re.sub(r"^(\d+)\.0+$", r"\1", "".join(name.split()).casefold())
-        spellings.setdefault(spelling, set()).add(name)
-    twice = [" and ".join(map(repr, sorted(of_one))) for of_one in spellings.values() if len(of_one) > 1]
+        spellings.setdefault(spelling, {}).setdefault(name, f"row {row} of {split}")
+    twice = [" and ".join(of_one.values()) for of_one in spellings.values() if len(of_one) > 1]
     if twice:
         raise ValueError(
             f"{len(twice)} groups are spelt in several ways, which differ in case, blanks or a .0 only: "

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.stats import hypergeom
 
 from .intervals import clopper_pearson
 
@@ -68,21 +69,38 @@ class WorstCase:
     worst_person: float
 
 
-def worst_case(values: torch.Tensor) -> WorstCase:
+def worst_case(values: torch.Tensor, persons: int | None = None) -> WorstCase:
     """Mean, worst decile and worst person of a value of each person, `[P]`; a larger value is worse.
 
     The largest of many values is large by chance alone: compare with the same figures of as many persons who were not
-    trained on.
+    trained on. Of more persons than that, `persons` gives the figures that so many of them have in expectation, drawn
+    without replacement: a person is among the worst `t` of them when fewer than `t` of the worse ones were drawn, too,
+    whose number is hypergeometric.
+
+    Args:
+        values (`torch.Tensor`): value of each person, `[P]`.
+        persons (`int`, *optional*): number of persons that are drawn, 1 to P; all of them by default.
 
     Raises:
-        ValueError: for no value at all, and for values that are not finite.
+        ValueError: for no value at all, for values that are not finite, and for more persons than there are.
     """
     values = torch.as_tensor(values).double().cpu()
     if values.ndim != 1 or len(values) == 0 or not values.isfinite().all():
         raise ValueError(f"values of persons must be [P], P > 0, and finite, but are {list(values.shape)}")
+    count = len(values)
+    persons = count if persons is None else persons
+    if not 1 <= persons <= count:
+        raise ValueError(f"{persons} of {count} persons cannot be drawn: give 1 to {count}")
     ordered = values.sort(descending=True).values
-    tenth = max(1, round(len(ordered) / 10))
-    return WorstCase(ordered.mean().item(), ordered[:tenth].mean().item(), ordered[0].item())
+
+    def of_worst(number: int) -> float:
+        worse = np.arange(count)  # than the person at the same place
+        if persons == count:
+            return ordered[:number].mean().item()
+        among = hypergeom.cdf(number - 1, count - 1, worse, persons - 1)
+        return (ordered @ torch.from_numpy(among)).item() * persons / count / number
+
+    return WorstCase(ordered.mean().item(), of_worst(max(1, round(persons / 10))), of_worst(1))
 
 
 @dataclass(frozen=True)

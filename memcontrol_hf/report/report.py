@@ -27,7 +27,8 @@ _SUBJECTS = {
     "model": "training persons",
     "frozen_base": "training persons, frozen base",
     "held_out_as_train": "held-out persons as training persons",
-    "floor": "held-out persons among themselves",
+    "model_as_many": "training persons, as many as below",
+    "floor": "held-out persons, as many as above",
 }
 _WORST = ("mean", "worst_decile", "worst_person")
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "optuna")

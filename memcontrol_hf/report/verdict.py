@@ -56,9 +56,9 @@ def violation(
 ) -> Violation | None:
     """Why a measure violates a limit; `None` when the measure keeps the limit.
 
-    A limit holds for the bad end of the 95 % interval. If the value itself keeps the limit, the number of images that
-    would do follows from the interval's width, which shrinks with the root of their number (for a rate of 0, with
-    their number).
+    A limit holds for the bad end of the 95 % interval; a limit above a control, for that of the difference of the two.
+    If the value itself keeps the limit, the number of images that would do follows from the interval's width, which
+    shrinks with the root of their number (for a rate of 0, with their number).
 
     Args:
         name (`str`): Name of the measure.
@@ -73,15 +73,15 @@ def violation(
     if not model or model["value"] is None:
         reason = f"{name}: {(model or {}).get('note') or 'was not measured'}; what is not measured does not pass"
         return Violation(name, "unmeasured", reason)
-    value, end, over = model["value"], model["low" if kind == "min" else "high"], bound
-    worst = min if kind == "min" else max
-    end = value if end is None else worst(value, end)  # a report that was edited can hold an end that hides the value
+    value, end, over = model["value"], _bad_end(model, upper=kind != "min"), bound
     if kind.startswith("max_above_"):
         control = kind.removeprefix("max_above_")
         reference = figures.get(control)
         if not reference or reference["value"] is None:
             reason = f"{name}: the control {control} was not measured, so {kind} cannot be judged"
             return Violation(name, "unmeasured", reason)
+        # the bad end of the interval of the difference (Newcombe 1998, https://doi.org/10.1002/sim.857, method 10)
+        end = value + math.hypot(end - value, reference["value"] - _bad_end(reference, upper=False))
         over += reference["value"]
         excess = f"{end - reference['value']:.3f} above {control} ({reference['value']:.3f})"
         said = f"may be {excess}, over the limit {bound:g}"
@@ -103,6 +103,15 @@ def violation(
         more = ", but the attack is better than guessing"
     more += f": about {factor:.2g} times as many {unit} would tell" if factor < 100 else ""
     return Violation(name, "unmeasured", f"{name}: {said}; the value itself, {value:.3f}, is within it{more}", factor)
+
+
+def _bad_end(figure: Mapping[str, Any], upper: bool) -> float:
+    """An end of a figure's interval; the value, where there is no interval.
+
+    A report that was edited can hold an end that hides the value, and then the value is the end.
+    """
+    value, end = figure["value"], figure.get("high" if upper else "low")
+    return value if end is None else (max if upper else min)(value, end)
 
 
 def verdict(gate: Mapping[str, Any], audit: Mapping[str, Any] | None) -> str:

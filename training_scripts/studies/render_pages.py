@@ -20,6 +20,7 @@ import claimed.summary
 import compare_mitigations
 import copy_detection
 import duplicate_scan
+import few_held_out
 import filter_remedy
 import growth
 import later_attacks
@@ -57,6 +58,7 @@ PAGES: dict[str, Callable[[dict], str]] = {
     "results/later_attacks": later_attacks.render,
     "results/measured_epsilon": measured_epsilon.render,
     "results/person_intervals": person_intervals.render,
+    "results/few_held_out": few_held_out.render,
     "results/search_memory": search_memory.render,
     "results/screening_paired": screened.paired_page.render,
     "results/screening_smallest": screening_smallest.render,

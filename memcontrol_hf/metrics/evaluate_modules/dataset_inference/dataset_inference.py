@@ -32,6 +32,6 @@ class DatasetInference(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, splits=100, seed=0) -> dict[str, float]:
-        scores, members = torch.as_tensor(predictions), torch.as_tensor(references).bool()
+        scores, members = torch.as_tensor(predictions, dtype=torch.double), torch.as_tensor(references).bool()
         p = memcontrol_hf.metrics.dataset_inference(scores[members], scores[~members], splits, seed)
         return {"dataset_inference_p": p}

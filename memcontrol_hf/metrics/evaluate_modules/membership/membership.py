@@ -32,7 +32,7 @@ class Membership(evaluate.Metric):
         )
 
     def _compute(self, predictions, references) -> dict[str, float | None]:
-        scores, members = torch.as_tensor(predictions), torch.as_tensor(references).bool()
+        scores, members = torch.as_tensor(predictions, dtype=torch.double), torch.as_tensor(references).bool()
         result = memcontrol_hf.metrics.membership(scores[members], scores[~members])
         rates = {f"tpr_at_{100 * fpr:g}_percent_fpr": result.tpr_at_fpr(fpr) for fpr in (0.01, 0.001)}
         return {
