@@ -372,7 +372,7 @@ def audit(
     """Attack the adapter that was saved, beside its controls, judge it by a release gate, and write the report again.
 
     Args:
-        trainer ([`MemControlTrainer`]): whose pipeline is attacked; it holds the bare base afterwards.
+        trainer ([`MemControlTrainer`]): whose pipeline is attacked; it is afterwards as before.
         report ([`MemorizationReport`]): of [`save`]; it gets the audit and the verdict.
         data (`DatasetDict`): `train` and `held_out`, and `canaries` if coins were flipped.
         settings ([`AuditSettings`], *optional*): how much is attacked; images are sampled as the trainer does by
@@ -383,21 +383,21 @@ def audit(
         `bool`: whether the gate has passed. A data set that is too small to be audited does not pass.
     """
     folder, limits = Path(trainer.args.output_dir), load_gate(gate)
-    trainer.set_mask(trainer.search_space.mask(False))  # the bare pipeline: what is attacked is what was saved
     report.gate = {"passed": False, "limits": limits, "failures": ["the audit did not end"]}
     report.to_json(folder / REPORT)  # so that what was measured is kept, whatever becomes of the audit
     try:
-        report.audit = audit_memorization(
-            data["train"],
-            data["held_out"],
-            pipeline=trainer.pipeline,
-            adapter=folder if any(report.mask.values()) else None,
-            encoder=trainer.encoder,
-            output_dir=folder,
-            settings=settings or _audit_settings(trainer),
-            canaries=data.get("canaries"),
-            delta=report.training.get("dp_sgd", {}).get("delta", 1e-5),
-        ).audit
+        with trainer.adapters.set_aside():  # the bare pipeline: what is attacked is what was saved
+            report.audit = audit_memorization(
+                data["train"],
+                data["held_out"],
+                pipeline=trainer.pipeline,
+                adapter=folder if any(report.mask.values()) else None,
+                encoder=trainer.encoder,
+                output_dir=folder,
+                settings=settings or _audit_settings(trainer),
+                canaries=data.get("canaries"),
+                delta=report.training.get("dp_sgd", {}).get("delta", 1e-5),
+            ).audit
         report.judge(limits)
     except ValueError as error:  # what was trained is kept, and it does not pass
         logger.error(f"no audit: {error}")

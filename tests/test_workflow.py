@@ -14,6 +14,7 @@ from transformers.trainer_utils import BestRun
 
 from memcontrol_hf import MemControlConfig, MemorizationReport, workflow
 from memcontrol_hf.adapter_checks import base_weights
+from memcontrol_hf.adapter_folder import adapter_digests
 from memcontrol_hf.report import DEFAULT_GATE
 from memcontrol_hf.workflow import _choose, within_gate
 
@@ -101,6 +102,16 @@ def test_a_given_mask_goes_the_same_way_without_a_search(tmp_path, data):
     card = workflow.write_card(trainer, report, choice).read_text()
     assert card.startswith("---") and "3 in all blocks together were chosen one by one" in card
     assert not (tmp_path / "pareto_front.png").exists()
+
+
+def test_what_was_audited_can_be_saved_again_and_is_the_same(tmp_path, data):
+    trainer = tiny_trainer(tmp_path, train=data["train"], max_steps=1)
+    choice = workflow.Choice({"mask": {"mid_block.attentions.0": True}, "learning_rate": 0.01})
+    report = workflow.save(trainer, choice, workflow.fine_tune(trainer, choice, data["held_out"]), data)
+    workflow.audit(trainer, report, data)
+    assert report.audit and trainer.mask == report.mask
+    trainer.save_model()
+    assert adapter_digests(tmp_path) == report.weights
 
 
 def test_what_stopped_an_audit_is_logged_and_not_published(tmp_path, data, caplog):
