@@ -284,6 +284,16 @@ def test_a_budget_that_is_changed_on_the_way_counts_for_all_trials(tmp_path):
         search(n_trials=8, memorization_budget=0.4)
 
 
+def test_the_sampler_judges_all_trials_by_the_present_budget(tmp_path):
+    """Gaussian processes refuse trials of which some have a constraint and some have none."""
+    for n_trials, budget in ((5, None), (7, 0.75), (9, 0.6), (11, None)):
+        search = fake_figures(tiny_trainer(tmp_path)).hyperparameter_search
+        study = search(n_trials=n_trials, sampler="gp", memorization_budget=budget, screen=False)[0].run_summary
+        assert {t.state for t in study.trials} == {TrialState.COMPLETE}
+        over = [] if budget is None else [{"memorization_budget": t.values[1] - budget} for t in study.trials]
+        assert [t.constraints for t in study.trials] == (over or [{} for _ in study.trials])
+
+
 def test_masks_over_the_parameter_budget_are_not_tried_and_do_not_count(tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=1)
     trainer.set_mask({"mid_block.attentions.0": True})

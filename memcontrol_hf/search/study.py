@@ -1,9 +1,10 @@
 """The Optuna study that any number of processes work on: asking for trials, and recording how they ended."""
 
+import copy
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 OVER_BUDGET = "over the budget"
 """The beginning of the reason of a trial that would train too many parameters."""
 
+_BUDGET = "memorization_budget"  # the attribute of a study, and the constraint of its trials
 _KILLED, _SURPLUS = "its process ended", "another process had begun the last trial"
 _NOT_SUGGESTED = "no hyperparameters were suggested"
 # The reasons of trials that do not count: they were lost, or never begun.
@@ -83,6 +85,33 @@ class Outcome:
     seconds: float = 0.0
 
 
+class _BudgetedStudy(optuna.Study):
+    """A study that judges all of its trials by one memorization budget, whatever the budget was when they ran.
+
+    Optuna keeps constraints with each trial. A budget that was changed on the way would therefore not count for the
+    earlier trials, and Gaussian processes refuse trials of which some have a constraint and some have none.
+    """
+
+    budget: float | None = None
+
+    def _get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
+    ) -> list[FrozenTrial]:
+        """As in Optuna, where everything that reads trials calls this method: samplers, `get_trials` and `trials`."""
+        sign = signs_of(self)[-1]
+        return [self._judged(trial, sign) for trial in super()._get_trials(deepcopy, states, use_cache)]
+
+    def _judged(self, trial: FrozenTrial, sign: int) -> FrozenTrial:
+        if trial.state != TrialState.COMPLETE:
+            return trial
+        trial = copy.copy(trial)
+        # Earlier versions kept the constraint.
+        trial.system_attrs = {name: x for name, x in trial.system_attrs.items() if name != f"constraints:{_BUDGET}"}
+        if self.budget is not None:
+            trial.set_constraint(_BUDGET, sign * (trial.values[1] - self.budget))
+        return trial
+
+
 class SharedStudy:
     """An Optuna study that several workers share through its storage, as one of these workers sees it.
 
@@ -121,18 +150,20 @@ class SharedStudy:
         check_study(address, settings.study_name, settings.settings or {}, only_study=settings.storage is None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study = optuna.create_study(
+            storage = optuna.create_study(
                 storage=open_storage(address),
                 study_name=settings.study_name,
                 directions=settings.directions,
                 load_if_exists=True,
-            )
+            )._storage
+            study = _BudgetedStudy(settings.study_name, storage)
             if not study.trials:
                 study.set_user_attr("settings", dict(settings.settings or {}))
                 if settings.objectives is not None:
                     study.set_metric_names(list(settings.objectives))
         _check_objectives(study, settings)
-        study.set_user_attr("memorization_budget", settings.memorization_budget)
+        study.budget = settings.memorization_budget
+        study.set_user_attr(_BUDGET, study.budget)
         wait_for_names(study)  # one that is killed before that is given up after some seconds
         shared = cls(study, settings)
         shared.queue_again_what_died()
@@ -179,8 +210,6 @@ class SharedStudy:
             for attribute in ("trainable_parameters", "trainable_percent", "learning_rate"):
                 trial.set_user_attr(attribute, earlier.user_attrs.get(attribute))
             trial.set_user_attr("same_as", earlier.number)
-            for constraint, value in earlier.constraints.items():
-                trial.set_constraint(constraint, value)
             self._finish(trial, earlier.values, earlier.user_attrs["figures"])
         return None
 
@@ -300,12 +329,10 @@ class SharedStudy:
             )
 
     def _record_complete(self, outcome: Outcome) -> None:
-        trial, budget = self._trial, self.settings.memorization_budget
+        trial = self._trial
         trial.set_user_attr("trainable_parameters", outcome.trainable_parameters)
         trial.set_user_attr("trainable_percent", outcome.trainable_percent)
         trial.set_user_attr("learning_rate", outcome.learning_rate)
-        if budget is not None:
-            trial.set_constraint("memorization_budget", signs_of(self.study)[1] * (outcome.values[1] - budget))
         self._finish(trial, outcome.values, outcome.figures)
 
     def _finish(
