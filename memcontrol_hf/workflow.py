@@ -122,16 +122,23 @@ def search(
         gate (`str`):
             Gate file. Without a budget, runs whose membership AUC lies above the gate's limit of
             `membership_auc_loss` are not chosen.
-        **options: further ones of [`MemControlTrainer.hyperparameter_search`].
+        **options: further ones of [`MemControlTrainer.hyperparameter_search`], but no `compute_objective`.
 
     Returns:
         [`Choice`]; `None` in a process that leaves the final fine-tune to another one.
 
     Raises:
-        ValueError: as `hyperparameter_search`, before the first trial for an `hp_space` without a mask, and when no
-            run that trained anything can be chosen.
+        ValueError: as `hyperparameter_search`, before the first trial for a `compute_objective` and for an `hp_space`
+            without a mask, and when no run that trained anything can be chosen.
         RuntimeError: when no trial succeeded.
     """
+    if options.get("compute_objective") is not None:
+        raise ValueError(
+            "compute_objective is not supported in workflow.search, as gate, budget and report know objectives by "
+            "their names: give the trainer's arguments objectives=[...]; or search by "
+            "trainer.hyperparameter_search(compute_objective=...), choose a run, and give workflow.fine_tune its "
+            "Choice(run.hyperparameters)"
+        )
     if (hp_space := options.get("hp_space")) is not None:
         _check_suggests_mask(hp_space)
     runs = trainer.hyperparameter_search(

@@ -15,6 +15,7 @@ from transformers.trainer_utils import BestRun
 from memcontrol_hf import MemControlConfig, MemorizationReport, workflow
 from memcontrol_hf.adapter_checks import base_weights
 from memcontrol_hf.adapter_folder import adapter_digests
+from memcontrol_hf.audit import AuditSettings
 from memcontrol_hf.report import DEFAULT_GATE
 from memcontrol_hf.workflow import _choose, within_gate
 
@@ -108,7 +109,7 @@ def test_what_was_audited_can_be_saved_again_and_is_the_same(tmp_path, data):
     trainer = tiny_trainer(tmp_path, train=data["train"], max_steps=1)
     choice = workflow.Choice({"mask": {"mid_block.attentions.0": True}, "learning_rate": 0.01})
     report = workflow.save(trainer, choice, workflow.fine_tune(trainer, choice, data["held_out"]), data)
-    workflow.audit(trainer, report, data)
+    workflow.audit(trainer, report, data, AuditSettings(resolution=16, num_prompts=2, inference_steps=1))
     assert report.audit and trainer.mask == report.mask
     trainer.save_model()
     assert adapter_digests(tmp_path) == report.weights
@@ -137,6 +138,19 @@ def test_a_space_of_masks_alone_is_searched_and_saved(tmp_path, data):
     report = workflow.save(trainer, choice, tuned, data)
     assert [trial["learning_rate"] for trial in report.search["trials"]] == [0.03, 0.03]
     assert report.search["block_effects"] == {blocks[0]: [0.0, 0.0], blocks[1]: [0.0, 0.0]}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compute_objective": lambda figures: [1.0, 2.0]}, "compute_objective is not supported.*objectives=.*Choice"),
+    ],
+)
+def test_what_a_choice_cannot_be_made_with_is_refused_before_the_first_trial(tmp_path, options, message):
+    trainer = tiny_trainer(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        workflow.search(trainer, **options)
+    assert not (tmp_path / "study.journal").exists()
 
 
 def test_a_space_without_a_mask_is_refused_before_the_first_trial(tmp_path):
