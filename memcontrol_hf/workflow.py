@@ -208,17 +208,29 @@ def _choose(
     n_finalists: int,
     repeats: int,
 ) -> BestRun:
-    """The best run of the front, by the repeats of the first choices if there are several finalists."""
+    """The best run of the front, by the repeats of the first choices if there are several finalists.
+
+    While the repeats of all finalists are over the budget, the next choices are finalists, too.
+
+    Raises:
+        ValueError: when no run is within the budget, by the repeats if there are any.
+    """
 
     def ranked(runs: BestRun | Sequence[BestRun]) -> list[BestRun]:
         best_first = rank_runs(runs, budget, front)
         return best_first if budget is not None else within_gate(best_first, trainer.args.objectives, gate)
 
-    choices = ranked(front)
-    finalists = choices[:n_finalists]
-    if len(finalists) < 2:  # repeats could not change the choice
+    choices, repeated = ranked(front), []
+    if min(n_finalists, len(choices)) < 2:  # repeats could not change the choice
         return choices[0]
-    return ranked(repeat_runs(trainer, finalists, repeats))[0]
+    for first in range(0, len(choices), n_finalists):
+        repeated += repeat_runs(trainer, choices[first : first + n_finalists], repeats)
+        try:
+            return ranked(repeated)[0]
+        except ValueError as over_budget:
+            if first + n_finalists >= len(choices):
+                raise
+            logger.warning(f"by the repeats, {over_budget}. Now the next runs of the front are repeated")
 
 
 # ---- fine-tune beside the baselines ----

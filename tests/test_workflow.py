@@ -89,6 +89,23 @@ def test_a_finalist_whose_repeats_the_gate_would_fail_is_not_chosen(monkeypatch,
     assert "above the gate's limit 0.65: trial 1: 0.700" in caplog.text
 
 
+def test_when_the_repeats_of_all_finalists_are_over_the_budget_the_next_runs_are_repeated(monkeypatch, caplog):
+    figures = [(0.23, 0.5), (0.2, 0.53), (0.17, 0.57), (0.16, 0.58), (0.15, 0.59)]
+    front = [BestRun(str(i), list(objective), {"mask": {"a": i > 0}}) for i, objective in enumerate(figures)]
+    made = []
+
+    def worse_by_a_little(trainer, runs, repeats):
+        made.append([run.run_id for run in runs])
+        return [run._replace(objective=[run.objective[0], run.objective[1] + 0.04]) for run in runs]
+
+    monkeypatch.setattr(workflow, "repeat_runs", worse_by_a_little)
+    trainer = SimpleNamespace(args=SimpleNamespace(objectives=["loss", "membership_auc"]))
+    assert _choose(trainer, front, 0.6, DEFAULT_GATE, 3, 1).run_id == "1" and made == [["4", "3", "2"], ["1"]]
+    assert "no run is within the memorization budget of 0.6" in caplog.text
+    with pytest.raises(ValueError, match=r"no run is within the memorization budget of 0\.59: .* 0\.61"):
+        _choose(trainer, front[:1] + front[2:], 0.59, DEFAULT_GATE, 2, 1)
+
+
 def test_a_given_mask_goes_the_same_way_without_a_search(tmp_path, data):
     modules = [f"{block}.attentions.0.transformer_blocks.0.attn1.to_q" for block in ("down_blocks.0", "mid_block")]
     config = MemControlConfig(singular_values={modules[0]: [0], modules[1]: [1, 2]})
