@@ -578,6 +578,7 @@ def test_every_sampler_searches_two_objectives(tmp_path, sampler):
     [
         ({"n_trials": 0}, "n_trials must be at least 1"),
         ({"sampler": "cma"}, "unknown sampler 'cma': use one of tpe"),
+        ({"study_name": "chest-final"}, "study_name must not end in -final or -screening, .* is 'chest-final': give"),
         ({"learning_rate_range": (1e-2, 1e-3)}, "must be positive and in order"),
         ({"backend": "sigopt"}, "backend 'sigopt' is not supported"),
         ({"prune_at": 1.5}, "prune_at must be a share of the steps between 0 and 1, but is 1.5"),

@@ -24,6 +24,15 @@ _BEAT = 120.0  # seconds between two signs of life
 _SEEN = "seen"  # attribute of a claim: seconds since 1970, at its worker's last sign of life
 
 
+def check_study_name(name: str, called: str = "study_name") -> None:
+    """Raise `ValueError` for a name that the claims on another study have; `called` is what the caller calls it."""
+    if name.endswith((FINAL, SCREENING)):
+        raise ValueError(
+            f"{called} must not end in {FINAL} or {SCREENING}, as the names do under which the workers of a study "
+            f"claim work, but is {name!r}: give another name"
+        )
+
+
 def is_held(claim: FrozenTrial) -> bool:
     """Whether the worker of a claim has not released the claim and is alive.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from optuna.samplers import BaseSampler, CmaEsSampler
 
+from .claims import check_study_name
 from .sampler import check_sampler
 
 QUALITY, MEMORIZATION = {"fid", "loss"}, {"amd", "membership_auc", "noise_norm"}
@@ -55,7 +56,8 @@ class SearchSettings:
             Path of a journal file, address of a database, or `grpc://host:port` of a gRPC proxy; by default the file
             `study.journal` in the output folder. Any number of processes may work on one study.
         study_name (`str`):
-            Name of the study in the storage, and of the group of runs in trackers.
+            Name of the study in the storage, and of the group of runs in trackers. It must not end in `-final` or
+            `-screening`.
         settings (`dict`, *optional*):
             Everything that the study's figures depend on, JSON-able. The study keeps these settings, and a search that
             would go on with others is refused.
@@ -108,6 +110,7 @@ class SearchSettings:
     def __post_init__(self) -> None:
         self.directions = [self.directions] if isinstance(self.directions, str) else list(self.directions)
         check_n_trials(self.n_trials)
+        check_study_name(self.study_name)
         low, high = self.learning_rate_range
         if not 0 < low <= high:
             raise ValueError(f"the learning rates must be positive and in order, but got {low} to {high}")
