@@ -288,7 +288,7 @@ def fine_tune(
             logger.warning(f"{name} cannot be compared with: {error}")
             continue
         tuned.figures[name] = figures
-        if any(mask.values()) and trainer.state.global_step < trainer.args.max_steps:
+        if any(mask.values()) and trainer.state.global_step < trainer.state.max_steps:
             tuned.stopped[name] = trainer.state.global_step
     return tuned
 
@@ -353,7 +353,7 @@ def save(
         figures=tuned.figures,
         training={
             "learning_rate": trainer.args.learning_rate,
-            "max_steps": trainer.args.max_steps,
+            "max_steps": trainer.state.max_steps,  # of the arguments, or by their num_train_epochs
             "batch_size": trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps,
             "world_size": trainer.args.world_size,
             "resolution": trainer.args.resolution,

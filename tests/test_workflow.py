@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import images_of, tiny_pipeline, tiny_trainer
 from datasets import DatasetDict
+from transformers import TrainerCallback
 from transformers.trainer_utils import BestRun
 
 from memcontrol_hf import MemControlConfig, MemorizationReport, workflow
@@ -120,6 +121,23 @@ def test_a_given_mask_goes_the_same_way_without_a_search(tmp_path, data):
     card = workflow.write_card(trainer, report, choice).read_text()
     assert card.startswith("---") and "3 in all blocks together were chosen one by one" in card
     assert not (tmp_path / "pareto_front.png").exists()
+
+
+class Stops(TrainerCallback):
+    def on_step_end(self, args, state, control, **others):
+        control.should_training_stop = state.global_step == 2
+
+
+def test_the_steps_of_a_training_that_is_told_epochs_are_in_report_and_card(tmp_path, data):
+    trainer = tiny_trainer(tmp_path, train=data["train"], max_steps=-1, num_train_epochs=1)
+    trainer.add_callback(Stops())
+    choice = workflow.Choice({"mask": {"mid_block.attentions.0": True}, "learning_rate": 0.01})
+    tuned = workflow.fine_tune(trainer, choice, data["held_out"])
+    report = workflow.save(trainer, choice, tuned, data)
+    assert report.training["max_steps"] == 3
+    assert report.training["stopped_at_step"] == {"all blocks": 2, "selected mask": 2}
+    card = workflow.write_card(trainer, report, choice).read_text()
+    assert "(at most 3 steps, seed" in card and ", 3 steps of batch size 4" in card
 
 
 def test_what_was_audited_can_be_saved_again_and_is_the_same(tmp_path, data):
