@@ -30,6 +30,7 @@ from memcontrol_hf.families import family_of
 from memcontrol_hf.from_flags import peft_config_from
 from memcontrol_hf.images import thumbnails
 from memcontrol_hf.search import SearchSettings, claim_final, open_storage, said_in_one_line, select_run
+from memcontrol_hf.search import final as final_module
 from memcontrol_hf.search import study as study_module
 from memcontrol_hf.search.claims import FINAL, Claim, holders, is_held
 from memcontrol_hf.search.screened import screening_of_study
@@ -177,9 +178,11 @@ def test_a_worker_elsewhere_has_the_time_that_whole_trials_took_before(tmp_path,
     time.sleep(1.5)  # its training was shorter, its measuring was not
     shared.record(Outcome(planned, TrialState.COMPLETE, values=[1.0]))
     shared.next(lambda trial: {"x": trial.suggest_float("x", 0, 1)})
-    monkeypatch.setattr(study_module, "is_alive", lambda trial, timeout: asked.append(timeout) or True)
+    for module in (study_module, final_module):
+        monkeypatch.setattr(module, "is_alive", lambda trial, timeout: asked.append(timeout) or True)
     shared.queue_again_what_died()
-    assert asked and 1.5 < asked[0] < 30
+    assert list(final_module._running(shared.study, settings.trial_timeout)) == [1]
+    assert len(asked) == 2 and 1.5 < asked[0] == asked[1] < 30
 
 
 def test_a_clock_that_is_set_anew_kills_no_worker(tmp_path, monkeypatch):

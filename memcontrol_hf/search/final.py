@@ -20,7 +20,7 @@ from .loop import is_of_machine, objective_values
 from .processes import Processes, from_first
 from .protocol import ComputeObjective, SearchableTrainer
 from .settings import named_values
-from .worker import is_alive, this_worker
+from .worker import is_alive, seconds_of_a_trial, this_worker
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +153,7 @@ def claim_final(
 def _running(study: optuna.Study, timeout: float | None) -> dict[int, str]:
     """The trials that run now, with the names of their machines."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    timeout = seconds_of_a_trial(study, timeout)
     alive = [trial for trial in trials if is_alive(trial, timeout)]
     return {trial.number: trial.user_attrs.get("worker", ["an unknown machine"])[0] for trial in alive}
 

@@ -80,7 +80,7 @@ class SearchSettings:
             count.
         trial_timeout (`float`, *optional*):
             Seconds after which the training of a trial is stopped; the trial has failed then. A trial of another
-            machine that runs for twice as long is given up.
+            machine that runs for twice as long, or twice as long as the longest trial before, is given up.
         prune_at (`float`, *optional*):
             Share of a trial's steps, between 0 and 1, after which the trial is measured without sampling an image (by
             the `loss` on validation images instead of `fid`, by `membership_auc` instead of `amd`). The trial is

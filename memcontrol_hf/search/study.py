@@ -20,7 +20,7 @@ from .sampler import REPEATS, SAMPLERS, SeededSampler
 from .settings import SearchSettings, named_values
 from .storage import check_study, open_storage
 from .suggestions import all_suggested, plain
-from .worker import is_alive, this_worker, wait_for_names
+from .worker import is_alive, seconds_of_a_trial, this_worker, wait_for_names
 
 logger = logging.getLogger(__name__)
 
@@ -364,8 +364,7 @@ class SharedStudy:
         Args:
             dead (list, *optional*): identity of a worker that is known to be dead, as [`this_worker`] gave it there.
         """
-        if (timeout := self.settings.trial_timeout) is not None:  # it counts the training, and not the measuring
-            timeout = max([timeout, *(t.duration.total_seconds() for t in complete_trials(self.study))])
+        timeout = seconds_of_a_trial(self.study, self.settings.trial_timeout)
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             ended = bool(dead) and trial.user_attrs.get("worker") == dead
             if ended or not is_alive(trial, timeout):

@@ -42,6 +42,17 @@ def is_alive(trial: FrozenTrial, timeout: float | None = None) -> bool:
         return False
 
 
+def seconds_of_a_trial(study: optuna.Study, timeout: float | None) -> float | None:
+    """The `timeout` of [`is_alive`] for the trials of a study; `None` where there is no `trial_timeout`.
+
+    A `trial_timeout` counts the training alone, so a whole trial may take as long as the longest finished one.
+    """
+    if timeout is None:
+        return None
+    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return max([timeout, *(trial.duration.total_seconds() for trial in finished)])
+
+
 def wait_for_names(study: optuna.Study, poll_seconds: float = 0.2) -> None:
     """Wait until the process of each running trial has written down who it is, or was killed before it could."""
     states = (TrialState.RUNNING,)
