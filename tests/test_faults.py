@@ -375,6 +375,18 @@ def test_what_the_machine_lacks_is_said_in_one_line(capsys, error, said):
     assert printed.endswith(". What was finished is kept in out\n")
 
 
+@pytest.mark.parametrize("command", [train, screen])
+def test_a_gpu_that_is_too_small_for_the_model_is_said_in_one_line(tmp_path, capsys, monkeypatch, command):
+    def load(args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+    monkeypatch.setattr("memcontrol_hf.from_flags.load", load)
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--output_dir", str(tmp_path)])
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stopped.value.code == 1 and len(errors) == 1 and "or --quantization" in errors[0]
+
+
 def test_a_full_disk_fails_no_trial_and_the_search_goes_on(tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=1)
     measure, calls = trainer.train_and_evaluate, []
