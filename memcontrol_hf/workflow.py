@@ -128,10 +128,15 @@ def search(
         [`Choice`]; `None` in a process that leaves the final fine-tune to another one.
 
     Raises:
-        ValueError: as `hyperparameter_search`, before the first trial for a `compute_objective` and for an `hp_space`
-            without a mask, and when no run that trained anything can be chosen.
+        ValueError: as `hyperparameter_search`, and when no run that trained anything can be chosen; before the first
+            trial for a `compute_objective`, an `hp_space` without a mask, a number out of its range, and what is no
+            gate.
         RuntimeError: when no trial succeeded.
     """
+    load_gate(gate)
+    for name, value, least in (("n_finalists", n_finalists, 0), ("finalist_repeats", finalist_repeats, 1)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, but is {value}")
     if options.get("compute_objective") is not None:
         raise ValueError(
             "compute_objective is not supported in workflow.search, as gate, budget and report know objectives by "
@@ -169,6 +174,8 @@ def _check_suggests_mask(hp_space: HpSpace) -> None:
     suggested: Mapping[str, Any] = {"mask": {}}
     with suppress(Exception):  # as TrialPruned, which the search takes for an outcome of the trial
         suggested = hp_space(optuna.create_study().ask())
+    if not isinstance(suggested, Mapping):
+        raise ValueError(f"hp_space must return a dictionary of hyperparameters, but returned {suggested!r}")
     if "mask" not in suggested:
         raise ValueError(
             f"hp_space suggests {', '.join(suggested) or 'nothing'} and no mask, which is what is chosen: add "

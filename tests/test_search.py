@@ -578,6 +578,10 @@ def test_every_sampler_searches_two_objectives(tmp_path, sampler):
     [
         ({"n_trials": 0}, "n_trials must be at least 1"),
         ({"sampler": "cma"}, "unknown sampler 'cma': use one of tpe"),
+        ({"enqueue": [{"mask.mid_blok": True}]}, "enqueue: the mask names 1 block.s. that the model lacks: mid_blok;"),
+        ({"enqueue": [{"mask.mid_block.attentions.0": "yes"}]}, "enqueue: a mask holds booleans, but got .*'yes'"),
+        ({"enqueue": [{}, {"learning_rate": 5.0}]}, "enqueue has the learning rate 5, but .* from 1e-05 to 0.001"),
+        ({"enqueue": [{"rate": 1e-4}]}, "enqueue has rate: only learning_rate, and mask.BLOCK for each block"),
         ({"study_name": "chest-final"}, "study_name must not end in -final or -screening, .* is 'chest-final': give"),
         ({"learning_rate_range": (1e-2, 1e-3)}, "must be positive and in order"),
         ({"backend": "sigopt"}, "backend 'sigopt' is not supported"),

@@ -179,6 +179,10 @@ def test_a_space_of_masks_alone_is_searched_and_saved(tmp_path, data):
     ("options", "message"),
     [
         ({"compute_objective": lambda figures: [1.0, 2.0]}, "compute_objective is not supported.*objectives=.*Choice"),
+        ({"gate": "typo.yaml"}, "cannot read the gate 'typo.yaml'"),
+        ({"n_finalists": -1}, "n_finalists must be at least 0, but is -1"),
+        ({"n_finalists": 3, "finalist_repeats": 0}, "finalist_repeats must be at least 1, but is 0"),
+        ({"hp_space": lambda trial: None}, "hp_space must return a dictionary of hyperparameters, but returned None"),
     ],
 )
 def test_what_a_choice_cannot_be_made_with_is_refused_before_the_first_trial(tmp_path, options, message):

@@ -62,7 +62,8 @@ class SearchSettings:
             Everything that the study's figures depend on, JSON-able. The study keeps these settings, and a search that
             would go on with others is refused.
         enqueue (list of `dict`, *optional*):
-            Parameters of the first trials; by default all blocks on, and all blocks off (the frozen base).
+            Parameters of the first trials, such as `{"mask.mid_block.attentions.0": True, "learning_rate": 1e-4}`; one
+            that is left out is drawn. By default all blocks on, and all blocks off (the frozen base).
         screen (`bool`, *optional*):
             Whether a screening is made before the first trial, whose masks are tried after those of `enqueue`; see
             [`~memcontrol_hf.screening.Screening`]. By default it is made for a quality and a memorization objective,
