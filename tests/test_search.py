@@ -153,7 +153,7 @@ def test_a_killed_search_goes_on_and_repeats_the_trial_it_lost(tmp_path):
 
 def test_other_settings_are_refused_and_named(searched, tmp_path):
     trainer = tiny_trainer(tmp_path)
-    settings = {"method": "svdiff", "seed": 0}
+    settings = {"method": "svdiff", "seed": 0, "sizes": (1, 2), "steps": {3: 4}}
     trainer.hyperparameter_search(n_trials=1, settings=settings)
     path = str(tmp_path / "study.journal")
     check_study(path, "memcontrol", settings)
