@@ -185,6 +185,26 @@ def test_a_worker_elsewhere_has_the_time_that_whole_trials_took_before(tmp_path,
     assert len(asked) == 2 and 1.5 < asked[0] == asked[1] < 30
 
 
+def test_a_worker_is_alive_behind_a_proxy_in_another_time_zone(tmp_path, monkeypatch):
+    """A gRPC proxy tells the times of trials as the clocks of its own time zone show them."""
+    monkeypatch.setattr(study_module, "this_worker", lambda: ["another-machine", 12, 0.0])
+    settings = SearchSettings(5, "minimize", study_name="s", storage=str(tmp_path / "study.journal"))
+    shared = SharedStudy.open(settings, settings.storage)
+    shared.next(lambda trial: {"x": trial.suggest_float("x", 0, 1)})
+    (trial,) = shared.study.trials
+    trial.datetime_start -= timedelta(hours=12)
+    assert is_alive(trial, timeout=60) and not is_alive(trial, timeout=0)
+
+
+def test_a_final_fine_tune_is_not_done_again_behind_a_proxy_in_another_time_zone(tmp_path, elsewhere):
+    study = study_at(tmp_path / "study.journal")
+    Claim.make(study, FINAL, is_held).release()
+    (claim,) = optuna.load_study(study_name=f"s{FINAL}", storage=study._storage).trials
+    assert final_module._keeps_final_run(claim)
+    claim.datetime_complete -= timedelta(hours=12)
+    assert final_module._keeps_final_run(claim)
+
+
 def test_a_clock_that_is_set_anew_kills_no_worker(tmp_path, monkeypatch):
     study = study_at(tmp_path / "study.journal")
     trial = study.ask()

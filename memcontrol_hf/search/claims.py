@@ -42,7 +42,12 @@ def is_held(claim: FrozenTrial) -> bool:
         return False
     if claim.user_attrs.get("worker", [socket.gethostname()])[0] == socket.gethostname():
         return is_alive(claim)
-    return time.time() - claim.user_attrs.get(_SEEN, claim.datetime_start.timestamp()) < SILENCE
+    return time.time() - last_sign_of_life(claim) < SILENCE
+
+
+def last_sign_of_life(claim: FrozenTrial) -> float:
+    """When the worker of a claim was last seen at work, in seconds since 1970; earlier versions do not say it."""
+    return claim.user_attrs.get(_SEEN, (claim.datetime_complete or claim.datetime_start).timestamp())
 
 
 def holders(study: optuna.Study, work: str) -> str:
@@ -101,4 +106,5 @@ class Claim:
     def release(self) -> None:
         """Record that the work has ended, after an error, too."""
         self._released.set()
+        self._trial.set_user_attr(_SEEN, time.time())
         self._study.tell(self._trial, 0.0)

@@ -4,7 +4,6 @@ import atexit
 import logging
 import time
 from collections.abc import Sequence
-from datetime import datetime
 
 import numpy as np
 import optuna
@@ -14,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from transformers.trainer_utils import BestRun
 
 from ..tracking import start_tracking
-from .claims import FINAL, SILENCE, Claim, holders, is_held
+from .claims import FINAL, SILENCE, Claim, holders, is_held, last_sign_of_life
 from .front import NoRunError
 from .loop import is_of_machine, objective_values
 from .processes import Processes, from_first
@@ -178,5 +177,5 @@ def _keeps_final_run(claim: FrozenTrial) -> bool:
     if claim.user_attrs.get("worker") == this_worker():
         return False
     if claim.state == TrialState.COMPLETE:
-        return claim.datetime_complete > datetime.fromtimestamp(psutil.Process().create_time())
+        return last_sign_of_life(claim) > psutil.Process().create_time()
     return is_held(claim)

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import time
 import warnings
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,7 +21,7 @@ from .sampler import REPEATS, SAMPLERS, SeededSampler
 from .settings import SearchSettings, named_values
 from .storage import check_study, open_storage
 from .suggestions import all_suggested, plain
-from .worker import is_alive, seconds_of_a_trial, this_worker, wait_for_names
+from .worker import STARTED, is_alive, seconds_of_a_trial, this_worker, wait_for_names
 
 logger = logging.getLogger(__name__)
 
@@ -119,9 +120,10 @@ class SharedStudy:
 
     - study: `settings`, `memorization_budget`, `screening` (what [`~memcontrol_hf.screening.Screening.to_dict`] gives,
       or a `failure`), and `repeat N of trial M` (see [`~memcontrol_hf.search.repeat_runs`])
-    - trial: `worker`, `hyperparameters`, `figures`, `trainable_parameters`, `trainable_percent`, `learning_rate` (not
-      in earlier versions); `same_as` (the number of the earlier trial whose figures it has), `repeats` (the number of
-      the killed trial), `on_the_way` (figures in the middle of the training, for pruning) and `failure` (the reason)
+    - trial: `worker`, `started` (seconds since 1970), `hyperparameters`, `figures`, `trainable_parameters`,
+      `trainable_percent`, `learning_rate` (neither `started` nor `learning_rate` in earlier versions); `same_as` (the
+      number of the earlier trial whose figures it has), `repeats` (the number of the killed trial), `on_the_way`
+      (figures in the middle of the training, for pruning) and `failure` (the reason)
 
     Args:
         study (`optuna.Study`): the study; [`SharedStudy.open`] opens or creates one.
@@ -223,6 +225,7 @@ class SharedStudy:
             return None
         with self._heeding_the_sampler():
             trial = self.study.ask()
+        trial.set_user_attr(STARTED, time.time())
         trial.set_user_attr("worker", this_worker())
         before = [t for t in self._trials() if t.number < trial.number]
         if sum(_counts(t) or t.state == TrialState.WAITING for t in before) >= n_trials:
