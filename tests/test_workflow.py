@@ -145,9 +145,10 @@ def test_what_was_audited_can_be_saved_again_and_is_the_same(tmp_path, data):
     choice = workflow.Choice({"mask": {"mid_block.attentions.0": True}, "learning_rate": 0.01})
     report = workflow.save(trainer, choice, workflow.fine_tune(trainer, choice, data["held_out"]), data)
     workflow.audit(trainer, report, data, AuditSettings(resolution=16, num_prompts=2, inference_steps=1))
+    card = workflow.write_card(trainer, report, choice).read_text()
     assert report.audit and trainer.mask == report.mask
     trainer.save_model()
-    assert adapter_digests(tmp_path) == report.weights
+    assert adapter_digests(tmp_path) == report.weights and (tmp_path / "README.md").read_text() == card
 
 
 def test_what_stopped_an_audit_is_logged_and_not_published(tmp_path, data, caplog):
