@@ -22,6 +22,7 @@ from .families import Family, family_of
 from .search_space import SearchSpace
 from .tuners import MemControlConfig
 from .tuners.hooks import has_hooks
+from .whole_files import write_whole
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -279,10 +280,14 @@ class MaskedAdapters:
             for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
                 (folder / part / name).unlink(missing_ok=True)
         for part, adapted in self.adapted.items():
+            card = folder / part / "README.md"
+            before = card.read_text(encoding="utf-8") if card.is_file() else None
             # The vocabulary is not tuned; PEFT would ask the Hub about it by the base model's name.
             adapted.save_pretrained(folder / part, state_dict=state_dict, save_embedding_layers=False)
-            if part:
-                (folder / part / "README.md").unlink()  # there is one card for the whole
+            if before is not None:
+                write_whole(card, before)  # PEFT has written into it
+            elif part:
+                card.unlink()  # there is one card for the whole
 
     def load(self, folder: Path) -> None:
         """Read the weights of the adapters that are on from a folder that [`save`] has written."""

@@ -29,7 +29,15 @@ from .mitigations import parse_mitigations
 from .public_facts import example_inputs, model_name
 from .publish.hub import check_login
 from .report import DEFAULT_GATE, load_gate
-from .search import check_budget, check_n_trials, check_prune_at, check_study, known_masks, middle_rate
+from .search import (
+    check_budget,
+    check_n_trials,
+    check_prune_at,
+    check_study,
+    check_study_name,
+    known_masks,
+    middle_rate,
+)
 from .search.ray import check_ray
 from .search.storage import storage_address
 from .trainer import MemControlTrainer
@@ -93,6 +101,7 @@ def check(args: ScriptArguments, screens: bool = False) -> tuple[PeftConfig, tup
         raise ValueError(f"--attribute_column {args.attribute_column!r} needs images of your own with captions")
     mask = mask_from(args.mask_from) if args.mask_from else None
     if args.n_trials and not screens:
+        check_study_name(args.study_name, "--study_name")
         check_own_study(args, settings(args), later=SEEN_LATER)
     return config, rates, mask
 

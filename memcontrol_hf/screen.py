@@ -44,12 +44,14 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
 
 def run(args: ScriptArguments) -> None:
     """Load, screen, write what was found, and print it."""
+    import torch
+
     from .from_flags import fixed_rate, make_trainer
     from .report.plots import plot_screening
     from .report.report import aligned
     from .search import suggested_mask
 
-    with exit_code(WRONG_USE, ValueError), exit_code(ERROR, OF_THE_MACHINE):
+    with exit_code(WRONG_USE, ValueError), exit_code(ERROR, (*OF_THE_MACHINE, torch.OutOfMemoryError)):
         if args.dry_run:
             raise ValueError("--dry_run is a flag of memcontrol train, whose plan has the screening as a stage")
         trainer, _, rates, mask = make_trainer(args, screens=True)

@@ -33,7 +33,10 @@ from .flags import ScriptArguments, on_demo_data
 from .progress import quiet_log
 
 OF_THE_MACHINE = (OSError, MemoryError, SafetensorError)
-"""Errors that are no fault of the flags: a disk that is full or gone, an image that was deleted, too little memory."""
+"""Errors that are no fault of the flags: a disk that is full or gone, an image that was deleted, too little memory.
+
+`torch.OutOfMemoryError` is one, too, and is named where torch is loaded.
+"""
 
 FAILURES = (ValueError, RuntimeError, *OF_THE_MACHINE)
 """Errors of the long work that are said in one line."""
@@ -71,6 +74,8 @@ def start(
 
 def run(args: ScriptArguments) -> None:
     """Load, search, choose, fine-tune, save, audit, render the card, push."""
+    import torch
+
     from . import workflow
     from .audit import write_split
     from .from_flags import (
@@ -85,7 +90,7 @@ def run(args: ScriptArguments) -> None:
     from .report import DEFAULT_GATE
     from .search import public_address, said_in_one_line
 
-    with exit_code(WRONG_USE, ValueError), exit_code(ERROR, OF_THE_MACHINE):
+    with exit_code(WRONG_USE, ValueError), exit_code(ERROR, (*OF_THE_MACHINE, torch.OutOfMemoryError)):
         if args.singular_values is not None:
             raise ValueError(
                 "--singular_values is a flag of memcontrol screen, which writes a file for --peft_config: make that "

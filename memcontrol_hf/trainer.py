@@ -465,10 +465,11 @@ class MemControlTrainer(Trainer):
         """
         if token is not None or self.args.hub_token is not None:
             raise ValueError("give no token: log in with `hf auth login`, or set HF_TOKEN")
+        if self.is_world_process_zero():
+            self._check_report()  # before the adapter that an earlier report is of is written over
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        self._check_report()
         return push(
             self.args.output_dir,
             self.args.hub_model_id,

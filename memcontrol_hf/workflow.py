@@ -122,16 +122,28 @@ def search(
         gate (`str`):
             Gate file. Without a budget, runs whose membership AUC lies above the gate's limit of
             `membership_auc_loss` are not chosen.
-        **options: further ones of [`MemControlTrainer.hyperparameter_search`].
+        **options: further ones of [`MemControlTrainer.hyperparameter_search`], but no `compute_objective`.
 
     Returns:
         [`Choice`]; `None` in a process that leaves the final fine-tune to another one.
 
     Raises:
-        ValueError: as `hyperparameter_search`, before the first trial for an `hp_space` without a mask, and when no
-            run that trained anything can be chosen.
+        ValueError: as `hyperparameter_search`, and when no run that trained anything can be chosen; before the first
+            trial for a `compute_objective`, an `hp_space` without a mask, a number out of its range, and what is no
+            gate.
         RuntimeError: when no trial succeeded.
     """
+    load_gate(gate)
+    for name, value, least in (("n_finalists", n_finalists, 0), ("finalist_repeats", finalist_repeats, 1)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, but is {value}")
+    if options.get("compute_objective") is not None:
+        raise ValueError(
+            "compute_objective is not supported in workflow.search, as gate, budget and report know objectives by "
+            "their names: give the trainer's arguments objectives=[...]; or search by "
+            "trainer.hyperparameter_search(compute_objective=...), choose a run, and give workflow.fine_tune its "
+            "Choice(run.hyperparameters)"
+        )
     if (hp_space := options.get("hp_space")) is not None:
         _check_suggests_mask(hp_space)
     runs = trainer.hyperparameter_search(
@@ -162,6 +174,8 @@ def _check_suggests_mask(hp_space: HpSpace) -> None:
     suggested: Mapping[str, Any] = {"mask": {}}
     with suppress(Exception):  # as TrialPruned, which the search takes for an outcome of the trial
         suggested = hp_space(optuna.create_study().ask())
+    if not isinstance(suggested, Mapping):
+        raise ValueError(f"hp_space must return a dictionary of hyperparameters, but returned {suggested!r}")
     if "mask" not in suggested:
         raise ValueError(
             f"hp_space suggests {', '.join(suggested) or 'nothing'} and no mask, which is what is chosen: add "
@@ -201,17 +215,29 @@ def _choose(
     n_finalists: int,
     repeats: int,
 ) -> BestRun:
-    """The best run of the front, by the repeats of the first choices if there are several finalists."""
+    """The best run of the front, by the repeats of the first choices if there are several finalists.
+
+    While the repeats of all finalists are over the budget, the next choices are finalists, too.
+
+    Raises:
+        ValueError: when no run is within the budget, by the repeats if there are any.
+    """
 
     def ranked(runs: BestRun | Sequence[BestRun]) -> list[BestRun]:
         best_first = rank_runs(runs, budget, front)
         return best_first if budget is not None else within_gate(best_first, trainer.args.objectives, gate)
 
-    choices = ranked(front)
-    finalists = choices[:n_finalists]
-    if len(finalists) < 2:  # repeats could not change the choice
+    choices, repeated = ranked(front), []
+    if min(n_finalists, len(choices)) < 2:  # repeats could not change the choice
         return choices[0]
-    return ranked(repeat_runs(trainer, finalists, repeats))[0]
+    for first in range(0, len(choices), n_finalists):
+        repeated += repeat_runs(trainer, choices[first : first + n_finalists], repeats)
+        try:
+            return ranked(repeated)[0]
+        except ValueError as over_budget:
+            if first + n_finalists >= len(choices):
+                raise
+            logger.warning(f"by the repeats, {over_budget}. Now the next runs of the front are repeated")
 
 
 # ---- fine-tune beside the baselines ----
@@ -269,7 +295,7 @@ def fine_tune(
             logger.warning(f"{name} cannot be compared with: {error}")
             continue
         tuned.figures[name] = figures
-        if any(mask.values()) and trainer.state.global_step < trainer.args.max_steps:
+        if any(mask.values()) and trainer.state.global_step < trainer.state.max_steps:
             tuned.stopped[name] = trainer.state.global_step
     return tuned
 
@@ -334,7 +360,7 @@ def save(
         figures=tuned.figures,
         training={
             "learning_rate": trainer.args.learning_rate,
-            "max_steps": trainer.args.max_steps,
+            "max_steps": trainer.state.max_steps,  # of the arguments, or by their num_train_epochs
             "batch_size": trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps,
             "world_size": trainer.args.world_size,
             "resolution": trainer.args.resolution,
@@ -372,7 +398,7 @@ def audit(
     """Attack the adapter that was saved, beside its controls, judge it by a release gate, and write the report again.
 
     Args:
-        trainer ([`MemControlTrainer`]): whose pipeline is attacked; it holds the bare base afterwards.
+        trainer ([`MemControlTrainer`]): whose pipeline is attacked; it is afterwards as before.
         report ([`MemorizationReport`]): of [`save`]; it gets the audit and the verdict.
         data (`DatasetDict`): `train` and `held_out`, and `canaries` if coins were flipped.
         settings ([`AuditSettings`], *optional*): how much is attacked; images are sampled as the trainer does by
@@ -383,21 +409,21 @@ def audit(
         `bool`: whether the gate has passed. A data set that is too small to be audited does not pass.
     """
     folder, limits = Path(trainer.args.output_dir), load_gate(gate)
-    trainer.set_mask(trainer.search_space.mask(False))  # the bare pipeline: what is attacked is what was saved
     report.gate = {"passed": False, "limits": limits, "failures": ["the audit did not end"]}
     report.to_json(folder / REPORT)  # so that what was measured is kept, whatever becomes of the audit
     try:
-        report.audit = audit_memorization(
-            data["train"],
-            data["held_out"],
-            pipeline=trainer.pipeline,
-            adapter=folder if any(report.mask.values()) else None,
-            encoder=trainer.encoder,
-            output_dir=folder,
-            settings=settings or _audit_settings(trainer),
-            canaries=data.get("canaries"),
-            delta=report.training.get("dp_sgd", {}).get("delta", 1e-5),
-        ).audit
+        with trainer.adapters.set_aside():  # the bare pipeline: what is attacked is what was saved
+            report.audit = audit_memorization(
+                data["train"],
+                data["held_out"],
+                pipeline=trainer.pipeline,
+                adapter=folder if any(report.mask.values()) else None,
+                encoder=trainer.encoder,
+                output_dir=folder,
+                settings=settings or _audit_settings(trainer),
+                canaries=data.get("canaries"),
+                delta=report.training.get("dp_sgd", {}).get("delta", 1e-5),
+            ).audit
         report.judge(limits)
     except ValueError as error:  # what was trained is kept, and it does not pass
         logger.error(f"no audit: {error}")

@@ -30,6 +30,7 @@ from memcontrol_hf.families import family_of
 from memcontrol_hf.from_flags import peft_config_from
 from memcontrol_hf.images import thumbnails
 from memcontrol_hf.search import SearchSettings, claim_final, open_storage, said_in_one_line, select_run
+from memcontrol_hf.search import final as final_module
 from memcontrol_hf.search import study as study_module
 from memcontrol_hf.search.claims import FINAL, Claim, holders, is_held
 from memcontrol_hf.search.screened import screening_of_study
@@ -177,9 +178,31 @@ def test_a_worker_elsewhere_has_the_time_that_whole_trials_took_before(tmp_path,
     time.sleep(1.5)  # its training was shorter, its measuring was not
     shared.record(Outcome(planned, TrialState.COMPLETE, values=[1.0]))
     shared.next(lambda trial: {"x": trial.suggest_float("x", 0, 1)})
-    monkeypatch.setattr(study_module, "is_alive", lambda trial, timeout: asked.append(timeout) or True)
+    for module in (study_module, final_module):
+        monkeypatch.setattr(module, "is_alive", lambda trial, timeout: asked.append(timeout) or True)
     shared.queue_again_what_died()
-    assert asked and 1.5 < asked[0] < 30
+    assert list(final_module._running(shared.study, settings.trial_timeout)) == [1]
+    assert len(asked) == 2 and 1.5 < asked[0] == asked[1] < 30
+
+
+def test_a_worker_is_alive_behind_a_proxy_in_another_time_zone(tmp_path, monkeypatch):
+    """A gRPC proxy tells the times of trials as the clocks of its own time zone show them."""
+    monkeypatch.setattr(study_module, "this_worker", lambda: ["another-machine", 12, 0.0])
+    settings = SearchSettings(5, "minimize", study_name="s", storage=str(tmp_path / "study.journal"))
+    shared = SharedStudy.open(settings, settings.storage)
+    shared.next(lambda trial: {"x": trial.suggest_float("x", 0, 1)})
+    (trial,) = shared.study.trials
+    trial.datetime_start -= timedelta(hours=12)
+    assert is_alive(trial, timeout=60) and not is_alive(trial, timeout=0)
+
+
+def test_a_final_fine_tune_is_not_done_again_behind_a_proxy_in_another_time_zone(tmp_path, elsewhere):
+    study = study_at(tmp_path / "study.journal")
+    Claim.make(study, FINAL, is_held).release()
+    (claim,) = optuna.load_study(study_name=f"s{FINAL}", storage=study._storage).trials
+    assert final_module._keeps_final_run(claim)
+    claim.datetime_complete -= timedelta(hours=12)
+    assert final_module._keeps_final_run(claim)
 
 
 def test_a_clock_that_is_set_anew_kills_no_worker(tmp_path, monkeypatch):
@@ -370,6 +393,18 @@ def test_what_the_machine_lacks_is_said_in_one_line(capsys, error, said):
     printed = capsys.readouterr().err
     assert stopped.value.code == 1 and said in printed and printed.count("\n") == 1
     assert printed.endswith(". What was finished is kept in out\n")
+
+
+@pytest.mark.parametrize("command", [train, screen])
+def test_a_gpu_that_is_too_small_for_the_model_is_said_in_one_line(tmp_path, capsys, monkeypatch, command):
+    def load(args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+    monkeypatch.setattr("memcontrol_hf.from_flags.load", load)
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--output_dir", str(tmp_path)])
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stopped.value.code == 1 and len(errors) == 1 and "or --quantization" in errors[0]
 
 
 def test_a_full_disk_fails_no_trial_and_the_search_goes_on(tmp_path):

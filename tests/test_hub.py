@@ -14,7 +14,7 @@ from mini_hub import TOKEN, Repo, serve
 from safetensors.torch import load_file
 
 from memcontrol_hf import MemorizationReport, cli
-from memcontrol_hf.adapter_folder import PUBLIC_FILES
+from memcontrol_hf.adapter_folder import PUBLIC_FILES, adapter_digests
 from memcontrol_hf.families import family_of
 from memcontrol_hf.publish.hub import CARD_BY_HAND, WAITS, PushError, push
 from memcontrol_hf.report.mask_card import MaskCard
@@ -365,8 +365,10 @@ def test_the_trainer_pushes_what_it_trained(hub, tmp_path):
     card = ModelCard(repo.files["README.md"].decode())
     assert "Nothing was measured" in card.text and "**Release gate: not applied.**" in card.text
     trainer.set_mask({"mid_block.attentions.0": True})
+    pushed = adapter_digests(tmp_path / "from-trainer")
     with pytest.raises(ValueError, match="is the report of another mask"):
         trainer.push_to_hub()
+    assert adapter_digests(tmp_path / "from-trainer") == pushed, "a refused push writes over nothing"
     with pytest.raises(ValueError, match="give no token"):
         trainer.push_to_hub(token="hf_something")
 

@@ -153,7 +153,7 @@ def test_a_killed_search_goes_on_and_repeats_the_trial_it_lost(tmp_path):
 
 def test_other_settings_are_refused_and_named(searched, tmp_path):
     trainer = tiny_trainer(tmp_path)
-    settings = {"method": "svdiff", "seed": 0}
+    settings = {"method": "svdiff", "seed": 0, "sizes": (1, 2), "steps": {3: 4}}
     trainer.hyperparameter_search(n_trials=1, settings=settings)
     path = str(tmp_path / "study.journal")
     check_study(path, "memcontrol", settings)
@@ -282,6 +282,16 @@ def test_a_budget_that_is_changed_on_the_way_counts_for_all_trials(tmp_path):
     assert [run.run_id for run in search(n_trials=8, memorization_budget=0.95)] == [run.run_id for run in whole]
     with pytest.raises(RuntimeError, match=r"within the memorization budget of 0\.4; the nearest has 0\.5"):
         search(n_trials=8, memorization_budget=0.4)
+
+
+def test_the_sampler_judges_all_trials_by_the_present_budget(tmp_path):
+    """Gaussian processes refuse trials of which some have a constraint and some have none."""
+    for n_trials, budget in ((5, None), (7, 0.75), (9, 0.6), (11, None)):
+        search = fake_figures(tiny_trainer(tmp_path)).hyperparameter_search
+        study = search(n_trials=n_trials, sampler="gp", memorization_budget=budget, screen=False)[0].run_summary
+        assert {t.state for t in study.trials} == {TrialState.COMPLETE}
+        over = [] if budget is None else [{"memorization_budget": t.values[1] - budget} for t in study.trials]
+        assert [t.constraints for t in study.trials] == (over or [{} for _ in study.trials])
 
 
 def test_masks_over_the_parameter_budget_are_not_tried_and_do_not_count(tmp_path):
@@ -568,6 +578,11 @@ def test_every_sampler_searches_two_objectives(tmp_path, sampler):
     [
         ({"n_trials": 0}, "n_trials must be at least 1"),
         ({"sampler": "cma"}, "unknown sampler 'cma': use one of tpe"),
+        ({"enqueue": [{"mask.mid_blok": True}]}, "enqueue: the mask names 1 block.s. that the model lacks: mid_blok;"),
+        ({"enqueue": [{"mask.mid_block.attentions.0": "yes"}]}, "enqueue: a mask holds booleans, but got .*'yes'"),
+        ({"enqueue": [{}, {"learning_rate": 5.0}]}, "enqueue has the learning rate 5, but .* from 1e-05 to 0.001"),
+        ({"enqueue": [{"rate": 1e-4}]}, "enqueue has rate: only learning_rate, and mask.BLOCK for each block"),
+        ({"study_name": "chest-final"}, "study_name must not end in -final or -screening, .* is 'chest-final': give"),
         ({"learning_rate_range": (1e-2, 1e-3)}, "must be positive and in order"),
         ({"backend": "sigopt"}, "backend 'sigopt' is not supported"),
         ({"prune_at": 1.5}, "prune_at must be a share of the steps between 0 and 1, but is 1.5"),

@@ -427,6 +427,7 @@ def test_a_mask_file_that_is_no_object_is_said_to_hold_none(tmp_path):
             r"cannot open the storage mysql://me:\*\*\*@nowhere/db: Failed",
         ),
         ({"storage": "mysql://nowhere/db?password=secret"}, "cannot open the storage mysql://nowhere/db: Failed"),
+        ({"study_name": "chest-screening"}, "--study_name must not end in -final or -screening"),
         ({"trainer_args": '{"push_to_hub": true}'}, "--trainer_args has push_to_hub: use --push_to_hub"),
         ({"trainer_args": '{"optim": '}, "--trainer_args is no JSON object"),
         ({"trainer_args": '{"optimizer": "adam"}'}, "--trainer_args has unknown arguments: optimizer"),

@@ -10,10 +10,13 @@ import pytest
 import torch
 from conftest import images_of, tiny_pipeline, tiny_trainer
 from datasets import DatasetDict
+from transformers import TrainerCallback
 from transformers.trainer_utils import BestRun
 
 from memcontrol_hf import MemControlConfig, MemorizationReport, workflow
 from memcontrol_hf.adapter_checks import base_weights
+from memcontrol_hf.adapter_folder import adapter_digests
+from memcontrol_hf.audit import AuditSettings
 from memcontrol_hf.report import DEFAULT_GATE
 from memcontrol_hf.workflow import _choose, within_gate
 
@@ -87,6 +90,23 @@ def test_a_finalist_whose_repeats_the_gate_would_fail_is_not_chosen(monkeypatch,
     assert "above the gate's limit 0.65: trial 1: 0.700" in caplog.text
 
 
+def test_when_the_repeats_of_all_finalists_are_over_the_budget_the_next_runs_are_repeated(monkeypatch, caplog):
+    figures = [(0.23, 0.5), (0.2, 0.53), (0.17, 0.57), (0.16, 0.58), (0.15, 0.59)]
+    front = [BestRun(str(i), list(objective), {"mask": {"a": i > 0}}) for i, objective in enumerate(figures)]
+    made = []
+
+    def worse_by_a_little(trainer, runs, repeats):
+        made.append([run.run_id for run in runs])
+        return [run._replace(objective=[run.objective[0], run.objective[1] + 0.04]) for run in runs]
+
+    monkeypatch.setattr(workflow, "repeat_runs", worse_by_a_little)
+    trainer = SimpleNamespace(args=SimpleNamespace(objectives=["loss", "membership_auc"]))
+    assert _choose(trainer, front, 0.6, DEFAULT_GATE, 3, 1).run_id == "1" and made == [["4", "3", "2"], ["1"]]
+    assert "no run is within the memorization budget of 0.6" in caplog.text
+    with pytest.raises(ValueError, match=r"no run is within the memorization budget of 0\.59: .* 0\.61"):
+        _choose(trainer, front[:1] + front[2:], 0.59, DEFAULT_GATE, 2, 1)
+
+
 def test_a_given_mask_goes_the_same_way_without_a_search(tmp_path, data):
     modules = [f"{block}.attentions.0.transformer_blocks.0.attn1.to_q" for block in ("down_blocks.0", "mid_block")]
     config = MemControlConfig(singular_values={modules[0]: [0], modules[1]: [1, 2]})
@@ -101,6 +121,34 @@ def test_a_given_mask_goes_the_same_way_without_a_search(tmp_path, data):
     card = workflow.write_card(trainer, report, choice).read_text()
     assert card.startswith("---") and "3 in all blocks together were chosen one by one" in card
     assert not (tmp_path / "pareto_front.png").exists()
+
+
+class Stops(TrainerCallback):
+    def on_step_end(self, args, state, control, **others):
+        control.should_training_stop = state.global_step == 2
+
+
+def test_the_steps_of_a_training_that_is_told_epochs_are_in_report_and_card(tmp_path, data):
+    trainer = tiny_trainer(tmp_path, train=data["train"], max_steps=-1, num_train_epochs=1)
+    trainer.add_callback(Stops())
+    choice = workflow.Choice({"mask": {"mid_block.attentions.0": True}, "learning_rate": 0.01})
+    tuned = workflow.fine_tune(trainer, choice, data["held_out"])
+    report = workflow.save(trainer, choice, tuned, data)
+    assert report.training["max_steps"] == 3
+    assert report.training["stopped_at_step"] == {"all blocks": 2, "selected mask": 2}
+    card = workflow.write_card(trainer, report, choice).read_text()
+    assert "(at most 3 steps, seed" in card and ", 3 steps of batch size 4" in card
+
+
+def test_what_was_audited_can_be_saved_again_and_is_the_same(tmp_path, data):
+    trainer = tiny_trainer(tmp_path, train=data["train"], max_steps=1)
+    choice = workflow.Choice({"mask": {"mid_block.attentions.0": True}, "learning_rate": 0.01})
+    report = workflow.save(trainer, choice, workflow.fine_tune(trainer, choice, data["held_out"]), data)
+    workflow.audit(trainer, report, data, AuditSettings(resolution=16, num_prompts=2, inference_steps=1))
+    card = workflow.write_card(trainer, report, choice).read_text()
+    assert report.audit and trainer.mask == report.mask
+    trainer.save_model()
+    assert adapter_digests(tmp_path) == report.weights and (tmp_path / "README.md").read_text() == card
 
 
 def test_what_stopped_an_audit_is_logged_and_not_published(tmp_path, data, caplog):
@@ -126,6 +174,23 @@ def test_a_space_of_masks_alone_is_searched_and_saved(tmp_path, data):
     report = workflow.save(trainer, choice, tuned, data)
     assert [trial["learning_rate"] for trial in report.search["trials"]] == [0.03, 0.03]
     assert report.search["block_effects"] == {blocks[0]: [0.0, 0.0], blocks[1]: [0.0, 0.0]}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compute_objective": lambda figures: [1.0, 2.0]}, "compute_objective is not supported.*objectives=.*Choice"),
+        ({"gate": "typo.yaml"}, "cannot read the gate 'typo.yaml'"),
+        ({"n_finalists": -1}, "n_finalists must be at least 0, but is -1"),
+        ({"n_finalists": 3, "finalist_repeats": 0}, "finalist_repeats must be at least 1, but is 0"),
+        ({"hp_space": lambda trial: None}, "hp_space must return a dictionary of hyperparameters, but returned None"),
+    ],
+)
+def test_what_a_choice_cannot_be_made_with_is_refused_before_the_first_trial(tmp_path, options, message):
+    trainer = tiny_trainer(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        workflow.search(trainer, **options)
+    assert not (tmp_path / "study.journal").exists()
 
 
 def test_a_space_without_a_mask_is_refused_before_the_first_trial(tmp_path):

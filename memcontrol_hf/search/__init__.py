@@ -7,6 +7,7 @@ screening that a study begins with. `processes`: the processes that share a tria
 the study in the report. `ray`: workers on a Ray cluster. `protocol`: what a trainer must offer.
 """
 
+from .claims import check_study_name
 from .final import claim_final, repeat_runs
 from .front import (
     NoRunError,
@@ -41,6 +42,7 @@ __all__ = [
     "check_prune_at",
     "check_sampler",
     "check_study",
+    "check_study_name",
     "claim_final",
     "complete_trials",
     "dominates",

@@ -24,6 +24,15 @@ _BEAT = 120.0  # seconds between two signs of life
 _SEEN = "seen"  # attribute of a claim: seconds since 1970, at its worker's last sign of life
 
 
+def check_study_name(name: str, called: str = "study_name") -> None:
+    """Raise `ValueError` for a name that the claims on another study have; `called` is what the caller calls it."""
+    if name.endswith((FINAL, SCREENING)):
+        raise ValueError(
+            f"{called} must not end in {FINAL} or {SCREENING}, as the names do under which the workers of a study "
+            f"claim work, but is {name!r}: give another name"
+        )
+
+
 def is_held(claim: FrozenTrial) -> bool:
     """Whether the worker of a claim has not released the claim and is alive.
 
@@ -33,7 +42,12 @@ def is_held(claim: FrozenTrial) -> bool:
         return False
     if claim.user_attrs.get("worker", [socket.gethostname()])[0] == socket.gethostname():
         return is_alive(claim)
-    return time.time() - claim.user_attrs.get(_SEEN, claim.datetime_start.timestamp()) < SILENCE
+    return time.time() - last_sign_of_life(claim) < SILENCE
+
+
+def last_sign_of_life(claim: FrozenTrial) -> float:
+    """When the worker of a claim was last seen at work, in seconds since 1970; earlier versions do not say it."""
+    return claim.user_attrs.get(_SEEN, (claim.datetime_complete or claim.datetime_start).timestamp())
 
 
 def holders(study: optuna.Study, work: str) -> str:
@@ -92,4 +106,5 @@ class Claim:
     def release(self) -> None:
         """Record that the work has ended, after an error, too."""
         self._released.set()
+        self._trial.set_user_attr(_SEEN, time.time())
         self._study.tell(self._trial, 0.0)

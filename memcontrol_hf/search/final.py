@@ -4,7 +4,6 @@ import atexit
 import logging
 import time
 from collections.abc import Sequence
-from datetime import datetime
 
 import numpy as np
 import optuna
@@ -14,13 +13,13 @@ from optuna.trial import FrozenTrial, TrialState
 from transformers.trainer_utils import BestRun
 
 from ..tracking import start_tracking
-from .claims import FINAL, SILENCE, Claim, holders, is_held
+from .claims import FINAL, SILENCE, Claim, holders, is_held, last_sign_of_life
 from .front import NoRunError
 from .loop import is_of_machine, objective_values
 from .processes import Processes, from_first
 from .protocol import ComputeObjective, SearchableTrainer
 from .settings import named_values
-from .worker import is_alive, this_worker
+from .worker import is_alive, seconds_of_a_trial, this_worker
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +152,7 @@ def claim_final(
 def _running(study: optuna.Study, timeout: float | None) -> dict[int, str]:
     """The trials that run now, with the names of their machines."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    timeout = seconds_of_a_trial(study, timeout)
     alive = [trial for trial in trials if is_alive(trial, timeout)]
     return {trial.number: trial.user_attrs.get("worker", ["an unknown machine"])[0] for trial in alive}
 
@@ -177,5 +177,5 @@ def _keeps_final_run(claim: FrozenTrial) -> bool:
     if claim.user_attrs.get("worker") == this_worker():
         return False
     if claim.state == TrialState.COMPLETE:
-        return claim.datetime_complete > datetime.fromtimestamp(psutil.Process().create_time())
+        return last_sign_of_life(claim) > psutil.Process().create_time()
     return is_held(claim)

@@ -40,7 +40,7 @@ def dominates(values: np.ndarray) -> np.ndarray:
 def pareto_front(study: optuna.Study) -> list[FrozenTrial]:
     """The finished trials within the memorization budget that no other dominates; with one objective, the best trials.
 
-    The study's own `best_trials` would not do: they keep the budget of the command that ran the trial.
+    The study's own `best_trials` would not do: a study that Optuna loads does not know the budget.
     """
     signs = np.array(signs_of(study))
     trials = complete_trials(study)

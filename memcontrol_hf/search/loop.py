@@ -21,7 +21,7 @@ from ..tracking import start_tracking
 from .callbacks import Dominated, PruningCallback, TimeoutCallback
 from .processes import SearchProcesses
 from .protocol import ComputeObjective, HpName, HpSpace, SearchableTrainer
-from .sampler import known_masks, mask_and_rate
+from .sampler import check_known, known_masks, mask_and_rate
 from .screened import is_to_be_screened, screened_trials, screening_of_study
 from .settings import SearchSettings
 from .storage import storage_address
@@ -71,8 +71,10 @@ def run_search(
     args, space = trainer.args, trainer.search_space
     settings = SearchSettings(n_trials, direction, args.objectives if compute_objective is None else None, **options)
     rates, screen = settings.learning_rate_range, is_to_be_screened(trainer, settings, hp_space)
-    hp_space = hp_space or mask_and_rate(space, *rates)
     known = list(known_masks(space, *rates) if settings.enqueue is None else settings.enqueue)
+    if hp_space is None:
+        hp_space = mask_and_rate(space, *rates)
+        check_known(known, space, *rates)
     address, shared = storage_address(settings.storage, args.output_dir), None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if args.process_index == 0:

@@ -88,6 +88,28 @@ def mask_and_rate(space: SearchSpace, low: float, high: float) -> HpSpace:
     return suggest
 
 
+def check_known(known: Sequence[Mapping[str, Any]], space: SearchSpace, low: float, high: float) -> None:
+    """Raise `ValueError` for parameters of known trials that [`mask_and_rate`] does not suggest."""
+    for params in known:
+        mask, others = {}, {}
+        for name, value in params.items():
+            (mask if name.startswith("mask.") else others)[name.removeprefix("mask.")] = value
+        rate = others.pop("learning_rate", low)
+        if others:
+            raise ValueError(
+                f"enqueue has {', '.join(others)}: only learning_rate, and mask.BLOCK for each block, are searched "
+                "without an hp_space"
+            )
+        if not low <= rate <= high:
+            raise ValueError(
+                f"enqueue has the learning rate {rate:g}, but those of learning_rate_range go from {low:g} to {high:g}"
+            )
+        try:
+            space.check(mask)
+        except ValueError as error:
+            raise ValueError(f"enqueue: {error}") from None
+
+
 def middle_rate(low: float, high: float) -> float:
     """The geometric mean of a range of learning rates: the rate of a screening, and of trials that are known."""
     return math.sqrt(low * high)

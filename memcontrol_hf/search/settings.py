@@ -7,6 +7,7 @@ from typing import Any
 
 from optuna.samplers import BaseSampler, CmaEsSampler
 
+from .claims import check_study_name
 from .sampler import check_sampler
 
 QUALITY, MEMORIZATION = {"fid", "loss"}, {"amd", "membership_auc", "noise_norm"}
@@ -55,12 +56,14 @@ class SearchSettings:
             Path of a journal file, address of a database, or `grpc://host:port` of a gRPC proxy; by default the file
             `study.journal` in the output folder. Any number of processes may work on one study.
         study_name (`str`):
-            Name of the study in the storage, and of the group of runs in trackers.
+            Name of the study in the storage, and of the group of runs in trackers. It must not end in `-final` or
+            `-screening`.
         settings (`dict`, *optional*):
             Everything that the study's figures depend on, JSON-able. The study keeps these settings, and a search that
             would go on with others is refused.
         enqueue (list of `dict`, *optional*):
-            Parameters of the first trials; by default all blocks on, and all blocks off (the frozen base).
+            Parameters of the first trials, such as `{"mask.mid_block.attentions.0": True, "learning_rate": 1e-4}`; one
+            that is left out is drawn. By default all blocks on, and all blocks off (the frozen base).
         screen (`bool`, *optional*):
             Whether a screening is made before the first trial, whose masks are tried after those of `enqueue`; see
             [`~memcontrol_hf.screening.Screening`]. By default it is made for a quality and a memorization objective,
@@ -78,7 +81,7 @@ class SearchSettings:
             count.
         trial_timeout (`float`, *optional*):
             Seconds after which the training of a trial is stopped; the trial has failed then. A trial of another
-            machine that runs for twice as long is given up.
+            machine that runs for twice as long, or twice as long as the longest trial before, is given up.
         prune_at (`float`, *optional*):
             Share of a trial's steps, between 0 and 1, after which the trial is measured without sampling an image (by
             the `loss` on validation images instead of `fid`, by `membership_auc` instead of `amd`). The trial is
@@ -108,6 +111,7 @@ class SearchSettings:
     def __post_init__(self) -> None:
         self.directions = [self.directions] if isinstance(self.directions, str) else list(self.directions)
         check_n_trials(self.n_trials)
+        check_study_name(self.study_name)
         low, high = self.learning_rate_range
         if not 0 < low <= high:
             raise ValueError(f"the learning rates must be positive and in order, but got {low} to {high}")

@@ -1,5 +1,6 @@
 """Where studies are kept: in a journal file, in a database, or behind a gRPC proxy."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,7 @@ def check_study(
     stored = optuna.load_study(study_name=study_name, storage=opened).user_attrs.get("settings")
     if not stored or not settings:
         return
+    settings = json.loads(json.dumps(settings))  # as the study keeps them: a tuple is a list there
     names = [name for name in {**stored, **settings} if name not in ignore]
     differing = [name for name in names if stored.get(name) != settings.get(name)]
     if differing:

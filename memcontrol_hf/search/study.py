@@ -1,9 +1,11 @@
 """The Optuna study that any number of processes work on: asking for trials, and recording how they ended."""
 
+import copy
 import logging
 import math
+import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,13 +21,14 @@ from .sampler import REPEATS, SAMPLERS, SeededSampler
 from .settings import SearchSettings, named_values
 from .storage import check_study, open_storage
 from .suggestions import all_suggested, plain
-from .worker import is_alive, this_worker, wait_for_names
+from .worker import STARTED, is_alive, seconds_of_a_trial, this_worker, wait_for_names
 
 logger = logging.getLogger(__name__)
 
 OVER_BUDGET = "over the budget"
 """The beginning of the reason of a trial that would train too many parameters."""
 
+_BUDGET = "memorization_budget"  # the attribute of a study, and the constraint of its trials
 _KILLED, _SURPLUS = "its process ended", "another process had begun the last trial"
 _NOT_SUGGESTED = "no hyperparameters were suggested"
 # The reasons of trials that do not count: they were lost, or never begun.
@@ -83,6 +86,33 @@ class Outcome:
     seconds: float = 0.0
 
 
+class _BudgetedStudy(optuna.Study):
+    """A study that judges all of its trials by one memorization budget, whatever the budget was when they ran.
+
+    Optuna keeps constraints with each trial. A budget that was changed on the way would therefore not count for the
+    earlier trials, and Gaussian processes refuse trials of which some have a constraint and some have none.
+    """
+
+    budget: float | None = None
+
+    def _get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
+    ) -> list[FrozenTrial]:
+        """As in Optuna, where everything that reads trials calls this method: samplers, `get_trials` and `trials`."""
+        sign = signs_of(self)[-1]
+        return [self._judged(trial, sign) for trial in super()._get_trials(deepcopy, states, use_cache)]
+
+    def _judged(self, trial: FrozenTrial, sign: int) -> FrozenTrial:
+        if trial.state != TrialState.COMPLETE:
+            return trial
+        trial = copy.copy(trial)
+        # Earlier versions kept the constraint.
+        trial.system_attrs = {name: x for name, x in trial.system_attrs.items() if name != f"constraints:{_BUDGET}"}
+        if self.budget is not None:
+            trial.set_constraint(_BUDGET, sign * (trial.values[1] - self.budget))
+        return trial
+
+
 class SharedStudy:
     """An Optuna study that several workers share through its storage, as one of these workers sees it.
 
@@ -90,9 +120,10 @@ class SharedStudy:
 
     - study: `settings`, `memorization_budget`, `screening` (what [`~memcontrol_hf.screening.Screening.to_dict`] gives,
       or a `failure`), and `repeat N of trial M` (see [`~memcontrol_hf.search.repeat_runs`])
-    - trial: `worker`, `hyperparameters`, `figures`, `trainable_parameters`, `trainable_percent`, `learning_rate` (not
-      in earlier versions); `same_as` (the number of the earlier trial whose figures it has), `repeats` (the number of
-      the killed trial), `on_the_way` (figures in the middle of the training, for pruning) and `failure` (the reason)
+    - trial: `worker`, `started` (seconds since 1970), `hyperparameters`, `figures`, `trainable_parameters`,
+      `trainable_percent`, `learning_rate` (neither `started` nor `learning_rate` in earlier versions); `same_as` (the
+      number of the earlier trial whose figures it has), `repeats` (the number of the killed trial), `on_the_way`
+      (figures in the middle of the training, for pruning) and `failure` (the reason)
 
     Args:
         study (`optuna.Study`): the study; [`SharedStudy.open`] opens or creates one.
@@ -121,18 +152,20 @@ class SharedStudy:
         check_study(address, settings.study_name, settings.settings or {}, only_study=settings.storage is None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study = optuna.create_study(
+            storage = optuna.create_study(
                 storage=open_storage(address),
                 study_name=settings.study_name,
                 directions=settings.directions,
                 load_if_exists=True,
-            )
+            )._storage
+            study = _BudgetedStudy(settings.study_name, storage)
             if not study.trials:
                 study.set_user_attr("settings", dict(settings.settings or {}))
                 if settings.objectives is not None:
                     study.set_metric_names(list(settings.objectives))
         _check_objectives(study, settings)
-        study.set_user_attr("memorization_budget", settings.memorization_budget)
+        study.budget = settings.memorization_budget
+        study.set_user_attr(_BUDGET, study.budget)
         wait_for_names(study)  # one that is killed before that is given up after some seconds
         shared = cls(study, settings)
         shared.queue_again_what_died()
@@ -179,8 +212,6 @@ class SharedStudy:
             for attribute in ("trainable_parameters", "trainable_percent", "learning_rate"):
                 trial.set_user_attr(attribute, earlier.user_attrs.get(attribute))
             trial.set_user_attr("same_as", earlier.number)
-            for constraint, value in earlier.constraints.items():
-                trial.set_constraint(constraint, value)
             self._finish(trial, earlier.values, earlier.user_attrs["figures"])
         return None
 
@@ -194,6 +225,7 @@ class SharedStudy:
             return None
         with self._heeding_the_sampler():
             trial = self.study.ask()
+        trial.set_user_attr(STARTED, time.time())
         trial.set_user_attr("worker", this_worker())
         before = [t for t in self._trials() if t.number < trial.number]
         if sum(_counts(t) or t.state == TrialState.WAITING for t in before) >= n_trials:
@@ -300,12 +332,10 @@ class SharedStudy:
             )
 
     def _record_complete(self, outcome: Outcome) -> None:
-        trial, budget = self._trial, self.settings.memorization_budget
+        trial = self._trial
         trial.set_user_attr("trainable_parameters", outcome.trainable_parameters)
         trial.set_user_attr("trainable_percent", outcome.trainable_percent)
         trial.set_user_attr("learning_rate", outcome.learning_rate)
-        if budget is not None:
-            trial.set_constraint("memorization_budget", signs_of(self.study)[1] * (outcome.values[1] - budget))
         self._finish(trial, outcome.values, outcome.figures)
 
     def _finish(
@@ -337,8 +367,7 @@ class SharedStudy:
         Args:
             dead (list, *optional*): identity of a worker that is known to be dead, as [`this_worker`] gave it there.
         """
-        if (timeout := self.settings.trial_timeout) is not None:  # it counts the training, and not the measuring
-            timeout = max([timeout, *(t.duration.total_seconds() for t in complete_trials(self.study))])
+        timeout = seconds_of_a_trial(self.study, self.settings.trial_timeout)
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             ended = bool(dead) and trial.user_attrs.get("worker") == dead
             if ended or not is_alive(trial, timeout):

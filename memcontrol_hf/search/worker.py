@@ -11,6 +11,12 @@ import optuna
 import psutil
 from optuna.trial import FrozenTrial, TrialState
 
+STARTED = "started"
+"""The attribute of a trial: when it was started, in seconds since 1970.
+
+A gRPC proxy tells Optuna's own `datetime_start` as the clocks of its time zone show it.
+"""
+
 _UNNAMED = timedelta(seconds=10)  # how long a trial may run before its process has written down who it is
 
 
@@ -30,16 +36,27 @@ def is_alive(trial: FrozenTrial, timeout: float | None = None) -> bool:
             Seconds that a trial may take, with all of its measuring. Nothing can be known of a process on another
             machine, so its trial is given up after twice this time; without a timeout, never.
     """
-    age = datetime.now() - trial.datetime_start
     if "worker" not in trial.user_attrs:  # killed, or about to say who it is
-        return age < _UNNAMED
+        return datetime.now() - trial.datetime_start < _UNNAMED
     host, pid, created = trial.user_attrs["worker"]
     if host != socket.gethostname():
-        return timeout is None or age < timedelta(seconds=2 * timeout)
+        started = trial.user_attrs.get(STARTED, trial.datetime_start.timestamp())  # earlier versions do not say it
+        return timeout is None or time.time() - started < 2 * timeout
     try:
         return _started(pid) == created
     except psutil.NoSuchProcess:
         return False
+
+
+def seconds_of_a_trial(study: optuna.Study, timeout: float | None) -> float | None:
+    """The `timeout` of [`is_alive`] for the trials of a study; `None` where there is no `trial_timeout`.
+
+    A `trial_timeout` counts the training alone, so a whole trial may take as long as the longest finished one.
+    """
+    if timeout is None:
+        return None
+    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return max([timeout, *(trial.duration.total_seconds() for trial in finished)])
 
 
 def wait_for_names(study: optuna.Study, poll_seconds: float = 0.2) -> None:
