@@ -164,6 +164,17 @@ def test_what_cannot_be_exported_is_said(base, tmp_path, capsys, method, to, mes
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_that_no_digest_binds_to_their_audit_are_not_exported(tmp_path, capsys):
+    folder = adapter_of(tmp_path, LORA)
+    report = MemorizationReport.from_json(folder / "memorization_report.json")
+    report.weights = {}
+    report.to_json(folder / "memorization_report.json")
+    assert cli.main(command(folder, tmp_path / "out", "peft")) == 2
+    said = capsys.readouterr().err
+    assert "adapter_model.safetensors in " in said and "not what memorization_report.json was measured on" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_base_than_the_one_that_was_measured_is_refused(base, tmp_path, capsys):
     folder = adapter_of(tmp_path, MemControlConfig(method="svdiff"))
     report = MemorizationReport.from_json(folder / "memorization_report.json")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..adapter_checks import check_base
-from ..adapter_folder import ADAPTER, CONFIG, PLOT, REPORT, adapter_digests, adapter_parts, changed_files, read_config
+from ..adapter_folder import ADAPTER, CONFIG, PLOT, REPORT, adapter_digests, adapter_parts, read_config
 from ..families import family_of, load_pipeline
 from ..report import MemorizationReport
 from ..report.card import write_card
@@ -50,7 +50,7 @@ def export(folder: str | Path, output_dir: str | Path, to: str, pipeline: str | 
     parts = _checked_parts(folder, output_dir, to, rank)
     config = PeftConfig.from_pretrained(folder / parts[0])
     report = MemorizationReport.from_json(folder / REPORT)
-    if report.weights and (changed := changed_files(folder, report.weights)):
+    if changed := report.files_not_measured(folder):
         raise ValueError(f"{', '.join(changed)} in {str(folder)!r}: not what {REPORT} was measured on")
     facts: dict[str, Any] = {"format": to}
     if to == "peft":

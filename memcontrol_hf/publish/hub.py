@@ -30,7 +30,6 @@ from ..adapter_folder import (
     MODEL_INDEX,
     REPORT,
     adapter_parts,
-    changed_files,
     check_no_link,
     check_plain_files,
     public_files,
@@ -210,7 +209,7 @@ def _checked(folder: Path, allow_failed_gate: bool) -> MemorizationReport:
         raise ValueError(f"{str(folder)!r} holds no adapter: {ADAPTER} with {CONFIG}, {LORA} or {MODEL_INDEX}")
     check_plain_files(folder)
     report = MemorizationReport.from_json(folder / REPORT)
-    if (report.audit or report.weights) and (changed := changed_files(folder, report.weights)):
+    if changed := report.files_not_measured(folder):
         raise ValueError(
             f"{', '.join(changed)} in {str(folder)!r}: not what {REPORT} was measured on. Run the training again, "
             "which measures what it saves"

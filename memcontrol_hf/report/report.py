@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..adapter_folder import REPORT
+from ..adapter_folder import REPORT, changed_files
 from ..whole_files import read_json, write_whole
 from .gate import check_limits
 from .verdict import NOT_APPLICABLE, asked_of, unit_of, unit_of_measure, verdict, violation
@@ -179,6 +179,13 @@ class MemorizationReport:
             self.gate["failures"].append(f"the report's verdict is {passed!r}, not true")
         self.gate["passed"] = not self.gate["failures"]
         return self.gate["passed"]
+
+    def files_not_measured(self, folder: Path) -> list[str]:
+        """The files of a folder that are not what was measured: all of them, if an audit names no digests.
+
+        A report without an audit and without digests claims nothing of any file.
+        """
+        return changed_files(folder, self.weights) if self.audit or self.weights else []
 
     def guarantee(self) -> dict[str, Any] | None:
         """The spent `epsilon` and `delta` of a differentially private training, if they guarantee anything."""
