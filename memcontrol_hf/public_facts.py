@@ -47,6 +47,7 @@ def card_facts(args: ScriptArguments, trainer: MemControlTrainer) -> dict[str, A
         "hub_model_id": args.hub_model_id,
         "location": args.output_dir if as_given else Path(args.output_dir).name,
         "base_revision": args.revision,
+        "base_variant": args.variant,
         "denoiser": trainer.family.denoiser_name,
         "example_inputs": example_inputs(args, trainer),
         "license": args.license or ("apache-2.0" if demo and on_demo_data(args) else None),

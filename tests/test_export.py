@@ -9,6 +9,7 @@ from conftest import adapter_folder, small_report, tiny_pipeline
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
 from peft import LoHaConfig, LoraConfig, PeftConfig, PeftModel
+from safetensors.torch import load_file
 
 from memcontrol_hf import MemControlConfig, MemorizationReport, cli
 from memcontrol_hf.adapter_checks import base_weights, check_base
@@ -198,6 +199,37 @@ def test_a_base_is_known_again_in_another_precision(base):
     unet.conv_in.weight.data[0, 0, 0, 0] += 1
     with pytest.raises(ValueError, match="'other' is not the base"):
         check_base(trained, unet, "other")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("config", [MemControlConfig(method="svdiff"), LORA], ids=["svdiff", "lora"])
+def test_an_export_adds_to_the_base_in_the_precision_of_the_training(base, tmp_path, dtype, config):
+    folder = adapter_of(tmp_path, config)
+    low = StableDiffusionPipeline.from_pretrained(base, dtype=dtype)
+    report = MemorizationReport.from_json(folder / "memorization_report.json")
+    report.training["base_weights"] = base_weights(low.unet)
+    report.to_json(folder / "memorization_report.json")
+    measured = PeftModel.from_pretrained(low.unet, folder).merge_and_unload().state_dict()
+    export(folder, tmp_path / "merged", "merged", pipeline=str(base))
+    merged = load_file(tmp_path / "merged" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert merged.keys() == measured.keys()
+    assert all(torch.equal(merged[name], measured[name]) for name in measured)
+    said = export(folder, tmp_path / "lora", "lora", pipeline=str(base))
+    assert float(said.rpartition(" ")[2]) < (0.02 if config is not LORA else 1e-6), "of full rank"
+
+
+def test_an_export_takes_the_variant_of_the_base_that_was_trained_on(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    pipe = tiny_pipeline()
+    pipe.unet.conv_in.bias.data += 1
+    pipe.save_pretrained(tmp_path / "base", variant="fp16")
+    folder = adapter_of(tmp_path, LORA)
+    report = MemorizationReport.from_json(folder / "memorization_report.json")
+    report.card["base_variant"] = "fp16"
+    report.to_json(folder / "memorization_report.json")
+    export(folder, tmp_path / "out", "merged", pipeline=str(tmp_path / "base"))
+    merged = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(merged["conv_in.bias"], pipe.unet.conv_in.bias)
 
 
 def test_nothing_is_overwritten_and_no_other_folder_taken(tmp_path, capsys):

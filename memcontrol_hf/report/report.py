@@ -66,11 +66,11 @@ class MemorizationReport:
         command (`str`, *optional*): Command that made the report, without what names a place or a person's data.
         weights (`dict[str, str]`): SHA-256 of each file of the adapter that was measured, and of the plot.
         card (`dict`):
-            What the card says beside the figures, each where it is known: `base_revision` of the base model,
-            `hub_model_id` and `revision` of a push, else the `location` of the folder in the loading snippet,
-            `denoiser` (the pipeline's attribute), `example_inputs` of the pipeline (`prompt`, `class_labels` or
-            `batch_size`), `license`, `datasets` (public ones), `run_url` (address in the tracker), and `export` (what
-            [`~memcontrol_hf.publish.export.export`] made of the adapter).
+            What the card says beside the figures, each where it is known: `base_revision` and `base_variant` of the
+            base model, `hub_model_id` and `revision` of a push, else the `location` of the folder in the loading
+            snippet, `denoiser` (the pipeline's attribute), `example_inputs` of the pipeline (`prompt`, `class_labels`
+            or `batch_size`), `license`, `datasets` (public ones), `run_url` (address in the tracker), and `export`
+            (what [`~memcontrol_hf.publish.export.export`] made of the adapter).
         versions (`dict[str, str]`): Versions of the packages that measured.
         schema_version (`int`): Version of the report's format; see `REPORT_SCHEMA`.
     """
@@ -179,6 +179,12 @@ class MemorizationReport:
             self.gate["failures"].append(f"the report's verdict is {passed!r}, not true")
         self.gate["passed"] = not self.gate["failures"]
         return self.gate["passed"]
+
+    @property
+    def half_precision(self) -> str | None:
+        """The precision of the base's weights in the training, if it was `float16` or `bfloat16`, not float32."""
+        dtype = self.training.get("base_weights", "").partition(":")[0]
+        return dtype if dtype in ("float16", "bfloat16") else None
 
     def files_not_measured(self, folder: Path) -> list[str]:
         """The files of a folder that are not what was measured: all of them, if an audit names no digests.
