@@ -49,6 +49,7 @@ def card_facts(args: ScriptArguments, trainer: MemControlTrainer) -> dict[str, A
         "base_revision": args.revision,
         "base_variant": args.variant,
         "denoiser": trainer.family.denoiser_name,
+        "without_lora": not hasattr(trainer.family.pipeline, "load_lora_weights"),
         "example_inputs": example_inputs(args, trainer),
         "license": args.license or ("apache-2.0" if demo and on_demo_data(args) else None),
         "datasets": public_datasets(args),

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shutil
 
 import pytest
 import torch
@@ -174,6 +175,31 @@ def test_weights_that_no_digest_binds_to_their_audit_are_not_exported(tmp_path, 
     said = capsys.readouterr().err
     assert "adapter_model.safetensors in " in said and "not what memorization_report.json was measured on" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("config", [MemControlConfig(method=m) for m in ("svdiff", "norm", "bias")])
+def test_the_export_that_a_card_names_is_one_that_can_be_made(base, tmp_path, config):
+    folder = adapter_of(tmp_path, config)
+    words = re.search(r"`memcontrol export FOLDER --to (\w+) ", render_card(folder))
+    assert words[1] == ("lora" if config.method == "svdiff" else "merged")
+    assert cli.main([*command(folder, tmp_path / "out", words[1]), "--pipeline", str(base)]) == 0
+
+
+def test_the_card_names_no_lora_for_text_encoders_and_for_pipelines_that_read_none(tmp_path):
+    folder = adapter_of(tmp_path, LORA)
+    assert "--to lora" in render_card(folder)
+    report = MemorizationReport.from_json(folder / "memorization_report.json")
+    report.card["without_lora"] = True
+    report.to_json(folder / "memorization_report.json")
+    text = render_card(folder)
+    assert "--to merged" in text and "--to lora" not in text and "load_lora_weights" not in text
+    report.card = {}
+    report.to_json(folder / "memorization_report.json")
+    (folder / "text_encoder").mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(folder / name, folder / "text_encoder" / name)
+    text = render_card(folder)
+    assert "a LoRA file cannot hold it" in text and "--to merged" in text and "--to lora" not in text
 
 
 def test_another_base_than_the_one_that_was_measured_is_refused(base, tmp_path, capsys):

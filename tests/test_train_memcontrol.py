@@ -22,6 +22,7 @@ from huggingface_hub import ModelCard, constants
 from mini_hub import TOKEN, MiniHub, serve
 from peft import PeftModel
 from safetensors.torch import load_file
+from tiny_families import ddpm
 from transformers import ResNetConfig, ResNetModel, ViTImageProcessorPil
 
 from memcontrol_hf import MemControlTrainer, MemorizationReport, audit_memorization, cli, workflow
@@ -361,6 +362,11 @@ def test_the_command_to_repeat_has_all_that_is_not_a_default_of_this_pipeline():
 def test_the_card_knows_the_variant_of_the_base(tmp_path):
     args = ScriptArguments(pretrained_model_name_or_path="owner/base", variant="fp16")
     assert card_facts(args, tiny_trainer(tmp_path))["base_variant"] == "fp16"
+
+
+def test_the_card_knows_whether_the_pipeline_reads_a_lora(tmp_path):
+    assert "without_lora" not in card_facts(ScriptArguments(), tiny_trainer(tmp_path))
+    assert card_facts(ScriptArguments(), tiny_trainer(tmp_path, pipeline=ddpm()))["without_lora"] is True
 
 
 def test_a_folder_that_is_called_as_a_method_does_not_hide_the_method(script, tmp_path, monkeypatch):
