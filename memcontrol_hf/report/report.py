@@ -14,7 +14,16 @@ from .. import __version__
 from ..adapter_folder import REPORT, changed_files
 from ..whole_files import read_json, write_whole
 from .gate import check_limits
-from .verdict import NOT_APPLICABLE, asked_of, unit_of, unit_of_measure, verdict, violation
+from .verdict import (
+    NOT_APPLICABLE,
+    Violation,
+    asked_of,
+    not_applicable,
+    unit_of,
+    unit_of_measure,
+    verdict,
+    violation,
+)
 
 SCHEMA_VERSION = 4
 _READABLE = (2, 3)
@@ -130,7 +139,8 @@ class MemorizationReport:
 
         Returns:
             `bool`: Whether every limit is kept that is asked of what was audited ([`asked_of`]). A limit for what
-            could not be measured is not kept.
+            could not be measured is not kept. A limit for what is not applicable is passed over, but a gate of which
+            no limit is applicable fails.
 
         Raises:
             ValueError: When the report holds no audit.
@@ -140,12 +150,17 @@ class MemorizationReport:
         measured, found = self.audit["measures"], []
         self.gate = {"limits": {k: dict(v) for k, v in limits.items()}}
         asked = [name for name in limits if asked_of(name, self.audit.get("subject"))]
-        for name in asked or limits:  # a gate that asks for attacks on weights alone is not kept by images alone
+        asked = asked or list(limits)  # a gate that asks for attacks on weights alone is not kept by images alone
+        for name in asked:
             violations = [
                 violation(name, kind, bound, measured.get(name) or {}, unit_of_measure(name, self.audit))
                 for kind, bound in limits[name].items()
             ]
             found += [of_limit for of_limit in violations if of_limit]
+        if all(not_applicable(measured.get(name) or {}) for name in asked):
+            reason = f"{', '.join(asked)}: not applicable. Nothing that the gate asks for applies to this model, so "
+            reason += "nothing was judged: name a gate with a limit of a measure that the audit has"
+            found = [Violation(name, "unmeasured", reason) for name in asked]
         self.gate["failures"] = list(dict.fromkeys(of_limit.reason for of_limit in found))
         self.gate["passed"] = not found
         if found:
