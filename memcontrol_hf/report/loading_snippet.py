@@ -14,7 +14,7 @@ def loading_snippet(report: MemorizationReport, location: str, export_format: st
 
     Args:
         report ([`MemorizationReport`]): Report of the adapter. Its `card` names the denoiser, the revisions, the
-            base's variant and the inputs of the example.
+            inputs of the example, the base's variant, and for a base in a single file its class and `config`.
         location (`str`): Folder or Hub id of the adapter or of the export.
         export_format (`str`, *optional*): `merged`, `lora` or `peft` for an export; `None` for what a fine-tune left.
         parts (list of `str`): Folders that hold an adapter: `""` for the denoiser, or the name of a text encoder.
@@ -22,6 +22,9 @@ def loading_snippet(report: MemorizationReport, location: str, export_format: st
     from_demo = report.base_model == "demo" and export_format != "merged"
     as_adapter = export_format in (None, "peft")
     registers = report.method in OUR_METHODS and as_adapter
+    pipeline, load = "DiffusionPipeline", "from_pretrained"
+    if export_format != "merged" and report.card.get("base_class", "").isidentifier():  # no code from a report
+        pipeline, load = report.card["base_class"], "from_single_file"
     lines = []
     if registers:
         lines.append("import memcontrol_hf  # registers the PEFT method; without it PEFT says KeyError: 'MEMCONTROL'")
@@ -30,20 +33,20 @@ def loading_snippet(report: MemorizationReport, location: str, export_format: st
     if report.half_precision:
         lines.append("import torch")
     if not from_demo:
-        lines.append("from diffusers import DiffusionPipeline")
+        lines.append(f"from diffusers import {pipeline}")
     if as_adapter:
         lines.append("from peft import PeftModel")
     lines.append("")
     place = _python(location) + _argument("revision", report.card.get("revision"))
     dtype = f"torch_dtype=torch.{report.half_precision}" if report.half_precision else ""
     if export_format == "merged":
-        lines.append(f"pipe = DiffusionPipeline.from_pretrained({', '.join(filter(None, (place, dtype)))})")
+        lines.append(f"pipe = {pipeline}.{load}({', '.join(filter(None, (place, dtype)))})")
     elif from_demo:
         lines.append(f"pipe = memcontrol_hf.demo_pipeline({dtype})")
     else:
         base = _python(report.base_model)
-        base += "".join(_argument(name, report.card.get(f"base_{name}")) for name in ("revision", "variant"))
-        lines.append(f"pipe = DiffusionPipeline.from_pretrained({', '.join(filter(None, (base, dtype)))})")
+        base += "".join(_argument(name, report.card.get(f"base_{name}")) for name in ("revision", "variant", "config"))
+        lines.append(f"pipe = {pipeline}.{load}({', '.join(filter(None, (base, dtype)))})")
     if export_format == "lora":
         lines.append(f"pipe.load_lora_weights({place})")
     if as_adapter:

@@ -76,11 +76,12 @@ class MemorizationReport:
         weights (`dict[str, str]`): SHA-256 of each file of the adapter that was measured, and of the plot.
         card (`dict`):
             What the card says beside the figures, each where it is known: `base_revision` and `base_variant` of the
-            base model, `hub_model_id` and `revision` of a push, else the `location` of the folder in the loading
-            snippet, `denoiser` (the pipeline's attribute), `without_lora` (where the pipeline has no
-            `load_lora_weights`), `example_inputs` of the pipeline (`prompt`, `class_labels` or
-            `batch_size`), `license`, `datasets` (public ones), `run_url` (address in the tracker), and `export` (what
-            [`~memcontrol_hf.publish.export.export`] made of the adapter).
+            base model, `base_class` and `base_config` of one in a single file (the class of the pipeline, and
+            `YOUR_SINGLE_FILE_CONFIG` where a config was given), `hub_model_id` and `revision` of a push, else the
+            `location` of the folder in the loading snippet, `denoiser` (the pipeline's attribute), `without_lora`
+            (where the pipeline has no `load_lora_weights`), `example_inputs` of the pipeline (`prompt`, `class_labels`
+            or `batch_size`), `license`, `datasets` (public ones), `run_url` (address in the tracker), and `export`
+            (what [`~memcontrol_hf.publish.export.export`] made of the adapter).
         versions (`dict[str, str]`): Versions of the packages that measured.
         schema_version (`int`): Version of the report's format; see `REPORT_SCHEMA`.
     """
