@@ -62,7 +62,10 @@ def test_a_merged_pipeline_draws_what_the_adapter_draws(base, tmp_path, config):
     assert (merged - draw(StableDiffusionPipeline.from_pretrained(base))).abs().max() > 1e-3
     for file in (tmp_path / "out").rglob("*.json"):
         assert str(base.parent) not in file.read_text(), file
-    assert 'DiffusionPipeline.from_pretrained("out")' in ModelCard.load(tmp_path / "out" / "README.md").text
+    text = ModelCard.load(tmp_path / "out" / "README.md").text
+    assert 'DiffusionPipeline.from_pretrained("out")' in text
+    assert "This is a whole pipeline: **tiny-sd** with a small addition" in text
+    assert "adapter for" not in text and "addition to" not in text
 
 
 @pytest.mark.parametrize("config", [LORA, MemControlConfig(method="svdiff")], ids=["lora", "svdiff"])

@@ -86,6 +86,15 @@ def test_the_card_is_rendered_last_and_one_by_hand_is_kept(hub, folder, caplog):
     assert ModelCard(hub.repos["tester/my-adapter"].files["README.md"].decode()).data.library_name == "peft"
 
 
+def test_a_second_card_by_hand_does_not_replace_the_first(hub, folder, caplog):
+    for text in ("first", "second", "third"):
+        (folder / "README.md").write_text(text)
+        push(folder)
+    assert "kept as README.by_hand.2.md" in caplog.text
+    kept = ("README.by_hand.md", "README.by_hand.2.md", "README.by_hand.3.md")
+    assert [(folder / name).read_text() for name in kept] == ["first", "second", "third"]
+
+
 def commit(hub) -> list[dict]:
     body = next(sent for sent in hub.sent if b"/commit/" in sent.split(b"\n", 1)[0])
     return [json.loads(line) for line in body.split(b"\n") if line.startswith(b"{")]
@@ -314,6 +323,14 @@ def test_a_shared_mask_holds_what_is_known_and_follows_no_link(hub, folder, tmp_
     (folder / "mask.json").symlink_to(tmp_path / "secret.json")
     assert cli.main(["push-mask", str(folder), "owner/mask"]) == 2
     assert "symbolic link" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", [{"search": {"sampler": "tpe"}}, {"figures": {"frozen base": {"fid": 1.0}}}])
+def test_a_mask_of_which_no_card_can_be_written_makes_no_repository(hub, tmp_path, capsys, part):
+    (tmp_path / "mask.json").write_text(json.dumps({"mask": {"a": True}} | part))
+    assert cli.main(["push-mask", str(tmp_path), "owner/mask"]) == 2
+    assert "its search or its figures lack a part" in capsys.readouterr().err
+    assert hub.requests == []
 
 
 def test_a_name_that_is_none_is_refused(hub, folder, capsys):
