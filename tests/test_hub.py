@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import adapter_folder, small_report, tiny_pipeline, tiny_trainer
@@ -398,6 +399,21 @@ def test_adapters_of_text_encoders_are_pushed_and_found_in_their_folders(hub, tm
         saved = load_file(tmp_path / "with-text" / part / "adapter_model.safetensors")
         total = sum(tensor.double().sum().item() for tensor in saved.values())
         assert total and float(found) == pytest.approx(total)
+
+
+def test_an_adapter_in_the_cache_loads_without_the_network(hub, folder, tmp_path):
+    push(folder, "owner/adapter")
+    code = (
+        "from conftest import tiny_pipeline; from memcontrol_hf.adapters import load_adapter\n"
+        "pipe = tiny_pipeline(); load_adapter(pipe, 'owner/adapter'); print(type(pipe.unet).__name__)"
+    )
+    reached = {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+    for offline in ("0", "1"):
+        asked, environment = len(hub.requests), {**os.environ, **reached, "HF_HUB_OFFLINE": offline}
+        command = [sys.executable, "-c", code]
+        loaded = subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True)
+        assert loaded.stdout.strip() == "PeftModel", loaded.stderr
+    assert len(hub.requests) == asked
 
 
 def test_a_merged_export_is_pushed_whole_and_loads_from_the_hub(hub, tmp_path, capsys):
