@@ -8,7 +8,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import file_exists
+from huggingface_hub import file_exists, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -73,7 +73,11 @@ def load_adapter(pipeline: "DiffusionPipeline", adapter: str | Path) -> None:
 
     def is_there(folder: str) -> bool:
         file = f"{folder}/{CONFIG_NAME}".lstrip("/")
-        return (path / file).is_file() if path.exists() else file_exists(str(adapter), file)
+        if path.exists():
+            return (path / file).is_file()
+        if is_offline_mode():
+            return isinstance(try_to_load_from_cache(str(adapter), file), str)
+        return file_exists(str(adapter), file)
 
     bare = family.parts
     try:

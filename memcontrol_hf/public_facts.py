@@ -42,12 +42,17 @@ def model_name(args: ScriptArguments) -> str:
 def card_facts(args: ScriptArguments, trainer: MemControlTrainer) -> dict[str, Any]:
     """The facts on the card that are not figures."""
     demo = args.pretrained_model_name_or_path == "demo"
+    single_file = args.pretrained_model_name_or_path.endswith(".safetensors")
     as_given = on_demo_data(args) and not Path(args.output_dir).is_absolute()  # a path can name a person or a place
     facts = {
         "hub_model_id": args.hub_model_id,
         "location": args.output_dir if as_given else Path(args.output_dir).name,
         "base_revision": args.revision,
+        "base_variant": args.variant,
+        "base_class": single_file and type(trainer.family.pipeline).__name__,
+        "base_config": single_file and args.single_file_config and "YOUR_SINGLE_FILE_CONFIG",
         "denoiser": trainer.family.denoiser_name,
+        "without_lora": not hasattr(trainer.family.pipeline, "load_lora_weights"),
         "example_inputs": example_inputs(args, trainer),
         "license": args.license or ("apache-2.0" if demo and on_demo_data(args) else None),
         "datasets": public_datasets(args),

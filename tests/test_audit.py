@@ -605,7 +605,6 @@ def figure(value, low=None, high=None):
         ({"max_above_frozen_base": 0.3}, {"model": figure(0.4, 0.3, 0.4), "frozen_base": figure(0.1, 0.9, 1)}, True),
         ({"max_above_held_out_as_train": 1.0}, {"model": figure(None), "held_out_as_train": figure(0.1)}, False),
         ({"max": 1.0, "min": 0.5}, {"model": figure(0.4)}, False),
-        ({"max": 0.5}, {"model": figure(None) | {"note": "not applicable: no captions"}}, True),
         ({"max": 0.5}, {"model": figure(0.6) | {"note": "not applicable: edited"}}, False),
         ({"max": 0.5}, {"model": figure(0.6, 0.1, 0.2)}, False),  # edited: beyond its own interval
     ],
@@ -698,8 +697,19 @@ def test_a_limit_on_what_is_not_applicable_is_not_said_to_be_kept():
     report = report_with(membership_auc_clid={who: figure(None) for who in ("model", "frozen_base")})
     report.audit["measures"]["membership_auc_clid"] |= {"held_out_as_train": None}
     report.audit["measures"]["membership_auc_clid"]["model"]["note"] = "not applicable: no captions"
-    assert report.judge({"membership_auc_clid": {"max": 0.65}})
-    assert [row["limit"] for row in attack_rows(report)] == ["not asked"]
+    report.audit["measures"]["copy_share"] = {"model": figure(0.0, 0.0, 0.01), "frozen_base": None}
+    report.audit["measures"]["copy_share"] |= {"held_out_as_train": None}
+    assert report.judge({"membership_auc_clid": {"max": 0.65}, "copy_share": {"max": 0.05}})
+    assert [row["limit"] for row in attack_rows(report)] == ["not asked", "at most 5 % ✓"]
+    said = verdict(report.gate, report.audit)
+    assert said.endswith("Passed over, since not applicable to this model: membership_auc_clid (attack by CLiD).")
+
+
+def test_a_gate_of_which_nothing_applies_to_the_model_fails():
+    report = report_with(membership_auc_clid={"model": figure(None) | {"note": "not applicable: no captions"}})
+    assert not report.judge({"membership_auc_clid": {"max": 0.65}}) and not report.judge_again()
+    assert "Nothing that the gate asks for applies to this model" in report.gate["failures"][0]
+    assert "No figure could be had of membership_auc_clid" in verdict(report.gate, report.audit)
 
 
 def test_a_limit_on_an_attribute_is_not_asked_of_generated_images():

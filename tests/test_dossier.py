@@ -5,14 +5,18 @@ import json
 
 import pytest
 import yaml
-from conftest import adapter_folder, small_report
+from conftest import adapter_folder, small_report, tiny_pipeline
+from peft import LoraConfig
 
+from memcontrol_hf import MemControlConfig, MemorizationReport
 from memcontrol_hf.cli import main
+from memcontrol_hf.publish.export import export
 from memcontrol_hf.report.cross_references import cross_references
 from memcontrol_hf.report.dossier import NOT_TESTED, Dossier, not_tested
 from memcontrol_hf.report.dossier_facts import NOT_STATED, Facts, empty_facts
 from memcontrol_hf.report.dossier_pdf import write_pdf
 
+MASK = {"mid_block.attentions.0": True}
 TODAY = datetime.date(2026, 11, 27)
 
 
@@ -72,6 +76,33 @@ def test_weights_that_were_changed_after_the_audit_are_said(tmp_path):
     assert lines_of(Dossier.from_folder(folder, Facts(), TODAY))[label].startswith("NO")
     (folder / "adapter_model.safetensors").unlink()
     assert lines_of(Dossier.from_folder(folder, Facts(), TODAY))[label].startswith("not known")
+
+
+@pytest.mark.parametrize(
+    ("config", "to", "said"),
+    [
+        (
+            MemControlConfig(method="svdiff"),
+            "lora",
+            "NO: converted from the adapter that was measured, with a relative",
+        ),
+        (MemControlConfig(method="svdiff"), "merged", "NO, merged"),
+        (LoraConfig(r=2, target_modules=["to_q"]), "lora", "NO, converted: the tensors are those of the adapter"),
+        (LoraConfig(r=2, target_modules=["to_q"]), "peft", "yes, copied: the files are copies of the adapter"),
+    ],
+    ids=["a converted LoRA", "a merged pipeline", "a LoRA for diffusers", "a copy"],
+)
+def test_the_weights_of_an_export_are_not_passed_off_as_those_that_were_measured(tmp_path, config, to, said):
+    method = getattr(config, "method", "lora")
+    report = small_report(base_model="tiny-sd", method=method, mask=MASK, card={"denoiser": "unet"})
+    folder = adapter_folder(tmp_path / "adapter", config=config, mask=MASK, report=report)
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    export(folder, tmp_path / "out", to, pipeline=str(tmp_path / "base"), rank=1)
+    lines = lines_of(Dossier.from_folder(tmp_path / "out", Facts(), TODAY))
+    text = lines["Weights are those that were measured"]
+    assert text.startswith(said)
+    facts = MemorizationReport.from_json(tmp_path / "out" / "memorization_report.json").card["export"]
+    assert (f"of {facts['relative_error']:.2g} (" in text) if "relative_error" in facts else ("error" not in text)
 
 
 def test_the_file_to_fill_in_names_every_fact_and_can_be_read(tmp_path):

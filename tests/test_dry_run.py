@@ -29,6 +29,10 @@ from memcontrol_hf.demo import DEMO_PIPELINE
 from memcontrol_hf.dry_run import audit_stage, figures_stage, load_architecture, plan
 from memcontrol_hf.evaluation import METRICS
 from memcontrol_hf.families import family_of, load_pipeline
+from memcontrol_hf.flags import ScriptArguments
+from memcontrol_hf.public_facts import card_facts, model_name
+from memcontrol_hf.report import MemorizationReport
+from memcontrol_hf.report.loading_snippet import loading_snippet
 from memcontrol_hf.sampling import denoiser_in_place, generate
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
@@ -246,6 +250,21 @@ def test_a_single_file_in_the_original_layout_trains_and_samples_as_the_folder(t
 def test_wrong_ways_to_load_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         load_pipeline(**{"name": "demo", **arguments})
+
+
+def test_the_cards_snippet_loads_a_single_file_as_it_was_trained_on(tmp_path, monkeypatch):
+    file = save_original(demo_pipeline(), tmp_path / "demo.safetensors")
+    args = ScriptArguments(pretrained_model_name_or_path=str(file), single_file_config=str(DEMO_PIPELINE))
+    card = card_facts(args, tiny_trainer(tmp_path / "out", demo_pipeline()))
+    report = MemorizationReport(base_model=model_name(args), method="lora", card=card)
+    lines = loading_snippet(report, "adapter", "lora", ("",)).splitlines()
+    assert 'StableDiffusionPipeline.from_single_file("demo.safetensors", config="YOUR_SINGLE_FILE_CONFIG")' in lines[2]
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec("\n".join(lines[:3]).replace("YOUR_SINGLE_FILE_CONFIG", str(DEMO_PIPELINE)), names)
+    assert torch.equal(names["pipe"].unet.conv_in.weight, demo_pipeline().unet.conv_in.weight)
+    report.card["base_class"] = "os; evil()"
+    assert "evil" not in loading_snippet(report, "adapter", "lora", ("",))
 
 
 def test_a_single_file_whose_architecture_is_not_at_hand_names_the_flag(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import adapter_folder, small_report, tiny_pipeline
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
 from peft import LoHaConfig, LoraConfig, PeftConfig, PeftModel
+from safetensors.torch import load_file
 
 from memcontrol_hf import MemControlConfig, MemorizationReport, cli
 from memcontrol_hf.adapter_checks import base_weights, check_base
@@ -60,7 +62,10 @@ def test_a_merged_pipeline_draws_what_the_adapter_draws(base, tmp_path, config):
     assert (merged - draw(StableDiffusionPipeline.from_pretrained(base))).abs().max() > 1e-3
     for file in (tmp_path / "out").rglob("*.json"):
         assert str(base.parent) not in file.read_text(), file
-    assert 'DiffusionPipeline.from_pretrained("out")' in ModelCard.load(tmp_path / "out" / "README.md").text
+    text = ModelCard.load(tmp_path / "out" / "README.md").text
+    assert 'DiffusionPipeline.from_pretrained("out")' in text
+    assert "This is a whole pipeline: **tiny-sd** with a small addition" in text
+    assert "adapter for" not in text and "addition to" not in text
 
 
 @pytest.mark.parametrize("config", [LORA, MemControlConfig(method="svdiff")], ids=["lora", "svdiff"])
@@ -164,6 +169,42 @@ def test_what_cannot_be_exported_is_said(base, tmp_path, capsys, method, to, mes
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_that_no_digest_binds_to_their_audit_are_not_exported(tmp_path, capsys):
+    folder = adapter_of(tmp_path, LORA)
+    report = MemorizationReport.from_json(folder / "memorization_report.json")
+    report.weights = {}
+    report.to_json(folder / "memorization_report.json")
+    assert cli.main(command(folder, tmp_path / "out", "peft")) == 2
+    said = capsys.readouterr().err
+    assert "adapter_model.safetensors in " in said and "not what memorization_report.json was measured on" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("config", [MemControlConfig(method=m) for m in ("svdiff", "norm", "bias")])
+def test_the_export_that_a_card_names_is_one_that_can_be_made(base, tmp_path, config):
+    folder = adapter_of(tmp_path, config)
+    words = re.search(r"`memcontrol export FOLDER --to (\w+) ", render_card(folder))
+    assert words[1] == ("lora" if config.method == "svdiff" else "merged")
+    assert cli.main([*command(folder, tmp_path / "out", words[1]), "--pipeline", str(base)]) == 0
+
+
+def test_the_card_names_no_lora_for_text_encoders_and_for_pipelines_that_read_none(tmp_path):
+    folder = adapter_of(tmp_path, LORA)
+    assert "--to lora" in render_card(folder)
+    report = MemorizationReport.from_json(folder / "memorization_report.json")
+    report.card["without_lora"] = True
+    report.to_json(folder / "memorization_report.json")
+    text = render_card(folder)
+    assert "--to merged" in text and "--to lora" not in text and "load_lora_weights" not in text
+    report.card = {}
+    report.to_json(folder / "memorization_report.json")
+    (folder / "text_encoder").mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(folder / name, folder / "text_encoder" / name)
+    text = render_card(folder)
+    assert "a LoRA file cannot hold it" in text and "--to merged" in text and "--to lora" not in text
+
+
 def test_another_base_than_the_one_that_was_measured_is_refused(base, tmp_path, capsys):
     folder = adapter_of(tmp_path, MemControlConfig(method="svdiff"))
     report = MemorizationReport.from_json(folder / "memorization_report.json")
@@ -187,6 +228,37 @@ def test_a_base_is_known_again_in_another_precision(base):
     unet.conv_in.weight.data[0, 0, 0, 0] += 1
     with pytest.raises(ValueError, match="'other' is not the base"):
         check_base(trained, unet, "other")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("config", [MemControlConfig(method="svdiff"), LORA], ids=["svdiff", "lora"])
+def test_an_export_adds_to_the_base_in_the_precision_of_the_training(base, tmp_path, dtype, config):
+    folder = adapter_of(tmp_path, config)
+    low = StableDiffusionPipeline.from_pretrained(base, dtype=dtype)
+    report = MemorizationReport.from_json(folder / "memorization_report.json")
+    report.training["base_weights"] = base_weights(low.unet)
+    report.to_json(folder / "memorization_report.json")
+    measured = PeftModel.from_pretrained(low.unet, folder).merge_and_unload().state_dict()
+    export(folder, tmp_path / "merged", "merged", pipeline=str(base))
+    merged = load_file(tmp_path / "merged" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert merged.keys() == measured.keys()
+    assert all(torch.equal(merged[name], measured[name]) for name in measured)
+    said = export(folder, tmp_path / "lora", "lora", pipeline=str(base))
+    assert float(said.rpartition(" ")[2]) < (0.02 if config is not LORA else 1e-6), "of full rank"
+
+
+def test_an_export_takes_the_variant_of_the_base_that_was_trained_on(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "base")
+    pipe = tiny_pipeline()
+    pipe.unet.conv_in.bias.data += 1
+    pipe.save_pretrained(tmp_path / "base", variant="fp16")
+    folder = adapter_of(tmp_path, LORA)
+    report = MemorizationReport.from_json(folder / "memorization_report.json")
+    report.card["base_variant"] = "fp16"
+    report.to_json(folder / "memorization_report.json")
+    export(folder, tmp_path / "out", "merged", pipeline=str(tmp_path / "base"))
+    merged = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(merged["conv_in.bias"], pipe.unet.conv_in.bias)
 
 
 def test_nothing_is_overwritten_and_no_other_folder_taken(tmp_path, capsys):

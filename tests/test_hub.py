@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import adapter_folder, small_report, tiny_pipeline, tiny_trainer
@@ -96,6 +97,15 @@ def test_the_card_is_rendered_last_and_one_by_hand_is_kept(hub, folder, caplog):
     order = [line["value"]["path"] for line in commit(hub) if line["key"] != "header"]
     assert order[-1] == "README.md" and sorted(order) == PUSHED
     assert ModelCard(hub.repos["tester/my-adapter"].files["README.md"].decode()).data.library_name == "peft"
+
+
+def test_a_second_card_by_hand_does_not_replace_the_first(hub, folder, caplog):
+    for text in ("first", "second", "third"):
+        (folder / "README.md").write_text(text)
+        push(folder)
+    assert "kept as README.by_hand.2.md" in caplog.text
+    kept = ("README.by_hand.md", "README.by_hand.2.md", "README.by_hand.3.md")
+    assert [(folder / name).read_text() for name in kept] == ["first", "second", "third"]
 
 
 def commit(hub) -> list[dict]:
@@ -328,6 +338,14 @@ def test_a_shared_mask_holds_what_is_known_and_follows_no_link(hub, folder, tmp_
     assert "symbolic link" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("part", [{"search": {"sampler": "tpe"}}, {"figures": {"frozen base": {"fid": 1.0}}}])
+def test_a_mask_of_which_no_card_can_be_written_makes_no_repository(hub, tmp_path, capsys, part):
+    (tmp_path / "mask.json").write_text(json.dumps({"mask": {"a": True}} | part))
+    assert cli.main(["push-mask", str(tmp_path), "owner/mask"]) == 2
+    assert "its search or its figures lack a part" in capsys.readouterr().err
+    assert hub.requests == []
+
+
 def test_a_name_that_is_none_is_refused(hub, folder, capsys):
     assert cli.main(["push", str(folder), "--hub_model_id", "a b"]) == 2
     assert "'a b' is no name of a repository" in capsys.readouterr().err
@@ -395,6 +413,21 @@ def test_adapters_of_text_encoders_are_pushed_and_found_in_their_folders(hub, tm
         saved = load_file(tmp_path / "with-text" / part / "adapter_model.safetensors")
         total = sum(tensor.double().sum().item() for tensor in saved.values())
         assert total and float(found) == pytest.approx(total)
+
+
+def test_an_adapter_in_the_cache_loads_without_the_network(hub, folder, tmp_path):
+    push(folder, "owner/adapter")
+    code = (
+        "from conftest import tiny_pipeline; from memcontrol_hf.adapters import load_adapter\n"
+        "pipe = tiny_pipeline(); load_adapter(pipe, 'owner/adapter'); print(type(pipe.unet).__name__)"
+    )
+    reached = {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+    for offline in ("0", "1"):
+        asked, environment = len(hub.requests), {**os.environ, **reached, "HF_HUB_OFFLINE": offline}
+        command = [sys.executable, "-c", code]
+        loaded = subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True)
+        assert loaded.stdout.strip() == "PeftModel", loaded.stderr
+    assert len(hub.requests) == asked
 
 
 def test_a_merged_export_is_pushed_whole_and_loads_from_the_hub(hub, tmp_path, capsys):

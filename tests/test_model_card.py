@@ -22,7 +22,7 @@ from memcontrol_hf.demo import DEMO_PIPELINE
 from memcontrol_hf.masks import block_map
 from memcontrol_hf.report import REPORT_SCHEMA
 from memcontrol_hf.report.card import write_card
-from memcontrol_hf.report.loading_snippet import OUR_METHODS
+from memcontrol_hf.report.loading_snippet import OUR_METHODS, loading_snippet
 from memcontrol_hf.report.screening_table import screening_table
 from memcontrol_hf.tuners import METHODS
 
@@ -162,6 +162,22 @@ def test_the_card_says_what_each_block_does(tmp_path):
 def test_the_snippet_loads_the_revision_of_the_base_that_was_tuned(tmp_path):
     card = rendered(tmp_path, small_report(card={"base_revision": "v2"}))
     assert 'from_pretrained("owner/base", revision="v2")' in card.text
+
+
+@pytest.mark.parametrize("export_format", [None, "lora", "merged"])
+@pytest.mark.parametrize("base", ["owner/base", "demo"])
+def test_the_snippet_loads_the_base_in_the_precision_and_variant_of_the_training(export_format, base):
+    training = {"base_weights": "bfloat16:0123"}
+    report = small_report(base_model=base, training=training, card={"base_variant": "fp16"} if base != "demo" else {})
+    lines = loading_snippet(report, "x", export_format, ("",)).splitlines()
+    assert "import torch" in lines
+    place = "" if base == "demo" else '"owner/base", variant="fp16", '
+    place = '"x", ' if export_format == "merged" else place
+    assert next(line for line in lines if line.startswith("pipe = ")).endswith(f"({place}torch_dtype=torch.bfloat16)")
+    report.training["base_weights"] = "float32:0123"
+    assert "torch" not in loading_snippet(report, "x", export_format, ("",))
+    report.training["base_weights"] = "float16);evil(:0123"
+    assert "evil" not in loading_snippet(report, "x", export_format, ("",))
 
 
 def test_the_metadata_names_base_relation_library_licence_and_data(tmp_path):

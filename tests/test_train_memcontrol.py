@@ -16,12 +16,13 @@ import numpy as np
 import optuna
 import pytest
 import torch
-from conftest import RESOLUTION, images_of, tiny_pipeline, tiny_unet
+from conftest import RESOLUTION, images_of, tiny_pipeline, tiny_trainer, tiny_unet
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard, constants
 from mini_hub import TOKEN, MiniHub, serve
 from peft import PeftModel
 from safetensors.torch import load_file
+from tiny_families import ddpm
 from transformers import ResNetConfig, ResNetModel, ViTImageProcessorPil
 
 from memcontrol_hf import MemControlTrainer, MemorizationReport, audit_memorization, cli, workflow
@@ -32,7 +33,7 @@ from memcontrol_hf.flag_parser import FlagParser
 from memcontrol_hf.flags import ScriptArguments, settings
 from memcontrol_hf.from_flags import load, make_trainer, mask_from
 from memcontrol_hf.masks import block_map
-from memcontrol_hf.public_facts import public_flags
+from memcontrol_hf.public_facts import card_facts, public_flags
 from memcontrol_hf.publish.hub import push_mask
 from memcontrol_hf.report import REPORT_SCHEMA
 from memcontrol_hf.sampling import denoiser_in_place, generate
@@ -356,6 +357,16 @@ def test_the_command_to_repeat_has_all_that_is_not_a_default_of_this_pipeline():
     assert "--train_batch_size 32" in words and "--resolution 64" in words and "a finding" in words
     assert "--train_data_dir YOUR_TRAIN_DATA_DIR" in words and "patients" not in words
     assert public_flags(ScriptArguments()) == ""
+
+
+def test_the_card_knows_the_variant_of_the_base(tmp_path):
+    args = ScriptArguments(pretrained_model_name_or_path="owner/base", variant="fp16")
+    assert card_facts(args, tiny_trainer(tmp_path))["base_variant"] == "fp16"
+
+
+def test_the_card_knows_whether_the_pipeline_reads_a_lora(tmp_path):
+    assert "without_lora" not in card_facts(ScriptArguments(), tiny_trainer(tmp_path))
+    assert card_facts(ScriptArguments(), tiny_trainer(tmp_path, pipeline=ddpm()))["without_lora"] is True
 
 
 def test_a_folder_that_is_called_as_a_method_does_not_hide_the_method(script, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..adapter_checks import check_base
-from ..adapter_folder import ADAPTER, CONFIG, PLOT, REPORT, adapter_digests, adapter_parts, changed_files, read_config
+from ..adapter_folder import ADAPTER, CONFIG, PLOT, REPORT, adapter_digests, adapter_parts, read_config
 from ..families import family_of, load_pipeline
 from ..report import MemorizationReport
 from ..report.card import write_card
@@ -33,7 +33,9 @@ def export(folder: str | Path, output_dir: str | Path, to: str, pipeline: str | 
             `"merged"` (or `"pipeline"`): a whole pipeline. `"lora"`: a file for `pipe.load_lora_weights`, exact for an
             adapter that is a LoRA; for any other method the best approximation of each changed weight matrix by the
             given rank. `"peft"`: the adapter as it is, for the methods that PEFT has itself.
-        pipeline (`str`, *optional*): Base pipeline: Hub id, folder or `demo`; the adapter's own base by default.
+        pipeline (`str`, *optional*):
+            Base pipeline: Hub id, folder or `demo`; the adapter's own base by default. It is loaded in the variant
+            and the precision of the training, and a merged pipeline is saved in that precision.
         rank (`int`): Largest rank of such an approximation.
 
     Returns:
@@ -50,15 +52,17 @@ def export(folder: str | Path, output_dir: str | Path, to: str, pipeline: str | 
     parts = _checked_parts(folder, output_dir, to, rank)
     config = PeftConfig.from_pretrained(folder / parts[0])
     report = MemorizationReport.from_json(folder / REPORT)
-    if report.weights and (changed := changed_files(folder, report.weights)):
+    if changed := report.files_not_measured(folder):
         raise ValueError(f"{', '.join(changed)} in {str(folder)!r}: not what {REPORT} was measured on")
     facts: dict[str, Any] = {"format": to}
     if to == "peft":
         _copy_adapter(folder, output_dir, parts, config)
         written = "the adapter, which PEFT reads without memcontrol_hf"
     else:
-        own = (report.base_model, report.card.get("base_revision"))
-        base = base_pipeline(*((pipeline, None) if pipeline else own))
+        name, revision = (pipeline, None) if pipeline else (report.base_model, report.card.get("base_revision"))
+        # What a LoRA adds depends on no base, and is compared in float32; what other methods add is rounded with it.
+        dtype = None if to == "lora" and isinstance(config, LoraConfig) else report.half_precision
+        base = base_pipeline(name, revision, report.card.get("base_variant"), dtype)
         check_base(report.training, family_of(base).denoiser, pipeline or report.base_model)
         if to == "merged":
             _save_merged(base, folder, output_dir, parts)
@@ -142,14 +146,16 @@ def _save_lora(
     return metadata["r"], error
 
 
-def base_pipeline(name: str, revision: str | None = None) -> "DiffusionPipeline":
-    """The base of an adapter.
+def base_pipeline(
+    name: str, revision: str | None = None, variant: str | None = None, dtype: str | None = None
+) -> "DiffusionPipeline":
+    """The base of an adapter; the arguments are those of [`~memcontrol_hf.families.load_pipeline`].
 
     Raises:
         ValueError: When it cannot be loaded; the message says to name it with `--pipeline`.
     """
     try:
-        return load_pipeline(name, revision)
+        return load_pipeline(name, revision, variant, dtype)
     except ValueError as error:
         raise ValueError(f"{error}. Name the adapter's base with --pipeline") from None
 

@@ -2,12 +2,14 @@
 
 import json
 import logging
+import os
 import shlex
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from jinja2 import UndefinedError
 
 from ..adapter_folder import (
     ADAPTER,
@@ -30,7 +33,6 @@ from ..adapter_folder import (
     MODEL_INDEX,
     REPORT,
     adapter_parts,
-    changed_files,
     check_no_link,
     check_plain_files,
     public_files,
@@ -38,10 +40,11 @@ from ..adapter_folder import (
 )
 from ..report import MemorizationReport
 from ..report.card import render_card, write_card
+from ..report.mask_card import MaskCard
 from ..whole_files import read_json
 
 CARD_BY_HAND = "README.by_hand.md"
-"""Where a push keeps a card that somebody has written."""
+"""Where a push keeps the first card that somebody has written."""
 
 WAITS = (1.0, 2.0, 4.0, 8.0)
 """Seconds before each further try, when the Hub is busy, fails or closes the connection."""
@@ -120,10 +123,18 @@ def push_mask(folder: str | Path, repo_id: str, *, revision: str | None = None, 
         `str`: The address of the commit.
 
     Raises:
-        ValueError: For a folder without a mask, and a public repository that was not allowed.
+        ValueError: For a folder without a mask, a `mask.json` whose `search` or `figures` lack what the card says of
+            them, and a public repository that was not allowed.
         PushError: When the Hub refuses the token or the commit, or does not answer in several tries.
     """
     content = mask_content(folder)
+    try:
+        MaskCard(content, repo_id).render()  # before there is a repository
+    except (UndefinedError, LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"no card can be written from {MASK} in {str(folder)!r}: its search or its figures lack a part ({error}). "
+            "Leave search and figures out, or give the file as memcontrol wrote it"
+        ) from None
     again = shlex.join(["memcontrol", "push-mask", str(folder), repo_id, *_options(revision, public)])
     with tempfile.TemporaryDirectory() as temporary:
 
@@ -210,7 +221,7 @@ def _checked(folder: Path, allow_failed_gate: bool) -> MemorizationReport:
         raise ValueError(f"{str(folder)!r} holds no adapter: {ADAPTER} with {CONFIG}, {LORA} or {MODEL_INDEX}")
     check_plain_files(folder)
     report = MemorizationReport.from_json(folder / REPORT)
-    if (report.audit or report.weights) and (changed := changed_files(folder, report.weights)):
+    if changed := report.files_not_measured(folder):
         raise ValueError(
             f"{', '.join(changed)} in {str(folder)!r}: not what {REPORT} was measured on. Run the training again, "
             "which measures what it saves"
@@ -225,12 +236,18 @@ def _checked(folder: Path, allow_failed_gate: bool) -> MemorizationReport:
 
 
 def _keep_card_by_hand(folder: Path) -> None:
-    """Keep a card that is not the one that the folder's report gives, since a push writes the card anew."""
-    card = folder / CARD
-    if card.is_file() and card.read_bytes() != render_card(folder).encode():
-        shutil.copy2(card, folder / CARD_BY_HAND)
+    """Keep a card that is not the one that the folder's report gives, since a push writes the card anew.
+
+    Earlier cards that were kept stay: the next one gets a number, `README.by_hand.2.md`.
+    """
+    card, text = folder / CARD, render_card(folder)
+    if card.is_file() and card.read_bytes() != text.encode():
+        stem, _, ending = CARD_BY_HAND.rpartition(".")
+        names = chain([CARD_BY_HAND], (f"{stem}.{number}.{ending}" for number in count(2)))
+        kept = next(folder / name for name in names if not os.path.lexists(folder / name))
+        shutil.copy2(card, kept)
         logger.warning(
-            f"{card} was changed by hand, or by another version of memcontrol_hf: it is kept as {CARD_BY_HAND}, and "
+            f"{card} was changed by hand, or by another version of memcontrol_hf: it is kept as {kept.name}, and "
             "the card of the report is pushed"
         )
 

@@ -17,6 +17,9 @@ from .report import SELECTED, MemorizationReport
 from .screening_table import screening_table
 from .verdict import unit_of, verdict
 
+WITHOUT_MATRICES = ("norm", "bias", "ln_tuning")
+"""Methods that change no weight matrix."""
+
 
 @dataclass(frozen=True)
 class AdapterCard:
@@ -77,6 +80,11 @@ class AdapterCard:
     def snippet(self) -> str:
         """Python that loads the pipeline with the adapter and generates an image."""
         return loading_snippet(self.report, self.location, self.export.get("format"), self.parts)
+
+    @property
+    def fits_lora(self) -> bool:
+        """Whether a LoRA file can hold the adapter: it tunes the denoiser alone, and weight matrices of it."""
+        return self.parts == ("",) and self.report.method not in WITHOUT_MATRICES
 
     def render(self) -> str:
         """The text of the card."""

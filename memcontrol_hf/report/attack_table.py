@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .report import MemorizationReport
-from .verdict import NOT_APPLICABLE, asked_of
+from .verdict import asked_of, not_applicable
 
 _ATTACKS = {
     "membership_auc_loss": "Tell training images from others by how well they are denoised. 0.5 is guessing, 1 (or 0, "
@@ -90,7 +90,7 @@ def attack_rows(report: MemorizationReport) -> list[dict[str, str]]:
 
 def _limits(limits: Mapping[str, float], figure: Mapping[str, Any] | None, percent: bool, failed: bool) -> str:
     """The limits of a measure in words, and whether they are kept; a gate passes over what is not applicable."""
-    if figure and (figure["note"] or "").startswith(NOT_APPLICABLE):
+    if not_applicable({"model": figure}):
         return "not asked"
     texts = [_limit(kind, bound, percent) for kind, bound in limits.items()]
     return " and ".join(texts) + (" ✗" if failed else " ✓")

@@ -56,7 +56,7 @@ class Dossier:
         report ([`MemorizationReport`]): report of the folder.
         facts ([`Facts`]): what people filled in.
         weights_agree (`bool`, *optional*):
-            Whether the weights in the folder are those that were measured; `None` where there are none to compare.
+            Whether the files in the folder have the report's digests; `None` where there are none to compare.
         today (`datetime.date`): day of the rendering.
     """
 
@@ -116,12 +116,10 @@ class Dossier:
         gate, said = report.gate, "no gate was applied"
         if gate:
             said = f"The gate {'passed' if gate['passed'] else 'FAILED'}. {verdict(gate, report.audit)}"
-        changed, unknown = "NO: the files were changed after the audit", "not known: digests or weights are missing"
-        agree = {True: "yes", False: changed, None: unknown}
         overdue = ": THIS DATE HAS PASSED" if facts.overdue(self.today) else ""
         lines = [
             Line("What was audited", self._subject(), "audit.subject, base_model"),
-            Line("Weights are those that were measured", agree[self.weights_agree], "weights"),
+            Line("Weights are those that were measured", self._are_measured(), "weights, card.export"),
             Line("Verdict", said, "gate"),
             Line(
                 "Formal guarantee", report.privacy() or "none: no differentially private training", "training.dp_sgd"
@@ -131,6 +129,26 @@ class Dossier:
             Line("Next review", (facts.review_date or NOT_STATED) + overdue, "facts: review_date"),
         ]
         return Section("Summary", "The result in one view; the sections below say how it was obtained.", tuple(lines))
+
+    def _are_measured(self) -> str:
+        """Whether the weights in the folder are those that were measured; the digests of an export are its own."""
+        if self.weights_agree is None:
+            return "not known: digests or weights are missing"
+        if not self.weights_agree:
+            return "NO: the files were changed after the audit"
+        export = self.report.card.get("export")
+        if not export:
+            return "yes"
+        if export["format"] == "peft":
+            return "yes, copied: the files are copies of the adapter that was measured, with the same tensors"
+        if export["format"] == "merged":
+            return "NO, merged: the adapter that was measured was added to the weights of its base"
+        if "relative_error" not in export:
+            return "NO, converted: the tensors are those of the adapter that was measured, in a file for diffusers"
+        return (
+            "NO: converted from the adapter that was measured, with a relative error of the change of the weights of "
+            f"{export['relative_error']:.2g} (0 is exact, 1 is as far as the base)"
+        )
 
     def _subject(self) -> str:
         subject, base = self.report.audit["subject"], self.report.base_model

@@ -13,8 +13,8 @@ def loading_snippet(report: MemorizationReport, location: str, export_format: st
     """The lines that load the pipeline with the adapter and generate an image.
 
     Args:
-        report ([`MemorizationReport`]): Report of the adapter. Its `card` names the denoiser, the revisions and the
-            inputs of the example.
+        report ([`MemorizationReport`]): Report of the adapter. Its `card` names the denoiser, the revisions, the
+            inputs of the example, the base's variant, and for a base in a single file its class and `config`.
         location (`str`): Folder or Hub id of the adapter or of the export.
         export_format (`str`, *optional*): `merged`, `lora` or `peft` for an export; `None` for what a fine-tune left.
         parts (list of `str`): Folders that hold an adapter: `""` for the denoiser, or the name of a text encoder.
@@ -22,22 +22,31 @@ def loading_snippet(report: MemorizationReport, location: str, export_format: st
     from_demo = report.base_model == "demo" and export_format != "merged"
     as_adapter = export_format in (None, "peft")
     registers = report.method in OUR_METHODS and as_adapter
+    pipeline, load = "DiffusionPipeline", "from_pretrained"
+    if export_format != "merged" and report.card.get("base_class", "").isidentifier():  # no code from a report
+        pipeline, load = report.card["base_class"], "from_single_file"
     lines = []
     if registers:
         lines.append("import memcontrol_hf  # registers the PEFT method; without it PEFT says KeyError: 'MEMCONTROL'")
     elif from_demo:
         lines.append("import memcontrol_hf")
+    if report.half_precision:
+        lines.append("import torch")
     if not from_demo:
-        lines.append("from diffusers import DiffusionPipeline")
+        lines.append(f"from diffusers import {pipeline}")
     if as_adapter:
         lines.append("from peft import PeftModel")
     lines.append("")
-    place = _python(location) + _revision(report.card.get("revision"))
+    place = _python(location) + _argument("revision", report.card.get("revision"))
+    dtype = f"torch_dtype=torch.{report.half_precision}" if report.half_precision else ""
     if export_format == "merged":
-        lines.append(f"pipe = DiffusionPipeline.from_pretrained({place})")
+        lines.append(f"pipe = {pipeline}.{load}({', '.join(filter(None, (place, dtype)))})")
+    elif from_demo:
+        lines.append(f"pipe = memcontrol_hf.demo_pipeline({dtype})")
     else:
-        base = _python(report.base_model) + _revision(report.card.get("base_revision"))
-        lines.append(f"pipe = {_load_base(base, from_demo)}")
+        base = _python(report.base_model)
+        base += "".join(_argument(name, report.card.get(f"base_{name}")) for name in ("revision", "variant", "config"))
+        lines.append(f"pipe = {pipeline}.{load}({', '.join(filter(None, (base, dtype)))})")
     if export_format == "lora":
         lines.append(f"pipe.load_lora_weights({place})")
     if as_adapter:
@@ -45,15 +54,11 @@ def loading_snippet(report: MemorizationReport, location: str, export_format: st
     return "\n".join([*lines, f"image = pipe({_example_inputs(report)}).images[0]"])
 
 
-def _load_base(base: str, from_demo: bool) -> str:
-    return "memcontrol_hf.demo_pipeline()" if from_demo else f"DiffusionPipeline.from_pretrained({base})"
-
-
 def _load_adapter(report: MemorizationReport, location: str, part: str) -> str:
     """The line that puts the adapter of the denoiser or of a text encoder in its place."""
     name = part or report.card.get("denoiser", "unet")
     subfolder = f", subfolder={_python(part)}" if part else ""
-    revision = _revision(report.card.get("revision"))
+    revision = _argument("revision", report.card.get("revision"))
     return f"pipe.{name} = PeftModel.from_pretrained(pipe.{name}, {_python(location)}{subfolder}{revision})"
 
 
@@ -64,8 +69,8 @@ def _example_inputs(report: MemorizationReport) -> str:
     return ", ".join(f"{name}={_python(value)}" for name, value in inputs.items())
 
 
-def _revision(revision: str | None) -> str:
-    return f", revision={_python(revision)}" if revision else ""
+def _argument(name: str, value: str | None) -> str:
+    return f", {name}={_python(value)}" if value else ""
 
 
 def _python(value: str | int | list[int]) -> str:

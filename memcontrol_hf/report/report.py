@@ -11,10 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..adapter_folder import REPORT
+from ..adapter_folder import REPORT, changed_files
 from ..whole_files import read_json, write_whole
 from .gate import check_limits
-from .verdict import NOT_APPLICABLE, asked_of, unit_of, unit_of_measure, verdict, violation
+from .verdict import (
+    NOT_APPLICABLE,
+    Violation,
+    asked_of,
+    not_applicable,
+    unit_of,
+    unit_of_measure,
+    verdict,
+    violation,
+)
 
 SCHEMA_VERSION = 4
 _READABLE = (2, 3)
@@ -67,11 +76,13 @@ class MemorizationReport:
         command (`str`, *optional*): Command that made the report, without what names a place or a person's data.
         weights (`dict[str, str]`): SHA-256 of each file of the adapter that was measured, and of the plot.
         card (`dict`):
-            What the card says beside the figures, each where it is known: `base_revision` of the base model,
-            `hub_model_id` and `revision` of a push, else the `location` of the folder in the loading snippet,
-            `denoiser` (the pipeline's attribute), `example_inputs` of the pipeline (`prompt`, `class_labels` or
-            `batch_size`), `license`, `datasets` (public ones), `run_url` (address in the tracker), and `export` (what
-            [`~memcontrol_hf.publish.export.export`] made of the adapter).
+            What the card says beside the figures, each where it is known: `base_revision` and `base_variant` of the
+            base model, `base_class` and `base_config` of one in a single file (the class of the pipeline, and
+            `YOUR_SINGLE_FILE_CONFIG` where a config was given), `hub_model_id` and `revision` of a push, else the
+            `location` of the folder in the loading snippet, `denoiser` (the pipeline's attribute), `without_lora`
+            (where the pipeline has no `load_lora_weights`), `example_inputs` of the pipeline (`prompt`, `class_labels`
+            or `batch_size`), `license`, `datasets` (public ones), `run_url` (address in the tracker), and `export`
+            (what [`~memcontrol_hf.publish.export.export`] made of the adapter).
         versions (`dict[str, str]`): Versions of the packages that measured.
         schema_version (`int`): Version of the report's format; see `REPORT_SCHEMA`.
     """
@@ -130,7 +141,8 @@ class MemorizationReport:
 
         Returns:
             `bool`: Whether every limit is kept that is asked of what was audited ([`asked_of`]). A limit for what
-            could not be measured is not kept.
+            could not be measured is not kept. A limit for what is not applicable is passed over, but a gate of which
+            no limit is applicable fails.
 
         Raises:
             ValueError: When the report holds no audit.
@@ -140,12 +152,17 @@ class MemorizationReport:
         measured, found = self.audit["measures"], []
         self.gate = {"limits": {k: dict(v) for k, v in limits.items()}}
         asked = [name for name in limits if asked_of(name, self.audit.get("subject"))]
-        for name in asked or limits:  # a gate that asks for attacks on weights alone is not kept by images alone
+        asked = asked or list(limits)  # a gate that asks for attacks on weights alone is not kept by images alone
+        for name in asked:
             violations = [
                 violation(name, kind, bound, measured.get(name) or {}, unit_of_measure(name, self.audit))
                 for kind, bound in limits[name].items()
             ]
             found += [of_limit for of_limit in violations if of_limit]
+        if all(not_applicable(measured.get(name) or {}) for name in asked):
+            reason = f"{', '.join(asked)}: not applicable. Nothing that the gate asks for applies to this model, so "
+            reason += "nothing was judged: name a gate with a limit of a measure that the audit has"
+            found = [Violation(name, "unmeasured", reason) for name in asked]
         self.gate["failures"] = list(dict.fromkeys(of_limit.reason for of_limit in found))
         self.gate["passed"] = not found
         if found:
@@ -180,6 +197,19 @@ class MemorizationReport:
             self.gate["failures"].append(f"the report's verdict is {passed!r}, not true")
         self.gate["passed"] = not self.gate["failures"]
         return self.gate["passed"]
+
+    @property
+    def half_precision(self) -> str | None:
+        """The precision of the base's weights in the training, if it was `float16` or `bfloat16`, not float32."""
+        dtype = self.training.get("base_weights", "").partition(":")[0]
+        return dtype if dtype in ("float16", "bfloat16") else None
+
+    def files_not_measured(self, folder: Path) -> list[str]:
+        """The files of a folder that are not what was measured: all of them, if an audit names no digests.
+
+        A report without an audit and without digests claims nothing of any file.
+        """
+        return changed_files(folder, self.weights) if self.audit or self.weights else []
 
     def guarantee(self) -> dict[str, Any] | None:
         """The spent `epsilon` and `delta` of a differentially private training, if they guarantee anything."""

@@ -51,6 +51,12 @@ def asked_of(name: str, subject: str | None) -> bool:
     return subject != GENERATED or not name.startswith(_OF_A_MODEL)
 
 
+def not_applicable(figures: Mapping[str, Any]) -> bool:
+    """Whether a measure has no meaning for the model that was audited."""
+    model = figures.get("model")
+    return bool(model) and model["value"] is None and (model.get("note") or "").startswith(NOT_APPLICABLE)
+
+
 def violation(
     name: str, kind: str, bound: float, figures: Mapping[str, Any], unit: str = "images"
 ) -> Violation | None:
@@ -68,7 +74,7 @@ def violation(
         unit (`str`): What there must be more of for a narrower interval; see [`unit_of_measure`].
     """
     model = figures.get("model")
-    if model and model["value"] is None and (model.get("note") or "").startswith(NOT_APPLICABLE):
+    if not_applicable(figures):
         return None
     if not model or model["value"] is None:
         reason = f"{name}: {(model or {}).get('note') or 'was not measured'}; what is not measured does not pass"
@@ -125,7 +131,7 @@ def verdict(gate: Mapping[str, Any], audit: Mapping[str, Any] | None) -> str:
         said = (
             "In every attack that the gate limits, the model stayed within the limit at the bad end of the interval."
         )
-        return said + (_scope(audit) if audit else "")
+        return said + (_passed_over(gate, audit) + _scope(audit) if audit else "")
     if audit is None:
         return "Nothing was attacked, so nothing is known."
     kinds = gate.get("kinds")
@@ -201,6 +207,12 @@ def _scope(audit: Mapping[str, Any]) -> str:
     if audit.get("subject") != GENERATED:
         return ""
     return " Only generated images were looked at: the weights were not attacked, and nothing is said of them."
+
+
+def _passed_over(gate: Mapping[str, Any], audit: Mapping[str, Any]) -> str:
+    asked = [name for name in gate["limits"] if asked_of(name, audit.get("subject"))]
+    names = [name for name in asked if not_applicable(audit["measures"].get(name) or {})]
+    return f" Passed over, since not applicable to this model: {_listed(map(_attack, names))}." if names else ""
 
 
 def _attack(name: str) -> str:
