@@ -199,7 +199,11 @@ def _attack(args: argparse.Namespace) -> "MemorizationReport":
         resolution=1 if args.resolution is None else args.resolution, **amounts
     )  # wrong amounts are an error before anything is loaded
     device = _device(args.device)
-    framing, training = Framing(args.fit, args.background), _training(args.adapter)
+    framing, trained = Framing(args.fit, args.background), _report_of(args.adapter)
+    training, of_base = {}, {}
+    if trained:  # the base as it was: in another precision the shifts of singular values make another change
+        training, of_base = trained.training, {"dtype": trained.half_precision}
+        of_base["variant"] = trained.card.get("base_variant")
     _check_as_trained(training, framing, args.resolution)
     captions = (args.caption_column or None) if args.pipeline else None
     train, held_out = (
@@ -209,7 +213,7 @@ def _attack(args: argparse.Namespace) -> "MemorizationReport":
     warn_of_crops(train, framing, "training")
     generated = None if args.generated is None else _images(args.generated, "generated", None)
     canaries = None if args.canaries is None else load_canaries(args.canaries)
-    pipeline = args.pipeline and load_pipeline(args.pipeline, args.revision).to(device)
+    pipeline = args.pipeline and load_pipeline(args.pipeline, args.revision, **of_base).to(device)
     base = args.base_pipeline and load_pipeline(args.base_pipeline).to(device)
     if training:
         check_base(training, family_of(pipeline).denoiser, args.pipeline)
@@ -267,15 +271,15 @@ def _public_words(args: argparse.Namespace, settings: Mapping[str, Any]) -> Iter
         yield from public(name)
 
 
-def _training(adapter: str | None) -> dict[str, Any]:
-    """What the report of an adapter says of its training; empty without an adapter, and without a report.
+def _report_of(adapter: str | None) -> "MemorizationReport | None":
+    """The report of an adapter; `None` without an adapter, and without a report.
 
     The report lies in the adapter's folder, beside the LoRA file of an export, or in the adapter's repository.
     """
     from .report import MemorizationReport
 
     if adapter is None:
-        return {}
+        return None
     path = Path(adapter)
     if path.exists():
         file = path / REPORT if path.is_dir() or path.name != LORA else path.with_name(REPORT)
@@ -283,8 +287,8 @@ def _training(adapter: str | None) -> dict[str, Any]:
         file = _downloaded_report(adapter)
     if not (file and file.is_file()):
         logger.info(f"no {REPORT} says how {adapter} was trained: give its base, --resolution and --fit as they were")
-        return {}
-    return MemorizationReport.from_json(file).training
+        return None
+    return MemorizationReport.from_json(file)
 
 
 def _downloaded_report(repository: str) -> Path | None:

@@ -153,3 +153,15 @@ def test_an_adapter_is_attacked_with_images_as_it_was_trained_on(tmp_path, capsy
     assert "resolution must be at least 1, but is 0" in capsys.readouterr().err
     assert main(command) == 2
     assert "no memorization_report.json says how" in caplog.text
+
+
+def test_an_adapter_is_attacked_on_its_base_in_the_precision_and_variant_of_its_training(tmp_path, monkeypatch):
+    report = small_report()
+    report.training |= {"base_weights": "bfloat16:0"}
+    report.card["base_variant"] = "fp16"
+    folder = adapter_folder(tmp_path / "adapter", report=report)
+    asked = []
+    monkeypatch.setattr("memcontrol_hf.families.load_pipeline", lambda *given, **more: asked.append(more) or [][0])
+    sets = ["--pipeline", "demo", "--train", "demo", "--held_out", "demo", "--output_dir", str(tmp_path / "out")]
+    assert main(["audit", *sets, "--adapter", str(folder)]) == 1
+    assert asked == [{"dtype": "bfloat16", "variant": "fp16"}]
