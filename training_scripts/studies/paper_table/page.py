@@ -73,8 +73,8 @@ is chosen, and what a searched row is. All figures compare with held-out images 
 - A figure is the mean ± half width of the 95 % t interval over seeds.
 - *Extracted* counts the prompts of all seeds together. The exact 95 % interval treats the prompts as independent, \
 although the seeds share the same prompts. An image was compared with its prompt's own training image alone; on the \
-solar cells, where eight captions name all images, an audit of today also counts others with the same caption, so these \
-shares are too low there.
+solar cells, where eight captions name all images, an audit of today also counts others with the same caption, so \
+these shares are too low there.
 - *TPR* is the true positive rate at 1 % false alarms.
 - *Canaries* are the repeated training images. The column shows the share that the best of eight attacks of the audit \
 catches. The best attack was chosen after all attacks ran, so the line of the frozen base shows how much is chance.
