@@ -195,15 +195,14 @@ def _attack(args: argparse.Namespace) -> "MemorizationReport":
     from .images import Framing
 
     amounts = {name: getattr(args, name) for name in AuditSettings.__dataclass_fields__ if name != "resolution"}
-    AuditSettings(
-        resolution=1 if args.resolution is None else args.resolution, **amounts
-    )  # wrong amounts are an error before anything is loaded
+    given = {} if args.resolution is None else {"resolution": args.resolution}
+    AuditSettings(**given, **amounts)  # wrong amounts are an error before anything is loaded
     device = _device(args.device)
     framing, trained = Framing(args.fit, args.background), _report_of(args.adapter)
     training, of_base = {}, {}
     if trained:  # the base as it was: in another precision the shifts of singular values make another change
-        training, of_base = trained.training, {"dtype": trained.half_precision}
-        of_base["variant"] = trained.card.get("base_variant")
+        training = trained.training
+        of_base = {"dtype": trained.half_precision, "variant": trained.card.get("base_variant")}
     _check_as_trained(training, framing, args.resolution)
     captions = (args.caption_column or None) if args.pipeline else None
     train, held_out = (
@@ -297,10 +296,7 @@ def _downloaded_report(repository: str) -> Path | None:
 
     try:
         return Path(HfApi().hf_hub_download(repository, REPORT))
-    except (
-        OSError,
-        ValueError,
-    ):  # offline, no such file, or no name of a repository, which the adapter's loading says
+    except (OSError, ValueError):  # the adapter's loading says whether there is such a repository
         return None
 
 

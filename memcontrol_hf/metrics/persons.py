@@ -94,9 +94,9 @@ def worst_case(values: torch.Tensor, persons: int | None = None) -> WorstCase:
     ordered = values.sort(descending=True).values
 
     def of_worst(number: int) -> float:
-        worse = np.arange(count)  # than the person at the same place
         if persons == count:
             return ordered[:number].mean().item()
+        worse = np.arange(count)  # the number of persons who are worse than the one at this place
         among = hypergeom.cdf(number - 1, count - 1, worse, persons - 1)
         return (ordered @ torch.from_numpy(among)).item() * persons / count / number
 
